@@ -1,0 +1,76 @@
+//! Find, check, lock and map device-dax memory.
+//!
+//! The kernel is permissive where it hurts: it maps `/dev/daxX.Y` past the end and answers the first touch with
+//! SIGBUS, it answers a wrong alignment with a bare `EINVAL`, and it lets any number of processes map the same
+//! bytes. This crate checks first and names what is wrong together with the command that mends it.
+//!
+//! The stages are types, so that an unchecked or unlocked mapping can't be written down:
+//!
+//! ```text
+//! Host --open--> DaxDevice --range--> DaxRange --lock--> RangeLock --map--> DaxMapping
+//!                                                            ^                  |
+//!                                                            +------unmap-------+
+//! ```
+//!
+//! A [`DaxMapping`] owns its [`RangeLock`], which owns a share of the open device: the order munmap, unlock, close
+//! is by construction.
+//!
+//! # Invariants
+//! - A device is opened only after sysfs has said that it is a dax device with the `device_dax` driver bound.
+//! - Every [`DaxRange`] is a non-empty, aligned part of the device it was made by.
+//! - Every mapping is shared, starts at an address that is a multiple of the device's alignment, and was readable
+//!   at both ends when it was handed out.
+//!
+//! # Not here
+//! No hugetlb or anonymous memory, no pins, no waiting for removals, no writes to sysfs: nothing in this crate
+//! changes the host, and no byte of a device is written.
+//!
+//! # Example
+//! ```no_run
+//! use daxhund_dax::{Host, LockKind};
+//! use std::path::Path;
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let host = Host::system();
+//! for facts in host.devices()? {
+//!     println!("{}: {} bytes, align {}", facts.name, facts.size_bytes, facts.align_bytes);
+//! }
+//! let device = host.open(Path::new("/dev/dax0.0"))?;
+//! let range = device.range(None, Some(1 << 30))?;
+//! let mapping = device.lock(range, LockKind::Exclusive)?.map()?;
+//! assert_eq!(mapping.as_ptr() as u64 % device.facts().align_bytes, 0);
+//! # Ok(())
+//! # }
+//! ```
+
+#![deny(unsafe_code)]
+
+mod classify;
+mod device;
+mod enumerate;
+mod holder;
+mod host;
+mod lock;
+mod mapping;
+mod ofd;
+mod open;
+mod pages;
+mod range;
+mod size;
+mod sysfs;
+#[cfg(test)]
+mod testing;
+
+pub use classify::{ClassifyError, FileBacking, NotDaxKind, PathKind};
+pub use device::{
+    BadDeviceName, DeviceFacts, DeviceName, DeviceNumber, Driver, MapLocation, Mode, PhysRange,
+    RegionFacts, RegionKind,
+};
+pub use holder::Holder;
+pub use host::Host;
+pub use lock::{LockError, LockKind, RangeLock, ReleaseError};
+pub use mapping::{DaxMapping, MapError, Probe, ProbeError, UnmapError};
+pub use open::{DaxDevice, OpenError};
+pub use range::{Asked, DaxRange, RangeError};
+pub use size::ByteSize;
+pub use sysfs::SysfsError;

@@ -1,0 +1,58 @@
+//! Where things are in the guest's first MiB, and the machine's fixed addresses near 4 GiB.
+//!
+//! ```text
+//! 0x0_0000 ┬ real-mode vectors, BIOS data    (cleared)
+//! 0x0_0500 │ segment descriptors
+//! 0x0_6000 │ PVH start info, module list, memory map
+//! 0x0_7000 │ zero page (struct boot_params)
+//! 0x0_9000 │ page tables for the first GiB: three pages
+//! 0x2_0000 │ command line
+//! 0x9_fc00 ├ extended BIOS data              (cleared, reserved)
+//! 0xa_0000 │ legacy video hole               (reserved, contents kept)
+//! 0xe_0000 │ ACPI tables                     (written whole)
+//! 0x10_0000┴ kernel
+//! ```
+
+/// Page size of the guest.
+pub const PAGE: u64 = 4096;
+/// Segment descriptors.
+pub const DESCRIPTORS: u64 = 0x500;
+/// `struct hvm_start_info`.
+pub const START_INFO: u64 = 0x6000;
+/// `struct hvm_modlist_entry`.
+pub const MODULE_LIST: u64 = 0x6100;
+/// `struct hvm_memmap_table_entry`, up to the zero page.
+pub const MEMORY_MAP: u64 = 0x6200;
+/// `struct boot_params`.
+pub const ZERO_PAGE: u64 = 0x7000;
+/// Top-level page table.
+pub const PAGE_TABLE_LEVEL_4: u64 = 0x9000;
+/// Its only entry's table.
+pub const PAGE_TABLE_LEVEL_3: u64 = 0xa000;
+/// 512 entries of 2 MiB.
+pub const PAGE_TABLE_LEVEL_2: u64 = 0xb000;
+/// Command line.
+pub const CMDLINE: u64 = 0x2_0000;
+/// `COMMAND_LINE_SIZE` of x86 kernels, with the terminating zero (arch/x86/include/asm/setup.h).
+pub const CMDLINE_SIZE: usize = 2048;
+/// End of conventional memory.
+pub const EXTENDED_BIOS_DATA: u64 = 0x9_fc00;
+/// ACPI tables.
+pub const ACPI: u64 = 0xe_0000;
+/// Room for them.
+pub const ACPI_SIZE: u64 = HIGH_MEMORY - ACPI;
+/// First address above the legacy area.
+pub const HIGH_MEMORY: u64 = 0x10_0000;
+/// Less than this above 1 MiB boots no kernel at all.
+pub const SMALLEST_HIGH_MEMORY: u64 = 0x10_0000;
+
+/// Where kernels look for tables of a firmware (MP, DMI, RSDP): vectors and BIOS data area, extended BIOS data area,
+/// BIOS ROM. Start and end.
+pub const FIRMWARE_CORNER: [(u64, u64); 3] = [
+    (0, DESCRIPTORS),
+    (EXTENDED_BIOS_DATA, 0xa_0000),
+    (ACPI, HIGH_MEMORY),
+];
+
+/// PCI configuration space of segment 0, in the MMIO hole.
+pub const ECAM: u64 = 0xe800_0000;

@@ -1,0 +1,47 @@
+//! The processor tables a 64-bit entry needs: segment descriptors and an identity map of the first GiB.
+
+use vm_memory::GuestMemoryMmap;
+
+use super::{LoadError, place, write};
+use crate::kvm::BootRegisters;
+
+const PRESENT_WRITABLE: u64 = 0x3;
+const LARGE: u64 = 1 << 7;
+const ENTRIES: u64 = 512;
+const LARGE_PAGE: u64 = 2 << 20;
+
+pub(super) fn write_descriptors(
+    memory: &GuestMemoryMmap,
+    registers: &BootRegisters,
+) -> Result<(), LoadError> {
+    let bytes: Vec<u8> = registers
+        .descriptors()
+        .iter()
+        .flat_map(|d| d.to_le_bytes())
+        .collect();
+    write(memory, place::DESCRIPTORS, &bytes)
+}
+
+/// Whole pages are written: what was in them before must not be taken for entries.
+pub(super) fn write_page_tables(memory: &GuestMemoryMmap) -> Result<(), LoadError> {
+    table(memory, place::PAGE_TABLE_LEVEL_4, |i| {
+        (i == 0).then_some(place::PAGE_TABLE_LEVEL_3 | PRESENT_WRITABLE)
+    })?;
+    table(memory, place::PAGE_TABLE_LEVEL_3, |i| {
+        (i == 0).then_some(place::PAGE_TABLE_LEVEL_2 | PRESENT_WRITABLE)
+    })?;
+    table(memory, place::PAGE_TABLE_LEVEL_2, |i| {
+        Some((i * LARGE_PAGE) | PRESENT_WRITABLE | LARGE)
+    })
+}
+
+fn table(
+    memory: &GuestMemoryMmap,
+    at: u64,
+    entry: impl Fn(u64) -> Option<u64>,
+) -> Result<(), LoadError> {
+    let bytes: Vec<u8> = (0..ENTRIES)
+        .flat_map(|i| entry(i).unwrap_or(0).to_le_bytes())
+        .collect();
+    write(memory, at, &bytes)
+}

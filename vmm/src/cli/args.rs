@@ -1,0 +1,128 @@
+//! The command line as clap sees it. Values of words stay text here; `config` reads them.
+
+use std::path::PathBuf;
+
+use clap::builder::PossibleValuesParser;
+use clap::{ArgAction, Parser, Subcommand};
+
+use super::exit::ExitStatus;
+use super::unsupported;
+use crate::config::{CpusConfig, MemoryConfig, MemoryZoneConfig, NumaConfig};
+
+const MACHINE: &str = "Machine";
+const MEMORY: &str = "Memory";
+const PAYLOAD: &str = "Payload";
+const TERMINAL: &str = "Terminal";
+const VMM: &str = "VMM";
+
+const SERIAL_HELP: &str = "Serial port: off, null, tty, pty, file=PATH or socket=PATH";
+const SERIAL_LONG_HELP: &str = "Serial port: off, null, tty, pty, file=PATH or socket=PATH. \
+    It is tty by default, where Cloud Hypervisor has null, because the guest has no other console";
+const CONSOLE_HELP: &str = "Virtio console: off or null, no other mode yet";
+
+#[derive(Debug, Parser)]
+#[command(
+    name = "daxhund",
+    about = "A virtual machine monitor whose guest memory is device-dax",
+    disable_version_flag = true,
+    disable_help_subcommand = true,
+    args_conflicts_with_subcommands = true,
+    arg_required_else_help = true,
+    after_help = "Sizes take K, M, G or T. --help tells each option's keys, exit statuses and examples.",
+    after_long_help = after_long_help()
+)]
+pub(super) struct Args {
+    #[command(subcommand)]
+    pub(super) subcommand: Option<Sub>,
+
+    /// Virtual processors [default: boot=1]
+    #[arg(long, value_name = "boot=N,max=N", help_heading = MACHINE,
+        long_help = CpusConfig::WORD.help())]
+    pub(super) cpus: Option<String>,
+
+    /// A guest NUMA node; repeat for more
+    #[arg(long, value_name = "KEY=VALUE,..", help_heading = MACHINE, num_args = 1..,
+        action = ArgAction::Append, long_help = NumaConfig::WORD.help())]
+    pub(super) numa: Vec<String>,
+
+    /// RAM of the host's own memory [default: size=512M]
+    #[arg(long, value_name = "KEY=VALUE,..", help_heading = MEMORY,
+        long_help = MemoryConfig::WORD.help())]
+    pub(super) memory: Option<String>,
+
+    /// A piece of RAM and what backs it; repeat for more
+    #[arg(long, value_name = "KEY=VALUE,..", help_heading = MEMORY, num_args = 1..,
+        action = ArgAction::Append, long_help = MemoryZoneConfig::WORD.help())]
+    pub(super) memory_zone: Vec<String>,
+
+    /// Kernel to boot: a bzImage, or an ELF kernel with a PVH entry
+    #[arg(long, value_name = "PATH", help_heading = PAYLOAD)]
+    pub(super) kernel: Option<PathBuf>,
+
+    /// Initial RAM file system
+    #[arg(long, value_name = "PATH", help_heading = PAYLOAD)]
+    pub(super) initramfs: Option<PathBuf>,
+
+    /// Kernel command line
+    #[arg(long, value_name = "TEXT", help_heading = PAYLOAD, allow_hyphen_values = true)]
+    pub(super) cmdline: Option<String>,
+
+    #[arg(long, value_name = "MODE", help_heading = TERMINAL, default_value = "tty",
+        help = SERIAL_HELP, long_help = SERIAL_LONG_HELP)]
+    pub(super) serial: String,
+
+    #[arg(long, value_name = "MODE", help_heading = TERMINAL, default_value = "off",
+        help = CONSOLE_HELP)]
+    pub(super) console: String,
+
+    /// System call filter; only false is supported yet
+    #[arg(long, value_name = "MODE", help_heading = VMM, default_value = "false",
+        hide_possible_values = true,
+        value_parser = PossibleValuesParser::new(["true", "false", "log"]))]
+    pub(super) seccomp: String,
+
+    /// Write the log to a file instead of standard error
+    #[arg(long, value_name = "PATH", help_heading = VMM)]
+    pub(super) log_file: Option<PathBuf>,
+
+    /// Log more: -v info, -vv debug, -vvv trace; warnings are always logged
+    #[arg(short, action = ArgAction::Count, help_heading = VMM)]
+    pub(super) verbose: u8,
+
+    /// Print the version
+    #[arg(short = 'V', long)]
+    pub(super) version: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Sub {
+    /// Check what this host needs to run guests on device-dax memory
+    Doctor {
+        /// Print JSON instead of a table
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+fn after_long_help() -> String {
+    let flags: Vec<String> = unsupported::FLAGS
+        .iter()
+        .map(|flag| format!("--{flag}"))
+        .collect();
+    format!(
+        "Examples:\n  \
+         Boot a kernel on device-dax memory, all of it:\n    \
+         daxhund --kernel vmlinuz --initramfs initrd --cmdline console=ttyS0 \\\n      \
+         --memory-zone id=ram,file=/dev/dax0.0\n  \
+         1 GiB of the device from 512 MiB on, and 2 GiB of huge pages:\n    \
+         daxhund --kernel vmlinuz --cpus boot=2 \\\n      \
+         --memory-zone id=dax,file=/dev/dax0.0,offset=512M,size=1G \\\n      \
+         --memory-zone id=huge,size=2G,hugepages=on\n  \
+         See what this host lacks:\n    \
+         daxhund doctor\n\n\
+         Exit status:\n{}\n\n\
+         Recognised and refused, not supported yet: {}",
+        ExitStatus::table(),
+        flags.join(" "),
+    )
+}

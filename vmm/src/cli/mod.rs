@@ -1,0 +1,202 @@
+//! The command line: from arguments to one [`Command`] or one error. Nothing is printed, opened or
+//! started here, so every outcome is a value that a test can look at.
+//!
+//! Invariants:
+//! - A [`Command::Run`] carries a checked configuration; what is wrong with a command line is known
+//!   before anything of the host is touched.
+//! - Words of the contract that are not built are refused by name, never ignored.
+
+#![forbid(unsafe_code)]
+
+mod args;
+mod exit;
+#[cfg(test)]
+mod tests;
+mod unsupported;
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+
+use clap::error::ErrorKind;
+use clap::{CommandFactory, FromArgMatches};
+use thiserror::Error;
+
+use args::{Args, Sub};
+pub use exit::ExitStatus;
+
+use crate::config::{
+    ConfigError, ConsoleConfig, CpusConfig, MemoryConfig, NumaConfig, PayloadConfig, ValidConfig,
+    VmConfig, WordError,
+};
+
+/// The release of the contract that is answered, for those who parse it from `--version`.
+const CONTRACT_VERSION: &str = "v53.0.0";
+const CONTRACT_NAME: &str = "cloud-hypervisor";
+
+/// What the command line asks for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Command {
+    /// Run a guest.
+    Run {
+        /// The guest.
+        config: Box<ValidConfig>,
+        /// What to log and where.
+        logging: Logging,
+    },
+    /// Check the host.
+    Doctor {
+        /// Print JSON instead of a table.
+        json: bool,
+    },
+    /// Print this line to standard output.
+    Version(String),
+    /// Print this text to standard output.
+    Help(String),
+}
+
+/// What to log and where.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Logging {
+    /// The most detailed level that is logged.
+    pub level: LogLevel,
+    /// The file to write to; standard error when absent.
+    pub file: Option<PathBuf>,
+}
+
+/// How detailed the log is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum LogLevel {
+    /// Errors and warnings.
+    #[default]
+    Warn,
+    /// `-v`.
+    Info,
+    /// `-vv`.
+    Debug,
+    /// `-vvv`.
+    Trace,
+}
+
+impl LogLevel {
+    fn from_count(count: u8) -> Self {
+        match count {
+            0 => Self::Warn,
+            1 => Self::Info,
+            2 => Self::Debug,
+            _ => Self::Trace,
+        }
+    }
+}
+
+/// A command line that cannot be used; the exit status is [`ExitStatus::Usage`].
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum CliError {
+    /// An unknown word, a word without its value, a word given too often.
+    #[error("{message}")]
+    Syntax {
+        /// What is wrong, with a hint; more than one line.
+        message: String,
+    },
+    /// No words at all.
+    #[error("nothing to do: give --kernel PATH to run a guest, or a command\n\n{}", help.trim_end())]
+    NothingToDo {
+        /// The short help.
+        help: String,
+    },
+    /// A word of the contract that this version does not build.
+    #[error("not supported by daxhund: {word}")]
+    NotSupported {
+        /// The word as given.
+        word: String,
+    },
+    /// The value of a word.
+    #[error(transparent)]
+    Word(#[from] WordError),
+    /// The words together.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+}
+
+/// Reads a command line whose first item is the program's name.
+pub fn parse<I>(argv: I) -> Result<Command, CliError>
+where
+    I: IntoIterator<Item = OsString>,
+{
+    let argv: Vec<OsString> = argv.into_iter().collect();
+    let matches = match unsupported::recognise(Args::command()).try_get_matches_from(&argv) {
+        Ok(matches) => matches,
+        Err(error) if error.kind() == ErrorKind::DisplayHelp => {
+            return Ok(Command::Help(error.render().to_string()));
+        }
+        Err(error) if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
+            return Err(CliError::NothingToDo {
+                help: error.render().to_string(),
+            });
+        }
+        Err(error) => return Err(syntax(&error)),
+    };
+    if let Some(word) = unsupported::given(&matches) {
+        return Err(CliError::NotSupported { word });
+    }
+    let words = Args::from_arg_matches(&matches).map_err(|error| syntax(&error))?;
+    if words.version {
+        return Ok(Command::Version(version(argv.first())));
+    }
+    match words.subcommand {
+        Some(Sub::Doctor { json }) => Ok(Command::Doctor { json }),
+        None => run(words),
+    }
+}
+
+fn run(args: Args) -> Result<Command, CliError> {
+    if args.seccomp != "false" {
+        return Err(CliError::NotSupported {
+            word: format!("--seccomp {}", args.seccomp),
+        });
+    }
+    let config = VmConfig {
+        cpus: match &args.cpus {
+            Some(text) => CpusConfig::parse(text)?,
+            None => CpusConfig::default(),
+        },
+        memory: MemoryConfig::parse(args.memory.as_deref(), &args.memory_zone)?,
+        payload: PayloadConfig {
+            kernel: args.kernel,
+            initramfs: args.initramfs,
+            cmdline: args.cmdline,
+        },
+        serial: ConsoleConfig::parse("--serial", &args.serial)?,
+        console: ConsoleConfig::parse("--console", &args.console)?,
+        numa: args
+            .numa
+            .iter()
+            .map(|text| NumaConfig::parse(text))
+            .collect::<Result<_, _>>()?,
+    };
+    Ok(Command::Run {
+        config: Box::new(config.validate()?),
+        logging: Logging {
+            level: LogLevel::from_count(args.verbose),
+            file: args.log_file,
+        },
+    })
+}
+
+/// clap's text without the prefix, which is the printer's to choose.
+fn syntax(error: &clap::Error) -> CliError {
+    let text = error.render().to_string();
+    CliError::Syntax {
+        message: text.trim_start_matches("error: ").trim_end().to_owned(),
+    }
+}
+
+/// Callers that look for another VMM's name get a line they can parse.
+fn version(program: Option<&OsString>) -> String {
+    let own = concat!("daxhund ", env!("CARGO_PKG_VERSION"));
+    let name = program.and_then(|path| Path::new(path).file_name());
+    if name.is_some_and(|name| name == CONTRACT_NAME) {
+        format!("{CONTRACT_NAME} {CONTRACT_VERSION} ({own})")
+    } else {
+        own.to_owned()
+    }
+}

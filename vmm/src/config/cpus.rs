@@ -1,0 +1,191 @@
+//! `--cpus`: how many virtual processors the guest starts with and may have.
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use super::{Key, Word, WordError};
+
+/// Most vCPUs a guest can have: xAPIC identifiers are 8 bits wide, 255 is the broadcast address
+/// and one is kept for the I/O APIC.
+pub const MAX_VCPUS: u32 = 254;
+
+/// Virtual processors.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CpusConfig {
+    /// vCPUs that run from the start (`boot=`).
+    pub boot_vcpus: u32,
+    /// vCPUs the guest's tables describe (`max=`).
+    pub max_vcpus: u32,
+}
+
+impl Default for CpusConfig {
+    fn default() -> Self {
+        Self {
+            boot_vcpus: 1,
+            max_vcpus: 1,
+        }
+    }
+}
+
+/// A number of vCPUs that no guest can have.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum CpusError {
+    /// `boot=0`.
+    #[error("--cpus boot=0: a guest needs a vCPU to run on; give boot=1 or more")]
+    NoVcpus,
+    /// Fewer at most than at boot.
+    #[error(
+        "--cpus boot={boot},max={max}: max is below boot; leave max out or give max={boot} or more"
+    )]
+    MaxBelowBoot {
+        /// vCPUs at boot.
+        boot: u32,
+        /// vCPUs at most.
+        max: u32,
+    },
+    /// Above what the machine can number.
+    #[error(
+        "--cpus asks for {asked} vCPUs; a guest can have {MAX_VCPUS}: give at most max={MAX_VCPUS}"
+    )]
+    TooMany {
+        /// vCPUs asked for.
+        asked: u32,
+    },
+}
+
+#[derive(Default)]
+pub(crate) struct CpusDraft {
+    boot: Option<u32>,
+    max: Option<u32>,
+}
+
+impl CpusConfig {
+    pub(crate) const WORD: Word<CpusDraft> = Word {
+        flag: "--cpus",
+        about: "Virtual processors",
+        keys: &[
+            Key::new(
+                "boot",
+                "N",
+                "vCPUs at start [default: 1]",
+                |draft, value| {
+                    draft.boot = Some(value.integer()?);
+                    Ok(())
+                },
+            ),
+            Key::new(
+                "max",
+                "N",
+                "vCPUs at most, up to 254 [default: boot]",
+                |draft, value| {
+                    draft.max = Some(value.integer()?);
+                    Ok(())
+                },
+            ),
+            Key::not_built("topology"),
+            Key::not_built("kvm_hyperv"),
+            Key::not_built("max_phys_bits"),
+            Key::not_built("affinity"),
+            Key::not_built("features"),
+            Key::not_built("nested"),
+            Key::not_built("core_scheduling"),
+        ],
+    };
+
+    /// Reads the value of `--cpus`.
+    pub fn parse(text: &str) -> Result<Self, WordError> {
+        let mut draft = CpusDraft::default();
+        Self::WORD.fill(text, &mut draft)?;
+        let boot_vcpus = draft.boot.unwrap_or(1);
+        Ok(Self {
+            boot_vcpus,
+            max_vcpus: draft.max.unwrap_or(boot_vcpus),
+        })
+    }
+
+    pub(super) fn check(&self) -> Result<(), CpusError> {
+        let (boot, max) = (self.boot_vcpus, self.max_vcpus);
+        if boot == 0 {
+            return Err(CpusError::NoVcpus);
+        }
+        if max < boot {
+            return Err(CpusError::MaxBelowBoot { boot, max });
+        }
+        if max > MAX_VCPUS {
+            return Err(CpusError::TooMany { asked: max });
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn cpus(boot_vcpus: u32, max_vcpus: u32) -> CpusConfig {
+        CpusConfig {
+            boot_vcpus,
+            max_vcpus,
+        }
+    }
+
+    #[test]
+    fn max_follows_boot_unless_given() {
+        assert_eq!(CpusConfig::parse("boot=4"), Ok(cpus(4, 4)));
+        assert_eq!(CpusConfig::parse("boot=2,max=8"), Ok(cpus(2, 8)));
+        assert_eq!(CpusConfig::parse("max=8"), Ok(cpus(1, 8)));
+    }
+
+    #[test]
+    fn impossible_numbers_are_refused() {
+        assert_eq!(cpus(1, 254).check(), Ok(()));
+        for (config, error, words) in [
+            (cpus(0, 1), CpusError::NoVcpus, "boot=1 or more"),
+            (cpus(0, 0), CpusError::NoVcpus, "boot=0"),
+            (
+                cpus(4, 2),
+                CpusError::MaxBelowBoot { boot: 4, max: 2 },
+                "max=4 or more",
+            ),
+            (
+                cpus(1, 255),
+                CpusError::TooMany { asked: 255 },
+                "at most max=254",
+            ),
+        ] {
+            assert_eq!(config.check(), Err(error.clone()));
+            assert!(error.to_string().contains(words), "{error}");
+        }
+    }
+
+    #[test]
+    fn keys_of_the_contract_that_are_not_built_are_named() {
+        for key in [
+            "topology",
+            "kvm_hyperv",
+            "max_phys_bits",
+            "affinity",
+            "features",
+            "nested",
+        ] {
+            let error = CpusConfig::parse(&format!("boot=1,{key}=1")).unwrap_err();
+            assert_eq!(
+                error.to_string(),
+                format!("not supported by daxhund: --cpus {key}")
+            );
+        }
+    }
+
+    #[test]
+    fn json_uses_the_contract_names_and_refuses_others() {
+        let json = r#"{"boot_vcpus":2,"max_vcpus":4}"#;
+        assert_eq!(
+            serde_json::from_str::<CpusConfig>(json).unwrap(),
+            cpus(2, 4)
+        );
+        assert_eq!(serde_json::to_string(&cpus(2, 4)).unwrap(), json);
+        let error = serde_json::from_str::<CpusConfig>(r#"{"boot_vcpus":2,"max_vcpus":4,"x":1}"#);
+        assert!(error.unwrap_err().to_string().contains("unknown field `x`"));
+    }
+}

@@ -1,0 +1,242 @@
+//! The CPUID leaves a guest sees: what KVM supports, with the topology and the APIC ids made the guest's own.
+//!
+//! Everything KVM reports is passed on. Changed is only what names the *host's* processor the vCPU happens to run
+//! on: the APIC id, the number of logical processors and the cores they make, and the leaves that describe caches
+//! shared between them. All vCPUs are cores of one package with one thread each.
+//! Sources: Intel SDM vol. 2A, CPUID; AMD APM vol. 3, appendix E; Documentation/virt/kvm/x86/cpuid.rst.
+
+use std::io;
+
+use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
+use thiserror::Error;
+
+use super::hypervisor::Hypervisor;
+
+const FEATURES: u32 = 0x1;
+const CACHES_INTEL: u32 = 0x4;
+const MONITOR: u32 = 0x5;
+const PERFMON: u32 = 0xa;
+const TOPOLOGY: u32 = 0xb;
+const TOPOLOGY_V2: u32 = 0x1f;
+const AMD_FEATURES: u32 = 0x8000_0001;
+const AMD_SIZES: u32 = 0x8000_0008;
+const AMD_CACHES: u32 = 0x8000_001d;
+const AMD_TOPOLOGY: u32 = 0x8000_001e;
+const AMD_TOPOLOGY_V2: u32 = 0x8000_0026;
+
+const ECX_TSC_DEADLINE: u32 = 1 << 24;
+const ECX_HYPERVISOR: u32 = 1 << 31;
+const ECX_MONITOR: u32 = 1 << 3;
+const EDX_HTT: u32 = 1 << 28;
+/// Legacy method of counting cores, APM vol. 3 E.4.2; and the topology extensions that leaves 0x8000001d/1e need.
+const AMD_ECX_CMP_LEGACY: u32 = 1 << 1;
+
+/// Levels of the extended topology leaf (SDM vol. 2A, CPUID leaf 0BH).
+const LEVEL_SMT: u32 = 1;
+const LEVEL_CORE: u32 = 2;
+
+/// KVM would not say what it supports.
+#[derive(Debug, Error)]
+#[error("KVM would not list the CPUID leaves it supports")]
+pub struct CpuidError(#[source] io::Error);
+
+/// What all vCPUs of one VM have in common.
+#[derive(Debug, Clone)]
+pub struct CpuidTemplate {
+    leaves: Vec<kvm_cpuid_entry2>,
+    cpus: u8,
+}
+
+impl CpuidTemplate {
+    /// Asks KVM; `cpus` is how many vCPUs the VM may ever have.
+    pub fn new(hypervisor: &Hypervisor, cpus: u8) -> Result<Self, CpuidError> {
+        let supported = hypervisor
+            .kvm()
+            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+            .map_err(|e| CpuidError(io::Error::from(e)))?;
+        Ok(Self::from_supported(supported.as_slice(), cpus))
+    }
+
+    fn from_supported(supported: &[kvm_cpuid_entry2], cpus: u8) -> Self {
+        let mut leaves = supported.to_vec();
+        // The topology leaf is per guest, not per host: rebuilt below for every vCPU.
+        let had_topology = leaves.iter().any(|l| l.function == TOPOLOGY);
+        leaves.retain(|l| !matches!(l.function, TOPOLOGY | TOPOLOGY_V2 | AMD_TOPOLOGY_V2));
+        if had_topology {
+            for index in [0, 1] {
+                leaves.push(kvm_cpuid_entry2 {
+                    function: TOPOLOGY,
+                    index,
+                    flags: kvm_bindings::KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
+                    ..Default::default()
+                });
+            }
+        }
+        Self { leaves, cpus }
+    }
+
+    /// Width of a guest-physical address: what KVM reports of the host (leaf 0x80000008), or the architecture's
+    /// minimum where it reports nothing.
+    pub fn address_bits(&self) -> u8 {
+        const MINIMUM: u8 = 36;
+        let sizes = self.leaves.iter().find(|leaf| leaf.function == AMD_SIZES);
+        sizes.map_or(MINIMUM, |leaf| leaf.eax.to_le_bytes()[0])
+    }
+
+    /// Bits of an APIC id that number the core within the package.
+    fn core_bits(&self) -> u32 {
+        u32::from(self.cpus).next_power_of_two().trailing_zeros()
+    }
+
+    /// The table of one vCPU.
+    pub(super) fn for_vcpu(&self, id: u8) -> Vec<kvm_cpuid_entry2> {
+        let mut leaves = self.leaves.clone();
+        for leaf in &mut leaves {
+            self.adapt(leaf, id);
+        }
+        leaves
+    }
+
+    fn adapt(&self, leaf: &mut kvm_cpuid_entry2, id: u8) {
+        let cpus = u32::from(self.cpus);
+        let id = u32::from(id);
+        match leaf.function {
+            FEATURES => {
+                leaf.ebx = (leaf.ebx & 0x0000_ffff) | (cpus.min(255) << 16) | (id << 24);
+                leaf.ecx |= ECX_HYPERVISOR | ECX_TSC_DEADLINE;
+                leaf.ecx &= !ECX_MONITOR;
+                if cpus > 1 {
+                    leaf.edx |= EDX_HTT;
+                } else {
+                    leaf.edx &= !EDX_HTT;
+                }
+            }
+            CACHES_INTEL if leaf.eax & 0x1f != 0 => {
+                // Bits 31:26 cores in the package, bits 25:14 logical processors that share this cache, each minus
+                // one: the last level belongs to all, the others to one core.
+                let shared = if (leaf.eax >> 5) & 0x7 >= 3 {
+                    cpus - 1
+                } else {
+                    0
+                };
+                leaf.eax = (leaf.eax & 0x3fff) | ((cpus - 1).min(63) << 26) | (shared << 14);
+            }
+            // No MONITOR/MWAIT, no performance counters: neither is virtualised here.
+            MONITOR | PERFMON => (leaf.eax, leaf.ebx, leaf.ecx, leaf.edx) = (0, 0, 0, 0),
+            TOPOLOGY => {
+                let (shift, count, level) = match leaf.index {
+                    0 => (0, 1, LEVEL_SMT),
+                    _ => (self.core_bits(), cpus, LEVEL_CORE),
+                };
+                leaf.eax = shift;
+                leaf.ebx = count;
+                leaf.ecx = leaf.index | (level << 8);
+                leaf.edx = id;
+            }
+            AMD_FEATURES if cpus > 1 => leaf.ecx |= AMD_ECX_CMP_LEGACY,
+            AMD_FEATURES => leaf.ecx &= !AMD_ECX_CMP_LEGACY,
+            // ApicIdCoreIdSize in 15:12, number of threads minus one in 7:0.
+            AMD_SIZES => leaf.ecx = (self.core_bits() << 12) | (cpus - 1),
+            AMD_CACHES if leaf.eax & 0x1f != 0 => {
+                let shared = if (leaf.eax >> 5) & 0x7 >= 3 {
+                    cpus - 1
+                } else {
+                    0
+                };
+                leaf.eax = (leaf.eax & 0x3fff) | (shared << 14);
+            }
+            AMD_TOPOLOGY => {
+                // Extended APIC id; one thread per core; one node, number 0.
+                leaf.eax = id;
+                leaf.ebx = id;
+                leaf.ecx = 0;
+            }
+            _ => {}
+        }
+    }
+}
+
+/// As `KVM_SET_CPUID2` takes it.
+pub(super) fn to_kvm(leaves: &[kvm_cpuid_entry2]) -> Result<CpuId, CpuidError> {
+    CpuId::from_entries(leaves).map_err(|_| CpuidError(io::Error::from_raw_os_error(libc::E2BIG)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn leaf(function: u32, index: u32) -> kvm_cpuid_entry2 {
+        kvm_cpuid_entry2 {
+            function,
+            index,
+            eax: 0xffff_ffff,
+            ebx: 0xffff_ffff,
+            ecx: u32::MAX,
+            edx: u32::MAX,
+            ..Default::default()
+        }
+    }
+
+    fn find(leaves: &[kvm_cpuid_entry2], function: u32, index: u32) -> kvm_cpuid_entry2 {
+        *leaves
+            .iter()
+            .find(|l| l.function == function && l.index == index)
+            .unwrap()
+    }
+
+    #[test]
+    fn apic_ids_are_the_guests() {
+        let template = CpuidTemplate::from_supported(
+            &[
+                leaf(FEATURES, 0),
+                leaf(TOPOLOGY, 0),
+                leaf(TOPOLOGY, 1),
+                leaf(TOPOLOGY, 2),
+                leaf(AMD_TOPOLOGY, 0),
+            ],
+            3,
+        );
+        for id in 0..3 {
+            let leaves = template.for_vcpu(id);
+            assert_eq!(find(&leaves, FEATURES, 0).ebx >> 24, u32::from(id));
+            assert_eq!((find(&leaves, FEATURES, 0).ebx >> 16) & 0xff, 3);
+            assert_eq!(find(&leaves, TOPOLOGY, 0).edx, u32::from(id));
+            assert_eq!(find(&leaves, TOPOLOGY, 1).ebx, 3);
+            assert_eq!(
+                find(&leaves, TOPOLOGY, 1).eax,
+                2,
+                "three cores need two bits"
+            );
+            assert_eq!(find(&leaves, AMD_TOPOLOGY, 0).eax, u32::from(id));
+            assert!(
+                !leaves
+                    .iter()
+                    .any(|l| l.function == TOPOLOGY && l.index == 2)
+            );
+        }
+    }
+
+    #[test]
+    fn a_single_vcpu_has_no_siblings() {
+        let template = CpuidTemplate::from_supported(
+            &[leaf(FEATURES, 0), leaf(AMD_SIZES, 0), leaf(AMD_FEATURES, 0)],
+            1,
+        );
+        let leaves = template.for_vcpu(0);
+        assert_eq!(find(&leaves, FEATURES, 0).edx & EDX_HTT, 0);
+        assert_eq!(find(&leaves, AMD_SIZES, 0).ecx, 0);
+        assert_eq!(find(&leaves, AMD_FEATURES, 0).ecx & AMD_ECX_CMP_LEGACY, 0);
+    }
+
+    #[test]
+    fn caches_below_the_last_level_are_private() {
+        let level = |n: u32| kvm_cpuid_entry2 {
+            eax: (n << 5) | 1 | (7 << 14),
+            ..leaf(AMD_CACHES, n)
+        };
+        let template = CpuidTemplate::from_supported(&[level(1), level(2), level(3)], 4);
+        let leaves = template.for_vcpu(0);
+        let sharers = |n| (find(&leaves, AMD_CACHES, n).eax >> 14) + 1;
+        assert_eq!((sharers(1), sharers(2), sharers(3)), (1, 1, 4));
+    }
+}

@@ -1,0 +1,22 @@
+//! What faces `/dev/kvm`: the VM, its vCPUs and its memory slots.
+//!
+//! Everything here is a thin, checked layer over `kvm-ioctls`; nothing knows of devices, boot or memory backings.
+//! The interrupt controllers are the kernel's own (full in-kernel irqchip, never split: level interrupts of
+//! passed-through devices will need resample irqfds).
+//!
+//! A vCPU can always be brought out of `KVM_RUN` by a signal, see [`kick`]. `KVM_RUN` may never return by itself
+//! when guest memory is taken away under it, so no design here may wait for it without that signal.
+
+mod cpuid;
+mod hypervisor;
+mod kick;
+mod slots;
+mod vcpu;
+mod vm;
+
+pub use cpuid::{CpuidError, CpuidTemplate};
+pub use hypervisor::{Hypervisor, OpenError};
+pub use kick::{KickError, KickTarget};
+pub use slots::{MemorySlots, SlotError, SlotLease, SlotRange};
+pub use vcpu::{BootRegisters, BoundVcpu, Exit, Io, SetupError, Vcpu, VcpuFault};
+pub use vm::{CreateVmError, Vm};

@@ -1,0 +1,135 @@
+//! KVM memory slots: which host memory a guest-physical range is.
+//!
+//! A slot is the first thing a region gets and the last thing it gives back. Deleting it makes KVM drop every
+//! second-level entry of the range before the ioctl returns; nothing may be unmapped before that.
+
+use std::io;
+use std::sync::Arc;
+
+use kvm_bindings::kvm_userspace_memory_region;
+use kvm_ioctls::VmFd;
+use thiserror::Error;
+
+/// A guest-physical range and the host memory behind it. All in bytes, all multiples of 4096.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SlotRange {
+    /// First guest-physical address.
+    pub gpa: u64,
+    /// Length.
+    pub size: u64,
+    /// First host-virtual address.
+    pub host_address: u64,
+}
+
+/// Proof that a slot exists; give it back to [`MemorySlots::delete`].
+#[derive(Debug)]
+#[must_use = "a slot that is forgotten keeps its host memory reachable by the guest"]
+pub struct SlotLease {
+    slot: u32,
+    range: SlotRange,
+}
+
+/// A slot could not be made or deleted.
+#[derive(Debug, Error)]
+pub enum SlotError {
+    /// All numbers are taken.
+    #[error(
+        "no KVM memory slot is free: this host allows {max} per VM; use fewer or larger memory zones"
+    )]
+    Exhausted {
+        /// `KVM_CAP_NR_MEMSLOTS` of the host.
+        max: usize,
+    },
+    /// The kernel refused.
+    #[error("KVM would not {what} memory slot {slot} (guest {:#x}, {:#x} bytes)", range.gpa, range.size)]
+    Refused {
+        /// What was asked.
+        what: &'static str,
+        /// Slot number.
+        slot: u32,
+        /// The range of the slot.
+        range: SlotRange,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// The slot table of one VM.
+#[derive(Debug)]
+pub struct MemorySlots {
+    vm: Arc<VmFd>,
+    max: usize,
+    /// Index is the slot number; `None` is free.
+    used: Vec<Option<SlotRange>>,
+}
+
+impl MemorySlots {
+    pub(super) fn new(vm: Arc<VmFd>, max: usize) -> Self {
+        Self {
+            vm,
+            max,
+            used: Vec::new(),
+        }
+    }
+
+    /// Lets the guest reach `range`.
+    ///
+    /// The caller keeps the host memory mapped until [`MemorySlots::delete`] has succeeded; `memory::Ram` is the one
+    /// caller and owns that order.
+    pub fn create(&mut self, range: SlotRange) -> Result<SlotLease, SlotError> {
+        let index = match self.used.iter().position(Option::is_none) {
+            Some(free) => free,
+            None if self.used.len() < self.max => {
+                self.used.push(None);
+                self.used.len() - 1
+            }
+            None => return Err(SlotError::Exhausted { max: self.max }),
+        };
+        let slot = u32::try_from(index).map_err(|_| SlotError::Exhausted { max: self.max })?;
+        self.set("create", slot, range, range.size)?;
+        self.used[index] = Some(range);
+        Ok(SlotLease { slot, range })
+    }
+
+    /// The undo of [`MemorySlots::create`]. On failure the lease comes back and the slot is still live.
+    pub fn delete(&mut self, lease: SlotLease) -> Result<(), (SlotLease, SlotError)> {
+        match self.set("delete", lease.slot, lease.range, 0) {
+            Ok(()) => {
+                self.used[lease.slot as usize] = None;
+                Ok(())
+            }
+            Err(error) => Err((lease, error)),
+        }
+    }
+
+    /// The slot ranges that exist, for diagnosis.
+    pub fn ranges(&self) -> impl Iterator<Item = SlotRange> + '_ {
+        self.used.iter().flatten().copied()
+    }
+
+    fn set(
+        &self,
+        what: &'static str,
+        slot: u32,
+        range: SlotRange,
+        size: u64,
+    ) -> Result<(), SlotError> {
+        let region = kvm_userspace_memory_region {
+            slot,
+            flags: 0,
+            guest_phys_addr: range.gpa,
+            memory_size: size,
+            userspace_addr: range.host_address,
+        };
+        // SAFETY: the range is guest memory that nothing in this process holds a Rust reference into, and
+        // `memory::Ram` keeps it mapped from before a slot is created until after it is deleted (a size of 0
+        // deletes). KVM checks that the addresses are user addresses of this process.
+        unsafe { self.vm.set_user_memory_region(region) }.map_err(|e| SlotError::Refused {
+            what,
+            slot,
+            range,
+            source: io::Error::from(e),
+        })
+    }
+}

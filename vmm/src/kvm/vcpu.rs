@@ -1,0 +1,567 @@
+//! One vCPU: its state at power-on, and running it.
+//!
+//! A [`Vcpu`] is made and set up on the owner thread, then bound to the thread that runs it ([`Vcpu::bind`]); from
+//! then on it can be kicked. What a guest does that needs user space ends up in an [`Io`]; what ends the guest, or
+//! this vCPU, is an [`Exit`] or a [`VcpuFault`].
+
+use std::io;
+
+use kvm_bindings::{Msrs, kvm_fpu, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs};
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use thiserror::Error;
+
+use super::cpuid::{self, CpuidTemplate};
+use super::kick::Kickable;
+
+/// Control and extended feature bits, Intel SDM vol. 3A, 2.5 and 2.2.1.
+const CR0_PE: u64 = 1;
+const CR0_ET: u64 = 1 << 4;
+const CR0_PG: u64 = 1 << 31;
+const CR4_PAE: u64 = 1 << 5;
+const EFER_LME: u64 = 1 << 8;
+const EFER_LMA: u64 = 1 << 10;
+const RFLAGS_RESERVED: u64 = 1 << 1;
+
+const MSR_IA32_MISC_ENABLE: u32 = 0x1a0;
+const MISC_ENABLE_FAST_STRING: u64 = 1;
+const MSR_MTRR_DEF_TYPE: u32 = 0x2ff;
+/// MTRRs on, everything write-back: what firmware leaves behind, and what KVM's huge mappings want.
+const MTRR_ENABLED_WRITE_BACK: u64 = (1 << 11) | 6;
+
+/// Local vector table registers, offsets into the local APIC page; SDM vol. 3A, 12.5.1.
+const LVT_LINT0: usize = 0x350;
+const LVT_LINT1: usize = 0x360;
+const DELIVERY_EXTINT: u32 = 0x7 << 8;
+const DELIVERY_NMI: u32 = 0x4 << 8;
+const DELIVERY_MASK: u32 = 0x7 << 8;
+
+/// Registers of the boot vCPU at the kernel's entry point. The tables they name are in guest memory already.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BootRegisters {
+    /// 64-bit Linux boot protocol (Documentation/arch/x86/boot.rst): long mode, paging on, zero page in RSI.
+    Linux64 {
+        /// 64-bit entry point.
+        entry: u64,
+        /// Guest-physical address of `struct boot_params`.
+        zero_page: u64,
+        /// Guest-physical address of the top-level page table.
+        page_table: u64,
+        /// Guest-physical address of the descriptor table.
+        gdt: u64,
+    },
+    /// PVH boot (Xen's docs/misc/pvh.pandoc): 32-bit protected mode, paging off, start info in EBX.
+    Pvh {
+        /// 32-bit entry point.
+        entry: u64,
+        /// Guest-physical address of `struct hvm_start_info`.
+        start_info: u64,
+        /// Guest-physical address of the descriptor table.
+        gdt: u64,
+    },
+}
+
+impl BootRegisters {
+    /// The descriptors, by selector order, that the boot code writes to `gdt`: null, code, data, task state.
+    pub fn descriptors(&self) -> [u64; 4] {
+        let code = self.code();
+        [0, descriptor(&code), descriptor(&DATA), descriptor(&TASK)]
+    }
+
+    fn code(&self) -> kvm_segment {
+        match self {
+            Self::Linux64 { .. } => kvm_segment { l: 1, ..CODE },
+            Self::Pvh { .. } => kvm_segment { db: 1, ..CODE },
+        }
+    }
+
+    fn gdt(&self) -> u64 {
+        match self {
+            Self::Linux64 { gdt, .. } | Self::Pvh { gdt, .. } => *gdt,
+        }
+    }
+}
+
+/// Flat segments: base 0, limit 4 GiB, present, ring 0.
+const FLAT: kvm_segment = kvm_segment {
+    base: 0,
+    limit: 0xffff_ffff,
+    selector: 0,
+    type_: 0,
+    present: 1,
+    dpl: 0,
+    db: 0,
+    s: 1,
+    l: 0,
+    g: 1,
+    avl: 0,
+    unusable: 0,
+    padding: 0,
+};
+const CODE: kvm_segment = kvm_segment {
+    selector: 0x8,
+    type_: 0xb,
+    ..FLAT
+};
+const DATA: kvm_segment = kvm_segment {
+    selector: 0x10,
+    type_: 0x3,
+    db: 1,
+    ..FLAT
+};
+const TASK: kvm_segment = kvm_segment {
+    selector: 0x18,
+    type_: 0xb,
+    s: 0,
+    g: 0,
+    limit: 0x67,
+    ..FLAT
+};
+
+/// A segment as its 8-byte descriptor, SDM vol. 3A, 3.4.5.
+fn descriptor(segment: &kvm_segment) -> u64 {
+    let limit = if segment.g == 1 {
+        segment.limit >> 12
+    } else {
+        segment.limit
+    };
+    let limit = u64::from(limit);
+    let flags = u64::from(segment.type_)
+        | u64::from(segment.s) << 4
+        | u64::from(segment.dpl) << 5
+        | u64::from(segment.present) << 7
+        | u64::from(segment.avl) << 12
+        | u64::from(segment.l) << 13
+        | u64::from(segment.db) << 14
+        | u64::from(segment.g) << 15;
+    (limit & 0xffff)
+        | (segment.base & 0xff_ffff) << 16
+        | flags << 40
+        | (limit >> 16 & 0xf) << 48
+        | (segment.base >> 24 & 0xff) << 56
+}
+
+/// The vCPU could not be given its power-on state.
+#[derive(Debug, Error)]
+pub enum SetupError {
+    /// The CPUID table.
+    #[error("vCPU {id} can't be given its CPUID table")]
+    Cpuid {
+        /// Which vCPU.
+        id: u8,
+        /// Why.
+        #[source]
+        source: cpuid::CpuidError,
+    },
+    /// A model-specific register that KVM does not take.
+    #[error("vCPU {id} can't be given MSR {msr:#x}")]
+    Msr {
+        /// Which vCPU.
+        id: u8,
+        /// The register's number.
+        msr: u32,
+    },
+    /// Another ioctl.
+    #[error("vCPU {id}: {what} failed")]
+    Ioctl {
+        /// Which vCPU.
+        id: u8,
+        /// The KVM ioctl.
+        what: &'static str,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Where the guest's port and memory-mapped accesses go.
+pub trait Io {
+    /// An `in` of `data.len()` bytes.
+    fn port_read(&self, port: u16, data: &mut [u8]);
+    /// An `out`; a repeated string instruction arrives as one long slice.
+    fn port_write(&self, port: u16, data: &[u8]);
+    /// A load outside every memory slot.
+    fn mmio_read(&self, address: u64, data: &mut [u8]);
+    /// A store outside every memory slot.
+    fn mmio_write(&self, address: u64, data: &[u8]);
+    /// Whether the address is guest memory: an access to it that leaves KVM is a fault of the memory behind it, not
+    /// a device access.
+    fn is_memory(&self, address: u64) -> bool;
+}
+
+/// Why a vCPU stopped running, as its owner wanted or as the guest did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Exit {
+    /// A signal: look at what is wanted.
+    Kicked,
+    /// The guest's processor shut down: a triple fault.
+    TripleFault,
+}
+
+/// Why a vCPU can't go on.
+#[derive(Debug, Error)]
+pub enum VcpuFault {
+    /// Host memory behind the guest is not there any more.
+    #[error(
+        "vCPU {id} touched guest memory that is gone{}: its device-dax device, file or huge page was taken away or is poisoned; \
+         `dmesg` on the host tells which",
+        address.map(|a| format!(" (guest address {a:#x})")).unwrap_or_default()
+    )]
+    MemoryGone {
+        /// Which vCPU.
+        id: u8,
+        /// Guest-physical address where KVM tells it (it seldom does).
+        address: Option<u64>,
+    },
+    /// The processor refused the state it was given.
+    #[error("vCPU {id} can't be entered: hardware reason {reason:#x} on host CPU {cpu}")]
+    FailEntry {
+        /// Which vCPU.
+        id: u8,
+        /// `hardware_entry_failure_reason`.
+        reason: u64,
+        /// Host CPU.
+        cpu: u32,
+    },
+    /// KVM gave up, most often on an instruction it can't emulate.
+    #[error(
+        "KVM gave up on vCPU {id} at guest address {rip:#x}: internal error {suberror}, data {data:x?}"
+    )]
+    Internal {
+        /// Which vCPU.
+        id: u8,
+        /// `KVM_INTERNAL_ERROR_*`.
+        suberror: u32,
+        /// What KVM adds to it.
+        data: Vec<u64>,
+        /// Instruction pointer.
+        rip: u64,
+    },
+    /// An exit that this configuration can't cause.
+    #[error("vCPU {id} left KVM for a reason that daxhund does not know: {exit}")]
+    Unknown {
+        /// Which vCPU.
+        id: u8,
+        /// The exit as kvm-ioctls names it.
+        exit: String,
+    },
+    /// `KVM_RUN` failed.
+    #[error("vCPU {id}: KVM_RUN failed")]
+    Run {
+        /// Which vCPU.
+        id: u8,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl VcpuFault {
+    /// Whether the reason is that host memory behind the guest is gone.
+    pub fn is_memory_gone(&self) -> bool {
+        matches!(self, Self::MemoryGone { .. })
+    }
+}
+
+/// A vCPU that no thread runs yet.
+#[derive(Debug)]
+pub struct Vcpu {
+    id: u8,
+    fd: VcpuFd,
+}
+
+impl Vcpu {
+    pub(super) fn new(id: u8, fd: VcpuFd) -> Self {
+        Self { id, fd }
+    }
+
+    /// Power-on state. `boot` is given to the boot vCPU only; the others wait for INIT and SIPI in KVM.
+    pub fn set_up(
+        &self,
+        cpuid: &CpuidTemplate,
+        boot: Option<&BootRegisters>,
+    ) -> Result<(), SetupError> {
+        let table =
+            cpuid::to_kvm(&cpuid.for_vcpu(self.id)).map_err(|source| SetupError::Cpuid {
+                id: self.id,
+                source,
+            })?;
+        self.fd
+            .set_cpuid2(&table)
+            .map_err(|e| self.ioctl("KVM_SET_CPUID2", e))?;
+        self.set_msrs()?;
+        let fpu = kvm_fpu {
+            fcw: 0x37f,
+            mxcsr: 0x1f80,
+            ..Default::default()
+        };
+        self.fd
+            .set_fpu(&fpu)
+            .map_err(|e| self.ioctl("KVM_SET_FPU", e))?;
+        self.set_local_interrupts()?;
+        if let Some(boot) = boot {
+            self.set_boot_registers(boot)?;
+        }
+        Ok(())
+    }
+
+    fn ioctl(&self, what: &'static str, error: kvm_ioctls::Error) -> SetupError {
+        SetupError::Ioctl {
+            id: self.id,
+            what,
+            source: io::Error::from(error),
+        }
+    }
+
+    fn set_msrs(&self) -> Result<(), SetupError> {
+        let wanted = [
+            (MSR_IA32_MISC_ENABLE, MISC_ENABLE_FAST_STRING),
+            (MSR_MTRR_DEF_TYPE, MTRR_ENABLED_WRITE_BACK),
+        ];
+        let entries = wanted.map(|(index, data)| kvm_msr_entry {
+            index,
+            data,
+            ..Default::default()
+        });
+        let msrs = Msrs::from_entries(&entries).map_err(|_| SetupError::Msr {
+            id: self.id,
+            msr: wanted[0].0,
+        })?;
+        let set = self
+            .fd
+            .set_msrs(&msrs)
+            .map_err(|e| self.ioctl("KVM_SET_MSRS", e))?;
+        match wanted.get(set) {
+            None => Ok(()),
+            Some((msr, _)) => Err(SetupError::Msr {
+                id: self.id,
+                msr: *msr,
+            }),
+        }
+    }
+
+    /// LINT0 takes the 8259, LINT1 the NMI: what firmware leaves behind ("virtual wire mode", MP spec 1.4, 3.6.2.2).
+    fn set_local_interrupts(&self) -> Result<(), SetupError> {
+        let mut lapic = self
+            .fd
+            .get_lapic()
+            .map_err(|e| self.ioctl("KVM_GET_LAPIC", e))?;
+        for (offset, delivery) in [(LVT_LINT0, DELIVERY_EXTINT), (LVT_LINT1, DELIVERY_NMI)] {
+            let bytes = &mut lapic.regs[offset..offset + 4];
+            let old =
+                u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]].map(i8::cast_unsigned));
+            let new = (old & !DELIVERY_MASK) | delivery;
+            for (to, from) in bytes.iter_mut().zip(new.to_le_bytes()) {
+                *to = from.cast_signed();
+            }
+        }
+        self.fd
+            .set_lapic(&lapic)
+            .map_err(|e| self.ioctl("KVM_SET_LAPIC", e))
+    }
+
+    fn set_boot_registers(&self, boot: &BootRegisters) -> Result<(), SetupError> {
+        let mut sregs = self
+            .fd
+            .get_sregs()
+            .map_err(|e| self.ioctl("KVM_GET_SREGS", e))?;
+        set_segments(&mut sregs, boot);
+        let mut regs = kvm_regs {
+            rflags: RFLAGS_RESERVED,
+            ..Default::default()
+        };
+        match *boot {
+            BootRegisters::Linux64 {
+                entry,
+                zero_page,
+                page_table,
+                ..
+            } => {
+                regs.rip = entry;
+                regs.rsi = zero_page;
+                sregs.cr3 = page_table;
+                sregs.cr4 |= CR4_PAE;
+                sregs.cr0 |= CR0_PE | CR0_PG;
+                sregs.efer |= EFER_LME | EFER_LMA;
+            }
+            BootRegisters::Pvh {
+                entry, start_info, ..
+            } => {
+                regs.rip = entry;
+                regs.rbx = start_info;
+                sregs.cr0 = CR0_PE | CR0_ET;
+                sregs.cr4 = 0;
+            }
+        }
+        self.fd
+            .set_sregs(&sregs)
+            .map_err(|e| self.ioctl("KVM_SET_SREGS", e))?;
+        self.fd
+            .set_regs(&regs)
+            .map_err(|e| self.ioctl("KVM_SET_REGS", e))
+    }
+
+    /// Makes the calling thread the one that runs this vCPU, for good.
+    pub fn bind(mut self) -> BoundVcpu {
+        let run = std::ptr::from_mut(self.fd.get_kvm_run());
+        // SAFETY: the page is mapped by `self.fd` for as long as that lives; `BoundVcpu` holds both, drops `kick`
+        // first (field order), and is not `Send` because `Kickable` holds a raw pointer.
+        let kick = unsafe { Kickable::enter(run) };
+        BoundVcpu {
+            kick,
+            id: self.id,
+            fd: self.fd,
+        }
+    }
+}
+
+fn set_segments(sregs: &mut kvm_sregs, boot: &BootRegisters) {
+    sregs.cs = boot.code();
+    for segment in [
+        &mut sregs.ds,
+        &mut sregs.es,
+        &mut sregs.fs,
+        &mut sregs.gs,
+        &mut sregs.ss,
+    ] {
+        *segment = DATA;
+    }
+    sregs.tr = TASK;
+    sregs.gdt.base = boot.gdt();
+    // Limits are the last valid byte.
+    sregs.gdt.limit =
+        u16::try_from(size_of_val(&boot.descriptors()) - 1).expect("four descriptors of 8 bytes");
+    sregs.idt.base = 0;
+    sregs.idt.limit = 0;
+}
+
+/// A vCPU and the thread that runs it.
+#[derive(Debug)]
+pub struct BoundVcpu {
+    kick: Kickable,
+    id: u8,
+    fd: VcpuFd,
+}
+
+/// What one return from `KVM_RUN` asks for, once the borrow of the shared page is over.
+enum Step {
+    Continue,
+    Exit(Exit),
+    Lost(u64),
+    Internal,
+    Fault(VcpuFault),
+}
+
+impl BoundVcpu {
+    /// Forgets the kicks so far. Call it, then read what is wanted of this vCPU, then [`BoundVcpu::run`].
+    pub fn acknowledge_kick(&self) {
+        self.kick.acknowledge();
+    }
+
+    /// Runs the guest until it is kicked, ends or can't go on; serves its accesses through `io` meanwhile.
+    pub fn run(&mut self, io: &impl Io) -> Result<Exit, VcpuFault> {
+        loop {
+            match self.step(io) {
+                Step::Continue => {}
+                Step::Exit(exit) => return Ok(exit),
+                Step::Lost(address) => {
+                    return Err(VcpuFault::MemoryGone {
+                        id: self.id,
+                        address: Some(address),
+                    });
+                }
+                Step::Internal => return Err(self.internal_error()),
+                Step::Fault(fault) => return Err(fault),
+            }
+        }
+    }
+
+    fn step(&mut self, io: &impl Io) -> Step {
+        let id = self.id;
+        match self.fd.run() {
+            Ok(VcpuExit::IoIn(port, data)) => io.port_read(port, data),
+            Ok(VcpuExit::IoOut(port, data)) => io.port_write(port, data),
+            Ok(VcpuExit::MmioRead(address, _) | VcpuExit::MmioWrite(address, _))
+                if io.is_memory(address) =>
+            {
+                return Step::Lost(address);
+            }
+            Ok(VcpuExit::MmioRead(address, data)) => io.mmio_read(address, data),
+            Ok(VcpuExit::MmioWrite(address, data)) => io.mmio_write(address, data),
+            Ok(VcpuExit::Intr) => return Step::Exit(Exit::Kicked),
+            Ok(VcpuExit::Shutdown) => return Step::Exit(Exit::TripleFault),
+            Ok(VcpuExit::FailEntry(reason, cpu)) => {
+                return Step::Fault(VcpuFault::FailEntry { id, reason, cpu });
+            }
+            Ok(VcpuExit::InternalError) => return Step::Internal,
+            Ok(VcpuExit::MemoryFault { gpa, .. }) => return Step::Lost(gpa),
+            Ok(other) => {
+                return Step::Fault(VcpuFault::Unknown {
+                    id,
+                    exit: format!("{other:?}"),
+                });
+            }
+            Err(e) => {
+                return match e.errno() {
+                    // EAGAIN: a vCPU that has not had its SIPI was woken; the owner may want something.
+                    libc::EINTR | libc::EAGAIN => Step::Exit(Exit::Kicked),
+                    libc::EFAULT | libc::EHWPOISON => {
+                        Step::Fault(VcpuFault::MemoryGone { id, address: None })
+                    }
+                    _ => Step::Fault(VcpuFault::Run {
+                        id,
+                        source: io::Error::from(e),
+                    }),
+                };
+            }
+        }
+        Step::Continue
+    }
+
+    fn internal_error(&mut self) -> VcpuFault {
+        let rip = self.fd.get_regs().map_or(0, |regs| regs.rip);
+        let id = self.id;
+        let run = self.fd.get_kvm_run();
+        // SAFETY: KVM_RUN just returned KVM_EXIT_INTERNAL_ERROR, for which `internal` is the live member of the
+        // union; every bit pattern is valid for its integers.
+        let internal = unsafe { run.__bindgen_anon_1.internal };
+        let count = (internal.ndata as usize).min(internal.data.len());
+        VcpuFault::Internal {
+            id,
+            suberror: internal.suberror,
+            data: internal.data[..count].to_vec(),
+            rip,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LINUX: BootRegisters = BootRegisters::Linux64 {
+        entry: 0,
+        zero_page: 0,
+        page_table: 0,
+        gdt: 0,
+    };
+    const PVH: BootRegisters = BootRegisters::Pvh {
+        entry: 0,
+        start_info: 0,
+        gdt: 0,
+    };
+
+    /// Values from the SDM's descriptor layout, as every boot loader's table has them.
+    #[test]
+    fn descriptors_are_the_flat_ones() {
+        assert_eq!(
+            LINUX.descriptors(),
+            [
+                0,
+                0x00af_9b00_0000_ffff,
+                0x00cf_9300_0000_ffff,
+                0x0000_8b00_0000_0067
+            ]
+        );
+        assert_eq!(PVH.descriptors()[1], 0x00cf_9b00_0000_ffff);
+    }
+}

@@ -1,0 +1,105 @@
+//! One KVM virtual machine: the fd, its interrupt controllers and the fixed addresses x86 KVM wants.
+
+use std::io;
+use std::sync::Arc;
+
+use kvm_ioctls::VmFd;
+use thiserror::Error;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::hypervisor::Hypervisor;
+use super::kick;
+use super::slots::MemorySlots;
+use super::vcpu::Vcpu;
+
+/// Three pages that Intel hosts without unrestricted guest mode use for a task state segment
+/// (`KVM_SET_TSS_ADDR`), with the identity map page just below; the range is in the MMIO hole, above the local APIC
+/// and I/O APIC windows and below the reset vector.
+const TSS_ADDRESS: usize = 0xfffb_d000;
+const IDENTITY_MAP_ADDRESS: u64 = 0xfffb_c000;
+
+/// The VM could not be created.
+#[derive(Debug, Error)]
+#[error("KVM would not {what}")]
+pub struct CreateVmError {
+    /// The step that failed.
+    pub what: &'static str,
+    /// What the kernel said.
+    #[source]
+    pub source: io::Error,
+}
+
+/// An empty VM: no memory, no vCPU.
+#[derive(Debug, Clone)]
+pub struct Vm {
+    fd: Arc<VmFd>,
+    max_slots: usize,
+}
+
+impl Vm {
+    /// Creates the VM with its in-kernel interrupt controllers.
+    pub fn create(hypervisor: &Hypervisor) -> Result<Self, CreateVmError> {
+        let failed = |what: &'static str| {
+            move |e: kvm_ioctls::Error| CreateVmError {
+                what,
+                source: io::Error::from(e),
+            }
+        };
+        let kvm = hypervisor.kvm();
+        // KVM_CREATE_VM starts kernel threads and gives EINTR when a signal is pending for the caller: asking again
+        // is what its contract wants.
+        let fd = loop {
+            match kvm.create_vm() {
+                Err(e) if e.errno() == libc::EINTR => {}
+                other => break other.map_err(failed("create a VM"))?,
+            }
+        };
+        fd.set_identity_map_address(IDENTITY_MAP_ADDRESS)
+            .map_err(failed("place the identity map page"))?;
+        fd.set_tss_address(TSS_ADDRESS)
+            .map_err(failed("place the TSS pages"))?;
+        fd.create_irq_chip()
+            .map_err(failed("create the in-kernel irqchip"))?;
+        Ok(Self {
+            fd: Arc::new(fd),
+            max_slots: kvm.get_nr_memslots(),
+        })
+    }
+
+    /// The table of memory slots; one per VM.
+    pub fn memory_slots(&self) -> MemorySlots {
+        MemorySlots::new(Arc::clone(&self.fd), self.max_slots)
+    }
+
+    /// Creates vCPU number `id`. On x86 the number is also its initial APIC id.
+    pub fn create_vcpu(&self, id: u8) -> Result<Vcpu, CreateVmError> {
+        // Before any thread could be kicked: the signal's default action ends the process.
+        kick::install().map_err(|e| CreateVmError {
+            what: "be interrupted by a signal",
+            source: e.source,
+        })?;
+        let fd = self
+            .fd
+            .create_vcpu(u64::from(id))
+            .map_err(|e| CreateVmError {
+                what: "create a vCPU",
+                source: io::Error::from(e),
+            })?;
+        Ok(Vcpu::new(id, fd))
+    }
+
+    /// Has KVM raise `gsi` (edge) each time the event is written, without an exit to user space.
+    pub fn connect_interrupt(&self, event: &EventFd, gsi: u32) -> Result<(), CreateVmError> {
+        self.fd
+            .register_irqfd(event, gsi)
+            .map_err(|e| CreateVmError {
+                what: "connect an interrupt event",
+                source: io::Error::from(e),
+            })
+    }
+
+    /// Number of owners of the VM fd in this process: one when all vCPUs and slots are gone.
+    pub fn holders(&self) -> usize {
+        Arc::strong_count(&self.fd)
+    }
+}

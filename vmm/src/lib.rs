@@ -1,0 +1,18 @@
+//! daxhund: a virtual machine monitor whose guest memory is device-dax.
+//!
+//! The binary is a thin `main` over this library. Start reading at [`machine`]; ARCHITECTURE.md tells the walks of a
+//! page of RAM and of a device through these modules.
+
+#![deny(unsafe_code)]
+
+pub mod acpi;
+pub mod boot;
+pub mod bus;
+pub mod cli;
+pub mod config;
+pub mod devices;
+pub mod doctor;
+#[allow(unsafe_code, reason = "wraps the KVM system calls")]
+pub mod kvm;
+pub mod machine;
+pub mod memory;

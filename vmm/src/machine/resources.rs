@@ -1,0 +1,123 @@
+//! What a machine takes from the host before it is built, each checked where it is taken.
+//!
+//! Nothing here is changed by the guest; a reset builds the next VM on the same resources. Whatever fails, everything
+//! taken so far is given back by going out of scope: locks, mappings, terminal mode, socket path.
+
+use daxhund_dax::Host;
+use thiserror::Error;
+use tracing::info;
+
+use crate::boot::{Initramfs, InitramfsError, Kernel, KernelError, Payload};
+use crate::config::{ConsoleConfig, ValidConfig};
+use crate::devices::console::{Console, ConsoleInput, ConsoleOutput, OpenConsoleError};
+use crate::kvm::{CpuidError, CpuidTemplate, Hypervisor, OpenError};
+use crate::memory::layout::{LayoutError, RamLayout};
+use crate::memory::region::Region;
+use crate::memory::zone::{Zone, ZoneMapError, ZoneOpenError};
+
+/// Something of the host is not there, not permitted, in use or not what was asked for.
+#[derive(Debug, Error)]
+pub enum PrepareError {
+    /// KVM.
+    #[error(transparent)]
+    Hypervisor(#[from] OpenError),
+    /// What KVM offers a vCPU.
+    #[error(transparent)]
+    Cpuid(#[from] CpuidError),
+    /// More vCPUs than the host can give one VM.
+    #[error("--cpus asks for {asked} vCPUs, this host's KVM allows {max} per VM")]
+    TooManyVcpus {
+        /// vCPUs asked for.
+        asked: u32,
+        /// What KVM allows.
+        max: usize,
+    },
+    /// The kernel file.
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+    /// The initramfs file.
+    #[error(transparent)]
+    Initramfs(#[from] InitramfsError),
+    /// A zone's backing.
+    #[error(transparent)]
+    ZoneOpen(#[from] ZoneOpenError),
+    /// The zones together.
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
+    /// A zone's memory.
+    #[error(transparent)]
+    ZoneMap(#[from] ZoneMapError),
+    /// The serial port's other end.
+    #[error("serial port")]
+    Serial(#[source] OpenConsoleError),
+}
+
+/// What machines are built on.
+#[derive(Debug)]
+pub struct HostResources {
+    pub(super) hypervisor: Hypervisor,
+    pub(super) cpuid: CpuidTemplate,
+    pub(super) payload: Payload,
+    pub(super) layout: RamLayout,
+    /// Zone of each range of `layout`, by its id.
+    pub(super) zone_ids: Vec<String>,
+    /// `None`: the guest has no serial port.
+    pub(super) serial: Option<ConsoleOutput>,
+    pub(super) serial_input: ConsoleInput,
+}
+
+impl HostResources {
+    /// Takes everything a configuration names. The regions are guest memory, mapped and not yet anybody's.
+    pub fn open(config: &ValidConfig) -> Result<(Self, Vec<Region>), PrepareError> {
+        let hypervisor = Hypervisor::open()?;
+        let asked = config.cpus().max_vcpus;
+        let max = hypervisor.max_vcpus();
+        let cpus = u8::try_from(asked)
+            .ok()
+            .filter(|cpus| usize::from(*cpus) <= max)
+            .ok_or(PrepareError::TooManyVcpus { asked, max })?;
+        let cpuid = CpuidTemplate::new(&hypervisor, cpus)?;
+        let payload = Payload {
+            kernel: Kernel::open(config.kernel())?,
+            initramfs: config.initramfs().map(Initramfs::open).transpose()?,
+            cmdline: config.cmdline().to_owned(),
+        };
+
+        let host = Host::system();
+        let zones = config
+            .zones()
+            .iter()
+            .map(|spec| Zone::open(&host, spec))
+            .collect::<Result<Vec<_>, _>>()?;
+        let requests: Vec<_> = zones.iter().map(|zone| zone.request().clone()).collect();
+        let layout = RamLayout::place(&requests, cpuid.address_bits())?;
+        let mut regions = Vec::new();
+        for range in layout.ranges() {
+            let region = zones[range.zone].map(range)?;
+            info!(
+                zone = region.zone(), gpa = %format_args!("{:#x}", region.gpa().0),
+                size = %format_args!("{:#x}", region.size()), host = %format_args!("{:#x}", region.host_address()),
+                "guest memory mapped"
+            );
+            regions.push(region);
+        }
+
+        // Last, so that no other error is printed on a terminal in raw mode.
+        let console = Console::open(config.serial()).map_err(PrepareError::Serial)?;
+        if let Some(name) = console.input.pty_name() {
+            eprintln!("serial port: {name}");
+        }
+        let zone_ids = requests.into_iter().map(|request| request.id).collect();
+        let serial = (*config.serial() != ConsoleConfig::Off).then_some(console.output);
+        let resources = Self {
+            hypervisor,
+            cpuid,
+            payload,
+            layout,
+            zone_ids,
+            serial,
+            serial_input: console.input,
+        };
+        Ok((resources, regions))
+    }
+}

@@ -1,0 +1,145 @@
+//! The `daxhund` binary: a command line in, an exit status out.
+//!
+//! The one place where an error is printed (its whole chain, once) and where the process's exit status is chosen.
+
+#![forbid(unsafe_code)]
+
+use std::error::Error;
+use std::fs::OpenOptions;
+use std::io::{self, IsTerminal, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::process::ExitCode;
+
+use daxhund::cli::{self, Command, ExitStatus, LogLevel, Logging};
+use daxhund::config::ValidConfig;
+use daxhund::doctor;
+use daxhund::machine::{self, Ending, RunError};
+use tracing_subscriber::filter::LevelFilter;
+
+fn main() -> ExitCode {
+    let status = match cli::parse(std::env::args_os()) {
+        Ok(Command::Run { config, logging }) => start(&config, &logging),
+        Ok(Command::Doctor { json }) => examine(json),
+        Ok(Command::Version(text) | Command::Help(text)) => print(&text),
+        Err(error) => {
+            complain(&error);
+            ExitStatus::Usage
+        }
+    };
+    status.into()
+}
+
+fn start(config: &ValidConfig, logging: &Logging) -> ExitStatus {
+    if let Err(error) = log_to(logging) {
+        let path = logging
+            .file
+            .as_deref()
+            .map(|path| path.display().to_string())
+            .unwrap_or_default();
+        eprintln!("daxhund: the log can't be written to {path}: {error}");
+        return ExitStatus::Failure;
+    }
+    match machine::run(config) {
+        Ok(ending) => ended(&ending),
+        Err(error) => {
+            complain(&error);
+            if matches!(error, RunError::TakeApart(_)) {
+                ExitStatus::MemoryLost
+            } else {
+                ExitStatus::Failure
+            }
+        }
+    }
+}
+
+fn ended(ending: &Ending) -> ExitStatus {
+    match ending {
+        Ending::PowerOff => ExitStatus::Success,
+        Ending::TripleFault => {
+            eprintln!("daxhund: the guest ended in a triple fault");
+            ExitStatus::TripleFault
+        }
+        Ending::VcpuFailed(fault) => {
+            complain(fault);
+            if fault.is_memory_gone() {
+                ExitStatus::MemoryLost
+            } else {
+                ExitStatus::Failure
+            }
+        }
+        Ending::Signal(libc::SIGINT) => ExitStatus::Interrupted,
+        Ending::Signal(_) => ExitStatus::Terminated,
+    }
+}
+
+fn examine(json: bool) -> ExitStatus {
+    match doctor::run(
+        &doctor::Options {
+            json,
+            ..Default::default()
+        },
+        &mut io::stdout().lock(),
+    ) {
+        Ok(verdict) if verdict.status() == doctor::Status::Fail => ExitStatus::Failure,
+        Ok(_) => ExitStatus::Success,
+        Err(error) => {
+            complain(&error);
+            ExitStatus::Failure
+        }
+    }
+}
+
+fn print(text: &str) -> ExitStatus {
+    match writeln!(io::stdout(), "{}", text.trim_end()) {
+        Ok(()) => ExitStatus::Success,
+        Err(error) => {
+            complain(&error);
+            ExitStatus::Failure
+        }
+    }
+}
+
+/// An error with what caused it, from the outermost to the innermost.
+fn complain(error: &dyn Error) {
+    let mut text = format!("daxhund: {error}");
+    let mut last = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        // Transparent wrappers say the same as what they wrap.
+        let this = error.to_string();
+        if this != last {
+            text.push_str(": ");
+            text.push_str(&this);
+            last = this;
+        }
+        cause = error.source();
+    }
+    eprintln!("{text}");
+}
+
+fn log_to(logging: &Logging) -> io::Result<()> {
+    let level = match logging.level {
+        LogLevel::Warn => LevelFilter::WARN,
+        LogLevel::Info => LevelFilter::INFO,
+        LogLevel::Debug => LevelFilter::DEBUG,
+        LogLevel::Trace => LevelFilter::TRACE,
+    };
+    let subscriber = tracing_subscriber::fmt()
+        .with_max_level(level)
+        .with_target(false);
+    match &logging.file {
+        None => subscriber
+            .with_ansi(io::stderr().is_terminal())
+            .with_writer(io::stderr)
+            .init(),
+        Some(path) => {
+            let file = OpenOptions::new()
+                .append(true)
+                .create(true)
+                .mode(0o600)
+                .open(path)?;
+            subscriber.with_ansi(false).with_writer(file).init();
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,16 @@
+//! Guest memory: from a zone in the configuration to a page every consumer can reach, and back.
+//!
+//! The walk of one page of RAM, file by file:
+//! 1. [`zone`]: a configured zone is opened and checked; nothing is built on it yet.
+//! 2. [`layout`]: pure arithmetic gives each zone its guest-physical ranges.
+//! 3. [`mapping`] and `daxhund-dax`: each range is locked and mapped at an address with the alignment it needs.
+//! 4. [`region`]: mapping and guest-physical address become one thing.
+//! 5. [`ram`]: the region is attached to every consumer in order, detached in reverse, and released.
+
+pub mod layout;
+#[allow(unsafe_code, reason = "wraps mmap and its kin")]
+pub mod mapping;
+pub mod ram;
+#[allow(unsafe_code, reason = "hands a mapping to vm-memory")]
+pub mod region;
+pub mod zone;

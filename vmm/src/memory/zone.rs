@@ -1,0 +1,665 @@
+//! A configured memory zone, opened: what is behind it, how large it is and what alignment it wants.
+//!
+//! Everything that can be wrong with a backing is found here, before a VM exists. Nothing is mapped yet and no byte
+//! of the backing is read or written.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use daxhund_dax::{
+    ClassifyError, DaxDevice, FileBacking, Host, LockError, LockKind, MapError, NotDaxKind,
+    OpenError, PathKind, RangeError,
+};
+use rustix::fs::{Mode, OFlags};
+use thiserror::Error;
+
+use super::layout::{FileOffset, MIN_ALIGN, RamRange, ZoneRequest};
+use super::mapping::{self, HostMapping, MapMemoryError, Source};
+use super::region::{Mapping, Region, RegionError};
+use crate::config::{Backing, ByteSize, HugePageSize, ZoneSpec};
+
+const MIB: u64 = 1 << 20;
+/// Largest page the host maps ordinary memory with.
+const THP: u64 = 2 * MIB;
+
+/// A zone's backing can't be used.
+#[derive(Debug, Error)]
+pub enum ZoneOpenError {
+    /// The path can't be looked at.
+    #[error("memory zone {id}")]
+    Classify {
+        /// Which zone.
+        id: String,
+        /// Why.
+        #[source]
+        source: ClassifyError,
+    },
+    /// It is no usable device-dax device.
+    #[error("memory zone {id}")]
+    Dax {
+        /// Which zone.
+        id: String,
+        /// Why.
+        #[source]
+        source: OpenError,
+    },
+    /// The range asked for is not one of the device.
+    #[error("memory zone {id}")]
+    Range {
+        /// Which zone.
+        id: String,
+        /// Why.
+        #[source]
+        source: RangeError,
+    },
+    /// device-dax is always shared.
+    #[error(
+        "memory zone {id}: {} is device-dax, whose mappings are always shared; leave shared= out or give shared=on",
+        path.display()
+    )]
+    DaxNotShared {
+        /// Which zone.
+        id: String,
+        /// The device.
+        path: PathBuf,
+    },
+    /// device-dax memory is on the node of its device.
+    #[error(
+        "memory zone {id}: {} is memory of host node {}, not of node {asked}; leave host_numa_node= out or choose another device",
+        path.display(),
+        found.map_or("unknown".to_owned(), |n| n.to_string())
+    )]
+    DaxNode {
+        /// Which zone.
+        id: String,
+        /// The device.
+        path: PathBuf,
+        /// Node asked for.
+        asked: u32,
+        /// Node of the device.
+        found: Option<u32>,
+    },
+    /// A file can't be opened.
+    #[error("memory zone {id}: {} can't be opened for reading and writing", path.display())]
+    File {
+        /// Which zone.
+        id: String,
+        /// The file.
+        path: PathBuf,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// A file has not what the zone asks for.
+    #[error(
+        "memory zone {id}: bytes {offset:#x} to {:#x} are past the end of {} ({len:#x} bytes): it would be SIGBUS on access; \
+         make the file larger (`truncate -s`) or the zone smaller",
+        offset.saturating_add(*size), path.display()
+    )]
+    FileTooShort {
+        /// Which zone.
+        id: String,
+        /// The file.
+        path: PathBuf,
+        /// First byte of the zone.
+        offset: u64,
+        /// Its length.
+        size: u64,
+        /// Bytes in the file.
+        len: u64,
+    },
+    /// A directory has no size to go by.
+    #[error("memory zone {id}: {} is a directory, so the zone needs size=", path.display())]
+    DirectorySize {
+        /// Which zone.
+        id: String,
+        /// The directory.
+        path: PathBuf,
+    },
+    /// The zone is not in whole pages of its backing.
+    #[error(
+        "memory zone {id}: {what} {value:#x} is not a multiple of the huge page size {page:#x}"
+    )]
+    HugePageMultiple {
+        /// Which zone.
+        id: String,
+        /// Size or offset.
+        what: &'static str,
+        /// Its value.
+        value: u64,
+        /// Huge page size in bytes.
+        page: u64,
+    },
+    /// The host has no default huge page size to go by.
+    #[error(
+        "memory zone {id}: the host has no huge pages of {page:#x} bytes; see `ls /sys/kernel/mm/hugepages`"
+    )]
+    NoHugePages {
+        /// Which zone.
+        id: String,
+        /// Huge page size in bytes, 0 for the default.
+        page: u64,
+    },
+}
+
+/// A zone's memory can't be mapped.
+#[derive(Debug, Error)]
+pub enum ZoneMapError {
+    /// The device's range.
+    #[error("memory zone {id}")]
+    Range {
+        /// Which zone.
+        id: String,
+        /// Why.
+        #[source]
+        source: RangeError,
+    },
+    /// Somebody has it.
+    #[error("memory zone {id}")]
+    Lock {
+        /// Which zone.
+        id: String,
+        /// Why.
+        #[source]
+        source: LockError,
+    },
+    /// The device does not let itself be mapped.
+    #[error("memory zone {id}")]
+    Dax {
+        /// Which zone.
+        id: String,
+        /// Why.
+        #[source]
+        source: MapError,
+    },
+    /// Other memory.
+    #[error("memory zone {id}")]
+    Host {
+        /// Which zone.
+        id: String,
+        /// Why.
+        #[source]
+        source: MapMemoryError,
+    },
+    /// Not enough huge pages.
+    #[error(
+        "memory zone {id} needs {needed} huge pages of {page_kib} KiB, the host has {free} free; \
+         `echo N > /sys/kernel/mm/hugepages/hugepages-{page_kib}kB/nr_hugepages` reserves them"
+    )]
+    HugePages {
+        /// Which zone.
+        id: String,
+        /// Pages it takes.
+        needed: u64,
+        /// Pages that are free.
+        free: u64,
+        /// Page size.
+        page_kib: u64,
+        /// What the kernel said.
+        #[source]
+        source: MapMemoryError,
+    },
+    /// The region.
+    #[error(transparent)]
+    Region(#[from] RegionError),
+}
+
+#[derive(Debug)]
+enum Memory {
+    Dax(DaxDevice),
+    File {
+        file: Arc<File>,
+        shared: bool,
+        huge_bytes: Option<u64>,
+    },
+    Anonymous {
+        huge_bytes: Option<u64>,
+        thp: bool,
+    },
+}
+
+/// A zone whose backing is open.
+#[derive(Debug)]
+pub struct Zone {
+    request: ZoneRequest,
+    memory: Memory,
+    prefault: bool,
+    node: Option<u32>,
+}
+
+impl Zone {
+    /// Opens the backing of a zone and sees that it can be what the zone asks for.
+    pub fn open(host: &Host, spec: &ZoneSpec) -> Result<Self, ZoneOpenError> {
+        let id = spec.id.clone();
+        let (memory, size, align, offset) = match &spec.backing {
+            Backing::Anonymous {
+                size,
+                shared: false,
+                thp,
+            } => {
+                let memory = Memory::Anonymous {
+                    huge_bytes: None,
+                    thp: *thp,
+                };
+                (memory, size.bytes(), natural_align(size.bytes()), 0)
+            }
+            Backing::Anonymous {
+                size, shared: true, ..
+            } => (
+                unnamed_file(&id, *size, None)?,
+                size.bytes(),
+                natural_align(size.bytes()),
+                0,
+            ),
+            Backing::HugeTlb { size, shared, page } => {
+                let page = huge_page_bytes(&id, *page)?;
+                check_multiple(&id, "size", size.bytes(), page)?;
+                let memory = if *shared {
+                    unnamed_file(&id, *size, Some(page))?
+                } else {
+                    Memory::Anonymous {
+                        huge_bytes: Some(page),
+                        thp: false,
+                    }
+                };
+                (memory, size.bytes(), page, 0)
+            }
+            Backing::File {
+                path,
+                offset,
+                size,
+                shared,
+            } => {
+                let place = FilePlace {
+                    path,
+                    offset: offset.bytes(),
+                    size: size.map(ByteSize::bytes),
+                    shared: *shared,
+                };
+                open_path(host, spec, &place)?
+            }
+        };
+        let request = ZoneRequest {
+            id,
+            size,
+            align,
+            file_offset: FileOffset(offset),
+        };
+        Ok(Self {
+            request,
+            memory,
+            prefault: spec.prefault,
+            node: spec.host_numa_node,
+        })
+    }
+
+    /// What the layout needs to know.
+    pub fn request(&self) -> &ZoneRequest {
+        &self.request
+    }
+
+    /// Locks and maps one range of the zone where the layout put it.
+    pub fn map(&self, range: &RamRange) -> Result<Region, ZoneMapError> {
+        let id = || self.request.id.clone();
+        let mapping = match &self.memory {
+            Memory::Dax(device) => {
+                let dax = device
+                    .range(Some(range.file_offset.0), Some(range.size))
+                    .map_err(|source| ZoneMapError::Range { id: id(), source })?;
+                let lock = device
+                    .lock(dax, LockKind::Exclusive)
+                    .map_err(|source| ZoneMapError::Lock { id: id(), source })?;
+                Mapping::Dax(
+                    lock.map()
+                        .map_err(|source| ZoneMapError::Dax { id: id(), source })?,
+                )
+            }
+            Memory::File {
+                file,
+                shared,
+                huge_bytes,
+            } => {
+                let source = Source::File {
+                    file: Arc::clone(file),
+                    offset: range.file_offset.0,
+                    shared: *shared,
+                };
+                Mapping::Host(self.map_host(source, range.size, *huge_bytes)?)
+            }
+            Memory::Anonymous { huge_bytes, thp } => {
+                let source = Source::Anonymous {
+                    huge_bytes: *huge_bytes,
+                    thp: *thp,
+                };
+                Mapping::Host(self.map_host(source, range.size, *huge_bytes)?)
+            }
+        };
+        self.prepare(&mapping)?;
+        Region::new(&self.request.id, range.gpa, mapping).map_err(|(_, error)| error.into())
+    }
+
+    fn map_host(
+        &self,
+        source: Source,
+        size: u64,
+        huge_bytes: Option<u64>,
+    ) -> Result<HostMapping, ZoneMapError> {
+        let id = self.request.id.clone();
+        HostMapping::new(source, size, self.request.align).map_err(|source| match huge_bytes {
+            Some(page) => ZoneMapError::HugePages {
+                id,
+                needed: size / page,
+                free: free_huge_pages(page),
+                page_kib: page / 1024,
+                source,
+            },
+            None => ZoneMapError::Host { id, source },
+        })
+    }
+
+    /// Node first: it decides where `prefault` takes its pages from.
+    fn prepare(&self, mapping: &Mapping) -> Result<(), ZoneMapError> {
+        match mapping {
+            Mapping::Dax(mapping) if self.prefault => {
+                mapping.prefault().map_err(|source| ZoneMapError::Dax {
+                    id: self.request.id.clone(),
+                    source,
+                })
+            }
+            Mapping::Dax(_) => Ok(()),
+            Mapping::Host(mapping) => {
+                let failed = |source| ZoneMapError::Host {
+                    id: self.request.id.clone(),
+                    source,
+                };
+                if let Some(node) = self.node {
+                    mapping.bind_to_node(node).map_err(failed)?;
+                }
+                if self.prefault {
+                    mapping.prefault().map_err(failed)
+                } else {
+                    Ok(())
+                }
+            }
+        }
+    }
+}
+
+struct FilePlace<'a> {
+    path: &'a Path,
+    offset: u64,
+    size: Option<u64>,
+    shared: Option<bool>,
+}
+
+type Opened = (Memory, u64, u64, u64);
+
+fn open_path(host: &Host, spec: &ZoneSpec, place: &FilePlace<'_>) -> Result<Opened, ZoneOpenError> {
+    let id = || spec.id.clone();
+    let path = place.path.to_owned();
+    let kind = host
+        .classify(place.path)
+        .map_err(|source| ZoneOpenError::Classify { id: id(), source })?;
+    match kind {
+        PathKind::DeviceDax(_)
+        | PathKind::SystemRam(_)
+        | PathKind::Unbound(_)
+        | PathKind::Missing => open_dax(host, spec, place),
+        PathKind::File(FileBacking::PageCache) => Err(not_dax(spec, path, FileBacking::PageCache)),
+        PathKind::File(kind) => {
+            let file = OpenOptions::new()
+                .read(true)
+                .write(true)
+                .open(&path)
+                .map_err(|source| ZoneOpenError::File {
+                    id: id(),
+                    path: path.clone(),
+                    source,
+                })?;
+            open_file(spec, place, file, kind)
+        }
+        PathKind::NotDax(NotDaxKind::Directory) => open_directory(spec, place),
+        PathKind::NotDax(kind) => Err(ZoneOpenError::Dax {
+            id: id(),
+            source: OpenError::NotDax { path, kind },
+        }),
+    }
+}
+
+fn not_dax(spec: &ZoneSpec, path: PathBuf, backing: FileBacking) -> ZoneOpenError {
+    let source = OpenError::NotDax {
+        path,
+        kind: NotDaxKind::File(backing),
+    };
+    ZoneOpenError::Dax {
+        id: spec.id.clone(),
+        source,
+    }
+}
+
+fn open_dax(host: &Host, spec: &ZoneSpec, place: &FilePlace<'_>) -> Result<Opened, ZoneOpenError> {
+    let id = || spec.id.clone();
+    let device = host
+        .open(place.path)
+        .map_err(|source| ZoneOpenError::Dax { id: id(), source })?;
+    if place.shared == Some(false) {
+        return Err(ZoneOpenError::DaxNotShared {
+            id: id(),
+            path: place.path.to_owned(),
+        });
+    }
+    let facts = device.facts();
+    if let Some(asked) = spec.host_numa_node
+        && facts.target_node != Some(asked)
+        && facts.numa_node != Some(asked)
+    {
+        let found = facts.target_node;
+        return Err(ZoneOpenError::DaxNode {
+            id: id(),
+            path: place.path.to_owned(),
+            asked,
+            found,
+        });
+    }
+    let range = device
+        .range(Some(place.offset), place.size)
+        .map_err(|source| ZoneOpenError::Range { id: id(), source })?;
+    let align = device.facts().align_bytes;
+    Ok((Memory::Dax(device), range.len(), align, range.offset()))
+}
+
+fn open_file(
+    spec: &ZoneSpec,
+    place: &FilePlace<'_>,
+    file: File,
+    kind: FileBacking,
+) -> Result<Opened, ZoneOpenError> {
+    let id = || spec.id.clone();
+    let failed = |source| ZoneOpenError::File {
+        id: id(),
+        path: place.path.to_owned(),
+        source,
+    };
+    let len = file.metadata().map_err(failed)?.len();
+    let size = place.size.unwrap_or(len.saturating_sub(place.offset));
+    if size == 0 || place.offset.checked_add(size).is_none_or(|end| end > len) {
+        let path = place.path.to_owned();
+        return Err(ZoneOpenError::FileTooShort {
+            id: id(),
+            path,
+            offset: place.offset,
+            size,
+            len,
+        });
+    }
+    let (huge_bytes, align) = match kind {
+        FileBacking::Hugetlbfs => {
+            let page = block_size(&file).map_err(failed)?;
+            check_multiple(&spec.id, "size", size, page)?;
+            check_multiple(&spec.id, "offset", place.offset, page)?;
+            (Some(page), page)
+        }
+        _ => (None, natural_align(size | place.offset)),
+    };
+    if kind == FileBacking::FsDax {
+        tracing::warn!(
+            zone = spec.id, path = %place.path.display(),
+            "a file on fs-dax can be guest memory, but no device can do DMA to it: the kernel refuses to pin it for long"
+        );
+    }
+    // As Cloud Hypervisor: a file is copy-on-write unless shared=on. Not so fs-dax, whose point is the file itself.
+    let shared = place.shared.unwrap_or(kind == FileBacking::FsDax);
+    Ok((
+        Memory::File {
+            file: Arc::new(file),
+            shared,
+            huge_bytes,
+        },
+        size,
+        align,
+        place.offset,
+    ))
+}
+
+/// A directory of a memory file system: an unnamed file in it, gone with the VMM.
+fn open_directory(spec: &ZoneSpec, place: &FilePlace<'_>) -> Result<Opened, ZoneOpenError> {
+    let id = || spec.id.clone();
+    let path = place.path;
+    let failed = |source: io::Error| ZoneOpenError::File {
+        id: id(),
+        path: path.to_owned(),
+        source,
+    };
+    let Some(kind) = directory_backing(path).map_err(failed)? else {
+        let source = OpenError::NotDax {
+            path: path.to_owned(),
+            kind: NotDaxKind::Directory,
+        };
+        return Err(ZoneOpenError::Dax { id: id(), source });
+    };
+    let size = place.size.ok_or_else(|| ZoneOpenError::DirectorySize {
+        id: id(),
+        path: path.to_owned(),
+    })?;
+    let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+    let file =
+        rustix::fs::open(path, flags, Mode::RUSR | Mode::WUSR).map_err(|e| failed(e.into()))?;
+    let file = File::from(file);
+    file.set_len(place.offset.saturating_add(size))
+        .map_err(failed)?;
+    open_file(spec, place, file, kind)
+}
+
+fn directory_backing(path: &Path) -> io::Result<Option<FileBacking>> {
+    const HUGETLBFS_MAGIC: i64 = 0x9584_58f6;
+    const TMPFS_MAGIC: i64 = 0x0102_1994;
+    Ok(match rustix::fs::statfs(path)?.f_type {
+        HUGETLBFS_MAGIC => Some(FileBacking::Hugetlbfs),
+        TMPFS_MAGIC => Some(FileBacking::Tmpfs),
+        _ => None,
+    })
+}
+
+/// On hugetlbfs this is the huge page size of the mount.
+fn block_size(file: impl AsFd) -> io::Result<u64> {
+    let size = rustix::fs::fstatfs(file)?.f_bsize;
+    u64::try_from(size).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))
+}
+
+fn unnamed_file(
+    id: &str,
+    size: ByteSize,
+    huge_bytes: Option<u64>,
+) -> Result<Memory, ZoneOpenError> {
+    let file = mapping::memfd(size.bytes(), huge_bytes).map_err(|source| match huge_bytes {
+        Some(page) => ZoneOpenError::NoHugePages {
+            id: id.to_owned(),
+            page,
+        },
+        None => ZoneOpenError::File {
+            id: id.to_owned(),
+            path: "memfd".into(),
+            source,
+        },
+    })?;
+    Ok(Memory::File {
+        file: Arc::new(file),
+        shared: true,
+        huge_bytes,
+    })
+}
+
+/// The largest page the host could use without making the zone larger.
+fn natural_align(size: u64) -> u64 {
+    if size.is_multiple_of(THP) {
+        THP
+    } else {
+        MIN_ALIGN
+    }
+}
+
+fn check_multiple(
+    id: &str,
+    what: &'static str,
+    value: u64,
+    page: u64,
+) -> Result<(), ZoneOpenError> {
+    if value.is_multiple_of(page) {
+        Ok(())
+    } else {
+        Err(ZoneOpenError::HugePageMultiple {
+            id: id.to_owned(),
+            what,
+            value,
+            page,
+        })
+    }
+}
+
+fn huge_page_bytes(id: &str, page: HugePageSize) -> Result<u64, ZoneOpenError> {
+    let bytes = match page.bytes() {
+        Some(size) => size.bytes(),
+        None => default_huge_page().unwrap_or(0),
+    };
+    if Path::new(&pool(bytes)).exists() {
+        Ok(bytes)
+    } else {
+        Err(ZoneOpenError::NoHugePages {
+            id: id.to_owned(),
+            page: bytes,
+        })
+    }
+}
+
+fn pool(page: u64) -> String {
+    format!("/sys/kernel/mm/hugepages/hugepages-{}kB", page / 1024)
+}
+
+fn free_huge_pages(page: u64) -> u64 {
+    let read = |name: &str| -> Option<u64> {
+        std::fs::read_to_string(format!("{}/{name}", pool(page)))
+            .ok()?
+            .trim()
+            .parse()
+            .ok()
+    };
+    read("free_hugepages")
+        .unwrap_or(0)
+        .saturating_sub(read("resv_hugepages").unwrap_or(0))
+}
+
+/// `Hugepagesize:` of /proc/meminfo, in bytes.
+fn default_huge_page() -> Option<u64> {
+    let meminfo = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = meminfo
+        .lines()
+        .find_map(|line| line.strip_prefix("Hugepagesize:"))?;
+    line.trim()
+        .strip_suffix(" kB")?
+        .parse::<u64>()
+        .ok()
+        .map(|kib| kib * 1024)
+}
