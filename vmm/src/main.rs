@@ -67,6 +67,11 @@ fn ended(ending: &Ending) -> ExitStatus {
                 ExitStatus::Failure
             }
         }
+        Ending::VcpuPanicked(id) => {
+            eprintln!("daxhund: the thread of vCPU {id} panicked; this is a defect of daxhund");
+            ExitStatus::Failure
+        }
+        Ending::Signal(libc::SIGHUP) => ExitStatus::HungUp,
         Ending::Signal(libc::SIGINT) => ExitStatus::Interrupted,
         Ending::Signal(_) => ExitStatus::Terminated,
     }

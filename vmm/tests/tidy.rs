@@ -67,11 +67,10 @@ fn code(text: &str) -> String {
 fn siblings(code: &str) -> BTreeSet<String> {
     let mut names = BTreeSet::new();
     for after in code.split("crate::").skip(1) {
-        if after.starts_with('{') {
-            panic!(
-                "`use crate::{{...}}` hides arrows from this test; write one `use` for each module"
-            );
-        }
+        assert!(
+            !after.starts_with('{'),
+            "`use crate::{{...}}` hides arrows from this test; write one `use` for each module"
+        );
         names.insert(
             after
                 .chars()

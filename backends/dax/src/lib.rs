@@ -71,6 +71,7 @@ pub use host::Host;
 pub use lock::{LockError, LockKind, RangeLock, ReleaseError};
 pub use mapping::{DaxMapping, MapError, Probe, ProbeError, UnmapError};
 pub use open::{DaxDevice, OpenError};
+pub use pages::Pages;
 pub use range::{Asked, DaxRange, RangeError};
 pub use size::ByteSize;
 pub use sysfs::SysfsError;

@@ -1,7 +1,7 @@
-//! A shared file mapping at an aligned address.
+//! Address space at an aligned address, and a shared file mapping in it.
 //!
 //! `mmap` promises page alignment only. To get an address that is a multiple of 2M or 1G, one alignment more than
-//! needed is reserved without access, the file is mapped over the aligned middle, and the rest is given back. The
+//! needed is reserved without access, the memory is mapped over the aligned middle, and the rest is given back. The
 //! reservation is this module's own, so mapping over it can't hit anything else in the process.
 //!
 //! Works on any file that can be mapped; knows nothing of dax.
@@ -20,9 +20,11 @@ use std::ptr::{self, NonNull};
 
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
 
-/// A mapping of part of a file.
+/// An aligned range of this process's address space: reserved without access, or with a file mapped over it.
+///
+/// Unmapped when dropped; [`Pages::unmap`] is the way to hear of a failure.
 #[derive(Debug)]
-pub(crate) struct Pages {
+pub struct Pages {
     ptr: NonNull<u8>,
     len: usize,
 }
@@ -52,9 +54,8 @@ pub(crate) enum MapStep {
 impl Pages {
     pub(crate) fn map(file: &File, part: Part) -> Result<Self, MapStep> {
         debug_assert!(part.align.is_power_of_two() && part.len.is_multiple_of(part.align));
-        let reservation = Self::reserve(part)?;
-        // From here on a failure drops `reservation` or `pages`, which unmaps what is left.
-        let pages = reservation.keep_aligned(part)?;
+        // From here on a failure drops `pages`, which unmaps what is left.
+        let pages = Self::reserve(part.len, part.align).map_err(MapStep::Reserve)?;
         pages.fill(file, part.offset)?;
         // A forked child must not keep memory mapped that the host takes away, and guest memory is not for a dump.
         for advice in [Advice::LinuxDontFork, Advice::LinuxDontDump] {
@@ -65,8 +66,19 @@ impl Pages {
         Ok(pages)
     }
 
-    /// Gives the range back to the process. A failure hands the mapping back.
-    pub(crate) fn unmap(self) -> Result<(), (Self, io::Error)> {
+    /// Reserves `len` bytes without access at a multiple of `align`, a power of two of at least a page.
+    pub fn reserve(len: usize, align: usize) -> io::Result<Self> {
+        let no_room = || io::Error::from_raw_os_error(libc::ENOMEM);
+        let all = len.checked_add(align).ok_or_else(no_room)?;
+        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+        // SAFETY: no address is asked for, so the kernel picks a free range and replaces nothing.
+        let start = unsafe { mmap_anonymous(ptr::null_mut(), all, ProtFlags::empty(), flags) }?;
+        let ptr = NonNull::new(start.cast()).ok_or_else(no_room)?;
+        Self { ptr, len: all }.keep_aligned(len, align)
+    }
+
+    /// Gives the range back to the process. A failure hands it back to the caller.
+    pub fn unmap(self) -> Result<(), (Self, io::Error)> {
         let pages = ManuallyDrop::new(self);
         // SAFETY: the range is this value's own mapping; the value is consumed, so nothing can use it afterwards.
         match unsafe { munmap(pages.ptr.as_ptr().cast(), pages.len) } {
@@ -76,7 +88,7 @@ impl Pages {
     }
 
     /// Has the kernel enter every page into the page table, writable, without changing a byte.
-    pub(crate) fn populate(&self) -> io::Result<()> {
+    pub fn populate(&self) -> io::Result<()> {
         // SAFETY: the range is this value's own mapping, and populating changes neither its contents nor its bounds.
         unsafe {
             madvise(
@@ -88,11 +100,14 @@ impl Pages {
         .map_err(io::Error::from)
     }
 
-    pub(crate) fn as_ptr(&self) -> *mut u8 {
+    /// The first byte.
+    pub fn as_ptr(&self) -> *mut u8 {
         self.ptr.as_ptr()
     }
 
-    pub(crate) fn len(&self) -> usize {
+    /// The range's length in bytes.
+    #[allow(clippy::len_without_is_empty)]
+    pub fn len(&self) -> usize {
         self.len
     }
 
@@ -125,35 +140,19 @@ impl Pages {
         }
     }
 
-    /// Address space without access, one alignment larger than needed.
-    fn reserve(part: Part) -> Result<Self, MapStep> {
-        let len = part
-            .len
-            .checked_add(part.align)
-            .ok_or_else(|| MapStep::Reserve(io::Error::from_raw_os_error(libc::ENOMEM)))?;
-        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
-        // SAFETY: no address is asked for, so the kernel picks a free range and replaces nothing.
-        let start = unsafe { mmap_anonymous(ptr::null_mut(), len, ProtFlags::empty(), flags) }
-            .map_err(|error| MapStep::Reserve(error.into()))?;
-        let ptr = NonNull::new(start.cast())
-            .ok_or_else(|| MapStep::Reserve(io::Error::from_raw_os_error(libc::ENOMEM)))?;
-        Ok(Self { ptr, len })
-    }
-
-    /// Cuts the reservation down to its aligned middle.
-    fn keep_aligned(mut self, part: Part) -> Result<Self, MapStep> {
-        let head = self.ptr.as_ptr().align_offset(part.align);
-        let tail = self.len - head - part.len;
-        let reserve_error = |error: rustix::io::Errno| MapStep::Reserve(error.into());
+    /// Cuts a reservation that is one alignment too long down to its aligned middle.
+    fn keep_aligned(mut self, len: usize, align: usize) -> io::Result<Self> {
+        let head = self.ptr.as_ptr().align_offset(align);
+        let tail = self.len - head - len;
         if tail != 0 {
-            let start = self.ptr.as_ptr().wrapping_add(head + part.len);
+            let start = self.ptr.as_ptr().wrapping_add(head + len);
             // SAFETY: the tail lies within this value's own reservation and nothing refers to it.
-            unsafe { munmap(start.cast(), tail) }.map_err(reserve_error)?;
+            unsafe { munmap(start.cast(), tail) }?;
             self.len -= tail;
         }
         if head != 0 {
             // SAFETY: the head lies within this value's own reservation and nothing refers to it.
-            unsafe { munmap(self.ptr.as_ptr().cast(), head) }.map_err(reserve_error)?;
+            unsafe { munmap(self.ptr.as_ptr().cast(), head) }?;
             self.len -= head;
             // SAFETY: `head` is less than the reservation's length, so the sum stays inside it and is not null.
             self.ptr = unsafe { self.ptr.add(head) };

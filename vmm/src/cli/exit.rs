@@ -17,6 +17,8 @@ pub enum ExitStatus {
     TripleFault = 3,
     /// Guest memory was lost, or a vCPU could not run on it.
     MemoryLost = 4,
+    /// Ended by SIGHUP.
+    HungUp = 129,
     /// Ended by SIGINT.
     Interrupted = 130,
     /// Ended by SIGTERM.
@@ -25,7 +27,7 @@ pub enum ExitStatus {
 
 impl ExitStatus {
     /// Every status with its meaning, as `--help` and the README print them.
-    pub const TABLE: [(Self, &'static str); 7] = [
+    pub const TABLE: [(Self, &'static str); 8] = [
         (
             Self::Success,
             "the guest powered off; doctor found no failure",
@@ -40,6 +42,7 @@ impl ExitStatus {
             Self::MemoryLost,
             "guest memory was lost or a vCPU could not run on it",
         ),
+        (Self::HungUp, "ended by SIGHUP"),
         (Self::Interrupted, "ended by SIGINT"),
         (Self::Terminated, "ended by SIGTERM"),
     ];
@@ -72,7 +75,7 @@ mod tests {
     #[test]
     fn the_numbers_are_the_documented_ones() {
         let codes = ExitStatus::TABLE.map(|(status, _)| status.code());
-        assert_eq!(codes, [0, 1, 2, 3, 4, 130, 143]);
+        assert_eq!(codes, [0, 1, 2, 3, 4, 129, 130, 143]);
         let table = ExitStatus::table();
         assert_eq!(table.lines().count(), codes.len());
         assert!(

@@ -19,6 +19,8 @@ pub enum Event {
     TripleFault,
     /// A vCPU can't go on; its thread is gone.
     VcpuFailed(VcpuFault),
+    /// The thread of a vCPU panicked: a defect of the VMM.
+    VcpuPanicked(u8),
 }
 
 /// Posts events; never blocks.

@@ -40,6 +40,8 @@ pub enum Ending {
     TripleFault,
     /// Memory behind it is gone, or a vCPU could not go on.
     VcpuFailed(VcpuFault),
+    /// The thread of this vCPU panicked: a defect of the VMM.
+    VcpuPanicked(u8),
     /// The VMM was told to end by this signal.
     Signal(i32),
 }

@@ -169,6 +169,7 @@ impl<'a> Owner<'a> {
                 Event::Power(PowerRequest::Reset) => Stop::Reset,
                 Event::TripleFault => Stop::End(Ending::TripleFault),
                 Event::VcpuFailed(fault) => Stop::End(Ending::VcpuFailed(fault)),
+                Event::VcpuPanicked(id) => Stop::End(Ending::VcpuPanicked(id)),
             };
             self.stop.get_or_insert(stop);
         }

@@ -118,7 +118,13 @@ impl Vcpus {
                 (Arc::clone(&spawned.control), Arc::clone(io), events.clone());
             let thread = Builder::new()
                 .name(format!("vcpu{id}"))
-                .spawn(move || run(vcpu, &control, io.as_ref(), &events))
+                .spawn(move || {
+                    let _tell = TellOfPanic {
+                        id,
+                        events: &events,
+                    };
+                    run(vcpu, &control, io.as_ref(), &events);
+                })
                 .map_err(|source| SpawnError { id, source })?;
             spawned.threads.push(thread);
         }
@@ -150,6 +156,20 @@ impl Vcpus {
 impl Drop for Vcpus {
     fn drop(&mut self) {
         self.stop();
+    }
+}
+
+/// A thread that panics must not leave a guest that hangs for ever.
+struct TellOfPanic<'a> {
+    id: u8,
+    events: &'a EventSender,
+}
+
+impl Drop for TellOfPanic<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.events.send(Event::VcpuPanicked(self.id));
+        }
     }
 }
 

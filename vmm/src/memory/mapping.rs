@@ -2,13 +2,13 @@
 //!
 //! Invariants: a mapping starts at a multiple of its alignment, so that KVM can map guest memory with entries of that
 //! size; it is unmapped exactly once; nothing is written to it here except by `prefault`, which only faults pages in.
-//! Device-dax memory is mapped by `daxhund-dax`, which has rules of its own.
+//! Device-dax memory is mapped by `daxhund-dax`, which has rules of its own; the aligned addresses come from there too.
 
 use std::fs::File;
 use std::io;
-use std::ptr::{self, NonNull};
 use std::sync::Arc;
 
+use daxhund_dax::Pages;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 use thiserror::Error;
 
@@ -51,16 +51,9 @@ pub struct MapMemoryError {
 /// A mapped range of host memory.
 #[derive(Debug)]
 pub struct HostMapping {
-    address: NonNull<u8>,
-    len: usize,
+    pages: Pages,
     source: Source,
 }
-
-// SAFETY: the range belongs to this value alone and is only handed out as a raw address; whoever accesses it does so
-// with volatile accesses (vm-memory) or through KVM, which are safe from any thread.
-unsafe impl Send for HostMapping {}
-// SAFETY: as above; no method gives out a reference into the range.
-unsafe impl Sync for HostMapping {}
 
 impl HostMapping {
     /// Maps `size` bytes at a multiple of `align` (a power of two, at least the page size of the source).
@@ -77,12 +70,8 @@ impl HostMapping {
         let too_large = || failed("address")(io::Error::from_raw_os_error(libc::EOVERFLOW));
         let len = usize::try_from(size).map_err(|_| too_large())?;
         let align = usize::try_from(align).map_err(|_| too_large())?;
-        let address = reserve_aligned(len, align).map_err(failed("reserve addresses for"))?;
-        let mapping = Self {
-            address,
-            len,
-            source,
-        };
+        let pages = Pages::reserve(len, align).map_err(failed("reserve addresses for"))?;
+        let mapping = Self { pages, source };
         mapping.place().map_err(failed("map"))?;
         if let Source::Anonymous {
             huge_bytes: None,
@@ -105,7 +94,7 @@ impl HostMapping {
 
     /// Replaces the reservation by the memory itself.
     fn place(&self) -> io::Result<()> {
-        let address = self.address.as_ptr().cast();
+        let (address, len) = (self.pages.as_ptr().cast(), self.pages.len());
         let prot = ProtFlags::READ | ProtFlags::WRITE;
         match &self.source {
             Source::Anonymous { huge_bytes, .. } => {
@@ -115,9 +104,9 @@ impl HostMapping {
                     None => MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE,
                     Some(bytes) => MapFlags::PRIVATE | MapFlags::FIXED | huge_flags(*bytes)?,
                 };
-                // SAFETY: MAP_FIXED replaces exactly the reservation that `self` owns (`address`, `len`), which
+                // SAFETY: MAP_FIXED replaces exactly the reservation that `self.pages` owns, which
                 // nothing else refers to.
-                unsafe { rustix::mm::mmap_anonymous(address, self.len, prot, flags) }?;
+                unsafe { rustix::mm::mmap_anonymous(address, len, prot, flags) }?;
             }
             Source::File {
                 file,
@@ -133,7 +122,7 @@ impl HostMapping {
                 unsafe {
                     rustix::mm::mmap(
                         address,
-                        self.len,
+                        len,
                         prot,
                         visibility | MapFlags::FIXED,
                         file,
@@ -147,17 +136,17 @@ impl HostMapping {
 
     /// First host address.
     pub fn as_ptr(&self) -> *mut u8 {
-        self.address.as_ptr()
+        self.pages.as_ptr()
     }
 
     /// Length in bytes.
     pub fn len(&self) -> usize {
-        self.len
+        self.pages.len()
     }
 
     /// Never: an empty range can't be mapped.
     pub fn is_empty(&self) -> bool {
-        self.len == 0
+        self.pages.len() == 0
     }
 
     /// The file and offset behind the range, where there is one that others can map too.
@@ -170,8 +159,7 @@ impl HostMapping {
 
     /// Faults every page in, writable, without changing a byte (`MADV_POPULATE_WRITE`).
     pub fn prefault(&self) -> Result<(), MapMemoryError> {
-        self.advise(Advice::LinuxPopulateWrite)
-            .map_err(|e| self.error("prefault", e))
+        self.pages.populate().map_err(|e| self.error("prefault", e))
     }
 
     /// Takes the pages from one NUMA node of the host only.
@@ -188,8 +176,8 @@ impl HostMapping {
         let result = unsafe {
             libc::syscall(
                 libc::SYS_mbind,
-                self.address.as_ptr(),
-                self.len,
+                self.pages.as_ptr(),
+                self.pages.len(),
                 MPOL_BIND,
                 mask.as_ptr(),
                 BITS + 1,
@@ -205,47 +193,26 @@ impl HostMapping {
 
     /// The undo of [`HostMapping::new`]. On failure the mapping comes back.
     pub fn unmap(self) -> Result<(), (Self, MapMemoryError)> {
-        match self.release() {
-            Ok(()) => {
-                let mut this = std::mem::ManuallyDrop::new(self);
-                // SAFETY: `this` is never dropped, so its source is dropped here and only here.
-                unsafe { ptr::drop_in_place(&raw mut this.source) };
-                Ok(())
-            }
-            Err(e) => {
-                let error = self.error("unmap", e);
-                Err((self, error))
-            }
-        }
-    }
-
-    fn release(&self) -> io::Result<()> {
-        // SAFETY: the range is owned by `self`; consumers (KVM slots, device snapshots) have given it back before
-        // `memory::Ram` lets a region go, and no Rust reference into it ever existed.
-        unsafe { rustix::mm::munmap(self.address.as_ptr().cast(), self.len) }
-            .map_err(io::Error::from)
+        let Self { pages, source } = self;
+        pages.unmap().map_err(|(pages, e)| {
+            let mapping = Self { pages, source };
+            let error = mapping.error("unmap", e);
+            (mapping, error)
+        })
     }
 
     fn advise(&self, advice: Advice) -> io::Result<()> {
         // SAFETY: the range is mapped and owned by `self`; none of the advices used here changes its contents.
-        unsafe { rustix::mm::madvise(self.address.as_ptr().cast(), self.len, advice) }
+        unsafe { rustix::mm::madvise(self.pages.as_ptr().cast(), self.pages.len(), advice) }
             .map_err(io::Error::from)
     }
 
     fn error(&self, what: &'static str, source: io::Error) -> MapMemoryError {
         MapMemoryError {
             what,
-            size: self.len as u64,
+            size: self.pages.len() as u64,
             kind: self.source.kind(),
             source,
-        }
-    }
-}
-
-impl Drop for HostMapping {
-    fn drop(&mut self) {
-        if let Err(error) = self.release() {
-            tracing::error!(%error, "guest memory could not be unmapped");
         }
     }
 }
@@ -272,33 +239,6 @@ fn huge_flags(bytes: u64) -> io::Result<MapFlags> {
         30 => Ok(MapFlags::HUGETLB | MapFlags::HUGE_1GB),
         _ => Err(io::Error::from_raw_os_error(libc::EINVAL)),
     }
-}
-
-/// Reserves `len` bytes of address space (no access) at a multiple of `align`.
-fn reserve_aligned(len: usize, align: usize) -> io::Result<NonNull<u8>> {
-    let all = len
-        .checked_add(align)
-        .ok_or_else(|| io::Error::from_raw_os_error(libc::EOVERFLOW))?;
-    // SAFETY: the kernel chooses where; nothing existing is touched.
-    let start = unsafe {
-        rustix::mm::mmap_anonymous(
-            ptr::null_mut(),
-            all,
-            ProtFlags::empty(),
-            MapFlags::PRIVATE | MapFlags::NORESERVE,
-        )
-    }?;
-    let head = start.align_offset(align);
-    let tail = all - head - len;
-    // SAFETY: `head` < `align`, so the aligned address is inside the reservation of `len + align` bytes.
-    let aligned = unsafe { start.byte_add(head) };
-    for (address, len) in [(start, head), (aligned.wrapping_byte_add(len), tail)] {
-        if len > 0 {
-            // SAFETY: head and tail are parts of the reservation just made, and nothing refers to them.
-            unsafe { rustix::mm::munmap(address, len) }?;
-        }
-    }
-    NonNull::new(aligned.cast()).ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))
 }
 
 /// An unnamed file for shared guest memory, `size` bytes long, from the huge page pool where asked.
