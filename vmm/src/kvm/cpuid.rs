@@ -40,24 +40,43 @@ const LEVEL_CORE: u32 = 2;
 #[error("KVM would not list the CPUID leaves it supports")]
 pub struct CpuidError(#[source] io::Error);
 
+/// Who shares the last-level cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LastLevelCache {
+    /// All vCPUs.
+    Shared,
+    /// Nobody. For guests with NUMA nodes: a cache that spans nodes is nonsense to Linux, and the nodes' vCPUs need
+    /// not have neighbouring APIC ids, which is all that CPUID can say.
+    Private,
+}
+
 /// What all vCPUs of one VM have in common.
 #[derive(Debug, Clone)]
 pub struct CpuidTemplate {
+    last_level: LastLevelCache,
     leaves: Vec<kvm_cpuid_entry2>,
     cpus: u8,
 }
 
 impl CpuidTemplate {
     /// Asks KVM; `cpus` is how many vCPUs the VM may ever have.
-    pub fn new(hypervisor: &Hypervisor, cpus: u8) -> Result<Self, CpuidError> {
+    pub fn new(
+        hypervisor: &Hypervisor,
+        cpus: u8,
+        last_level: LastLevelCache,
+    ) -> Result<Self, CpuidError> {
         let supported = hypervisor
             .kvm()
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
             .map_err(|e| CpuidError(io::Error::from(e)))?;
-        Ok(Self::from_supported(supported.as_slice(), cpus))
+        Ok(Self::from_supported(supported.as_slice(), cpus, last_level))
     }
 
-    fn from_supported(supported: &[kvm_cpuid_entry2], cpus: u8) -> Self {
+    fn from_supported(
+        supported: &[kvm_cpuid_entry2],
+        cpus: u8,
+        last_level: LastLevelCache,
+    ) -> Self {
         let mut leaves = supported.to_vec();
         // The topology leaf is per guest, not per host: rebuilt below for every vCPU.
         let had_topology = leaves.iter().any(|l| l.function == TOPOLOGY);
@@ -72,7 +91,11 @@ impl CpuidTemplate {
                 });
             }
         }
-        Self { leaves, cpus }
+        Self {
+            last_level,
+            leaves,
+            cpus,
+        }
     }
 
     /// Width of a guest-physical address: what KVM reports of the host (leaf 0x80000008), or the architecture's
@@ -97,6 +120,15 @@ impl CpuidTemplate {
         leaves
     }
 
+    /// Other logical processors that share the cache which `eax` of leaf 4 or 0x8000001d describes (level in 7:5).
+    fn others_sharing(&self, eax: u32) -> u32 {
+        let last = (eax >> 5) & 0x7 >= 3;
+        match self.last_level {
+            LastLevelCache::Shared if last => u32::from(self.cpus) - 1,
+            _ => 0,
+        }
+    }
+
     fn adapt(&self, leaf: &mut kvm_cpuid_entry2, id: u8) {
         let cpus = u32::from(self.cpus);
         let id = u32::from(id);
@@ -114,11 +146,7 @@ impl CpuidTemplate {
             CACHES_INTEL if leaf.eax & 0x1f != 0 => {
                 // Bits 31:26 cores in the package, bits 25:14 logical processors that share this cache, each minus
                 // one: the last level belongs to all, the others to one core.
-                let shared = if (leaf.eax >> 5) & 0x7 >= 3 {
-                    cpus - 1
-                } else {
-                    0
-                };
+                let shared = self.others_sharing(leaf.eax);
                 leaf.eax = (leaf.eax & 0x3fff) | ((cpus - 1).min(63) << 26) | (shared << 14);
             }
             // No MONITOR/MWAIT, no performance counters: neither is virtualised here.
@@ -138,11 +166,7 @@ impl CpuidTemplate {
             // ApicIdCoreIdSize in 15:12, number of threads minus one in 7:0.
             AMD_SIZES => leaf.ecx = (self.core_bits() << 12) | (cpus - 1),
             AMD_CACHES if leaf.eax & 0x1f != 0 => {
-                let shared = if (leaf.eax >> 5) & 0x7 >= 3 {
-                    cpus - 1
-                } else {
-                    0
-                };
+                let shared = self.others_sharing(leaf.eax);
                 leaf.eax = (leaf.eax & 0x3fff) | (shared << 14);
             }
             AMD_TOPOLOGY => {
@@ -195,6 +219,7 @@ mod tests {
                 leaf(AMD_TOPOLOGY, 0),
             ],
             3,
+            LastLevelCache::Shared,
         );
         for id in 0..3 {
             let leaves = template.for_vcpu(id);
@@ -221,6 +246,7 @@ mod tests {
         let template = CpuidTemplate::from_supported(
             &[leaf(FEATURES, 0), leaf(AMD_SIZES, 0), leaf(AMD_FEATURES, 0)],
             1,
+            LastLevelCache::Shared,
         );
         let leaves = template.for_vcpu(0);
         assert_eq!(find(&leaves, FEATURES, 0).edx & EDX_HTT, 0);
@@ -234,9 +260,13 @@ mod tests {
             eax: (n << 5) | 1 | (7 << 14),
             ..leaf(AMD_CACHES, n)
         };
-        let template = CpuidTemplate::from_supported(&[level(1), level(2), level(3)], 4);
-        let leaves = template.for_vcpu(0);
-        let sharers = |n| (find(&leaves, AMD_CACHES, n).eax >> 14) + 1;
-        assert_eq!((sharers(1), sharers(2), sharers(3)), (1, 1, 4));
+        let sharers = |last_level| {
+            let template =
+                CpuidTemplate::from_supported(&[level(1), level(2), level(3)], 4, last_level);
+            let leaves = template.for_vcpu(0);
+            [1, 2, 3].map(|n| (find(&leaves, AMD_CACHES, n).eax >> 14) + 1)
+        };
+        assert_eq!(sharers(LastLevelCache::Shared), [1, 1, 4]);
+        assert_eq!(sharers(LastLevelCache::Private), [1, 1, 1]);
     }
 }

@@ -14,7 +14,7 @@ mod slots;
 mod vcpu;
 mod vm;
 
-pub use cpuid::{CpuidError, CpuidTemplate};
+pub use cpuid::{CpuidError, CpuidTemplate, LastLevelCache};
 pub use hypervisor::{Hypervisor, OpenError};
 pub use kick::{KickError, KickTarget};
 pub use slots::{MemorySlots, SlotError, SlotLease, SlotRange};

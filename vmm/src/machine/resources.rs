@@ -10,7 +10,7 @@ use tracing::info;
 use crate::boot::{Initramfs, InitramfsError, Kernel, KernelError, Payload};
 use crate::config::{ConsoleConfig, ValidConfig};
 use crate::devices::console::{Console, ConsoleInput, ConsoleOutput, OpenConsoleError};
-use crate::kvm::{CpuidError, CpuidTemplate, Hypervisor, OpenError};
+use crate::kvm::{CpuidError, CpuidTemplate, Hypervisor, LastLevelCache, OpenError};
 use crate::memory::layout::{LayoutError, RamLayout};
 use crate::memory::region::Region;
 use crate::memory::zone::{Zone, ZoneMapError, ZoneOpenError};
@@ -76,7 +76,12 @@ impl HostResources {
             .ok()
             .filter(|cpus| usize::from(*cpus) <= max)
             .ok_or(PrepareError::TooManyVcpus { asked, max })?;
-        let cpuid = CpuidTemplate::new(&hypervisor, cpus)?;
+        let last_level = if config.numa().is_empty() {
+            LastLevelCache::Shared
+        } else {
+            LastLevelCache::Private
+        };
+        let cpuid = CpuidTemplate::new(&hypervisor, cpus, last_level)?;
         let payload = Payload {
             kernel: Kernel::open(config.kernel())?,
             initramfs: config.initramfs().map(Initramfs::open).transpose()?,
