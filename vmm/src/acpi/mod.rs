@@ -58,8 +58,8 @@ impl Ecam {
 pub struct Description {
     /// vCPUs that run from the start.
     pub boot_cpus: u8,
-    /// vCPUs that may ever exist.
-    pub max_cpus: u8,
+    /// APIC ids of the vCPUs that may ever exist, by number.
+    pub apic_ids: Vec<u8>,
     /// PCI configuration space.
     pub ecam: Ecam,
     /// Whether there is a COM1.
@@ -197,13 +197,13 @@ fn madt(description: &Description) -> MADT {
         OEM_REVISION,
         LocalInterruptController::Address(LOCAL_APIC),
     );
-    for id in 0..description.max_cpus {
-        let status = if id < description.boot_cpus {
+    for (cpu, apic_id) in (0u8..).zip(&description.apic_ids) {
+        let status = if cpu < description.boot_cpus {
             EnabledStatus::Enabled
         } else {
             EnabledStatus::DisabledOnlineCapable
         };
-        madt.add_structure(ProcessorLocalApic::new(id, id, status));
+        madt.add_structure(ProcessorLocalApic::new(cpu, *apic_id, status));
     }
     madt.add_structure(IoApic::new(0, IO_APIC, 0));
     madt
@@ -231,7 +231,7 @@ mod tests {
     fn description() -> Description {
         Description {
             boot_cpus: 2,
-            max_cpus: 3,
+            apic_ids: vec![0, 2, 3],
             ecam: Ecam {
                 base: 0xe800_0000,
                 last_bus: 0,
@@ -240,7 +240,7 @@ mod tests {
             nodes: vec![
                 Node {
                     id: 0,
-                    cpus: vec![0],
+                    apic_ids: vec![0],
                     memory: vec![NodeMemory {
                         base: 0,
                         size: 1 << 30,
@@ -249,7 +249,7 @@ mod tests {
                 },
                 Node {
                     id: 1,
-                    cpus: vec![1, 2],
+                    apic_ids: vec![2, 3],
                     memory: vec![NodeMemory {
                         base: 1 << 30,
                         size: 1 << 30,
@@ -310,6 +310,8 @@ mod tests {
             .1;
         let flags: Vec<u8> = (0..3).map(|cpu| madt[44 + cpu * 8 + 4]).collect();
         assert_eq!(flags, [1, 1, 2]);
+        let ids: Vec<u8> = (0..3).map(|cpu| madt[44 + cpu * 8 + 3]).collect();
+        assert_eq!(ids, [0, 2, 3]);
     }
 
     #[test]

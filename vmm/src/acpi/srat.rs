@@ -23,8 +23,8 @@ pub struct NodeMemory {
 pub struct Node {
     /// Proximity domain.
     pub id: u32,
-    /// vCPUs by APIC id.
-    pub cpus: Vec<u8>,
+    /// Its vCPUs.
+    pub apic_ids: Vec<u8>,
     /// Memory.
     pub memory: Vec<NodeMemory>,
     /// (other node, distance from 10 to 254).
@@ -63,7 +63,7 @@ pub(super) fn build(nodes: &[Node]) -> impl Aml {
     }
     let mut bytes = super::serialise(&srat);
     for node in nodes {
-        for &apic_id in &node.cpus {
+        for &apic_id in &node.apic_ids {
             bytes.extend(super::serialise(&LocalApicAffinity {
                 domain: node.id,
                 apic_id,

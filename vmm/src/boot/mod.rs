@@ -105,6 +105,7 @@ pub fn load(
     }
     clear_firmware_corner(memory)?;
     write(memory, acpi.address, &acpi.bytes)?;
+    tables::write_reset_vector(memory)?;
 
     let needed_bytes = payload.kernel.end_in_memory().next_multiple_of(place::PAGE)
         + payload

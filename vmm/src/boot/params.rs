@@ -96,7 +96,7 @@ impl MemoryMap {
                 place::ACPI - place::EXTENDED_BIOS_DATA,
                 RESERVED,
             ));
-            entries.push((place::ACPI, place::ACPI_SIZE, ACPI_DATA));
+            entries.push((place::ACPI, place::HIGH_MEMORY - place::ACPI, ACPI_DATA));
             if end > place::HIGH_MEMORY {
                 entries.push((place::HIGH_MEMORY, end - place::HIGH_MEMORY, RAM));
             }
@@ -246,7 +246,7 @@ mod tests {
                     place::ACPI - place::EXTENDED_BIOS_DATA,
                     RESERVED
                 ),
-                (place::ACPI, place::ACPI_SIZE, ACPI_DATA),
+                (place::ACPI, place::HIGH_MEMORY - place::ACPI, ACPI_DATA),
                 (place::HIGH_MEMORY, GIB - place::HIGH_MEMORY, RAM),
                 (place::ECAM, 1 << 20, RESERVED),
                 (4 * GIB, GIB, RAM),

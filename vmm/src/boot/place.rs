@@ -10,6 +10,7 @@
 //! 0x9_fc00 ├ extended BIOS data              (cleared, reserved)
 //! 0xa_0000 │ legacy video hole               (reserved, contents kept)
 //! 0xe_0000 │ ACPI tables                     (written whole)
+//! 0xf_fff0 │ reset vector: asks for a reset
 //! 0x10_0000┴ kernel
 //! ```
 
@@ -40,7 +41,10 @@ pub const EXTENDED_BIOS_DATA: u64 = 0x9_fc00;
 /// ACPI tables.
 pub const ACPI: u64 = 0xe_0000;
 /// Room for them.
-pub const ACPI_SIZE: u64 = HIGH_MEMORY - ACPI;
+pub const ACPI_SIZE: u64 = RESET_VECTOR - ACPI;
+/// Where a PC's firmware takes over in real mode (`ffff:0000`). Linux jumps there to reboot when ACPI is
+/// hardware-reduced and there is no EFI (`efi_reboot_required`, arch/x86/platform/efi/quirks.c).
+pub const RESET_VECTOR: u64 = 0xf_fff0;
 /// First address above the legacy area.
 pub const HIGH_MEMORY: u64 = 0x10_0000;
 /// Less than this above 1 MiB boots no kernel at all.

@@ -1,9 +1,31 @@
-//! The processor tables a 64-bit entry needs: segment descriptors and an identity map of the first GiB.
+//! The processor tables a 64-bit entry needs (segment descriptors, an identity map of the first GiB), and the reset
+//! vector.
 
 use vm_memory::GuestMemoryMmap;
 
 use super::{LoadError, place, write};
+use crate::devices::power;
 use crate::kvm::BootRegisters;
+
+/// Real-mode code for the reset vector: writes the ACPI reset register, then waits for what comes of it.
+fn reset_code() -> Vec<u8> {
+    let [low, high] = power::RESET_PORT.to_le_bytes();
+    vec![
+        0xba,
+        low,
+        high, // mov dx, RESET_PORT
+        0xb0,
+        power::RESET_VALUE, // mov al, RESET_VALUE
+        0xee,               // out dx, al
+        0xf4,               // hlt
+        0xeb,
+        0xfd, // jmp to the hlt
+    ]
+}
+
+pub(super) fn write_reset_vector(memory: &GuestMemoryMmap) -> Result<(), LoadError> {
+    write(memory, place::RESET_VECTOR, &reset_code())
+}
 
 const PRESENT_WRITABLE: u64 = 0x3;
 const LARGE: u64 = 1 << 7;

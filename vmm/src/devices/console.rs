@@ -102,7 +102,7 @@ pub enum ConsoleInput {
         /// Our side.
         main: File,
         /// The other side, kept open so that ours does not report a hang-up while nobody is attached.
-        _other: OwnedFd,
+        other: OwnedFd,
         /// Name of the other side, for the user.
         name: String,
     },
@@ -170,15 +170,11 @@ fn open_pty() -> Result<(ConsoleOutput, ConsoleInput), OpenConsoleError> {
         .map_err(failed("/dev/ptmx can't be opened"))?;
     rustix::pty::unlockpt(&main).map_err(failed("it can't be unlocked"))?;
     let name = rustix::pty::ptsname(&main, Vec::new()).map_err(failed("it has no name"))?;
-    let other = rustix::fs::open(
-        &*name,
-        OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC,
-        rustix::fs::Mode::empty(),
-    )
-    .map_err(failed("its other side can't be opened"))?;
-    let mut mode = tcgetattr(&other).map_err(failed("its mode can't be read"))?;
-    mode.make_raw();
-    tcsetattr(&other, OptionalActions::Now, &mode).map_err(failed("its mode can't be set"))?;
+    let name = name.to_string_lossy().into_owned();
+    let other = open_other_side(&name).map_err(|source| OpenConsoleError::Pty {
+        what: "its other side can't be opened",
+        source,
+    })?;
     rustix::fs::fcntl_setfl(&main, OFlags::NONBLOCK)
         .map_err(failed("it can't be made non-blocking"))?;
     let main = File::from(main);
@@ -186,15 +182,20 @@ fn open_pty() -> Result<(ConsoleOutput, ConsoleInput), OpenConsoleError> {
         what: "its descriptor can't be copied",
         source,
     })?;
-    let name = name.to_string_lossy().into_owned();
     Ok((
         ConsoleOutput::Pty(output),
-        ConsoleInput::Pty {
-            main,
-            _other: other,
-            name,
-        },
+        ConsoleInput::Pty { main, other, name },
     ))
+}
+
+/// The side that a terminal program opens, in raw mode: what the guest sends is not echoed back to it.
+fn open_other_side(name: &str) -> io::Result<OwnedFd> {
+    let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC;
+    let other = rustix::fs::open(name, flags, rustix::fs::Mode::empty())?;
+    let mut mode = tcgetattr(&other)?;
+    mode.make_raw();
+    tcsetattr(&other, OptionalActions::Now, &mode)?;
+    Ok(other)
 }
 
 impl Write for ConsoleOutput {
@@ -311,7 +312,23 @@ impl ConsoleInput {
             Self::None => return Input::End,
             // Unbuffered: `io::Stdin` would read ahead of what the FIFO has room for.
             Self::Stdin(_) => rustix::io::read(io::stdin(), buffer).map_err(io::Error::from),
-            Self::Pty { main, .. } => main.read(buffer),
+            Self::Pty { main, other, name } => match main.read(buffer) {
+                // Somebody's session that had the terminal as its own has ended, and the kernel hung up every
+                // descriptor of it, ours included (tty_vhangup_session). The next user gets a fresh one.
+                Err(error) if error.raw_os_error() == Some(libc::EIO) => {
+                    return match open_other_side(name) {
+                        Ok(fresh) => {
+                            *other = fresh;
+                            Input::Nothing
+                        }
+                        Err(error) => {
+                            tracing::warn!(%error, name, "the console's pseudo terminal is lost");
+                            Input::End
+                        }
+                    };
+                }
+                other => other,
+            },
             Self::Socket { peer, .. } => {
                 match peer.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
                     Some(stream) => stream.read(buffer),

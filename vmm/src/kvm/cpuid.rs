@@ -11,6 +11,7 @@ use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use thiserror::Error;
 
 use super::hypervisor::Hypervisor;
+use super::topology::Topology;
 
 const FEATURES: u32 = 0x1;
 const CACHES_INTEL: u32 = 0x4;
@@ -40,43 +41,24 @@ const LEVEL_CORE: u32 = 2;
 #[error("KVM would not list the CPUID leaves it supports")]
 pub struct CpuidError(#[source] io::Error);
 
-/// Who shares the last-level cache.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum LastLevelCache {
-    /// All vCPUs.
-    Shared,
-    /// Nobody. For guests with NUMA nodes: a cache that spans nodes is nonsense to Linux, and the nodes' vCPUs need
-    /// not have neighbouring APIC ids, which is all that CPUID can say.
-    Private,
-}
-
 /// What all vCPUs of one VM have in common.
 #[derive(Debug, Clone)]
 pub struct CpuidTemplate {
-    last_level: LastLevelCache,
     leaves: Vec<kvm_cpuid_entry2>,
-    cpus: u8,
+    topology: Topology,
 }
 
 impl CpuidTemplate {
-    /// Asks KVM; `cpus` is how many vCPUs the VM may ever have.
-    pub fn new(
-        hypervisor: &Hypervisor,
-        cpus: u8,
-        last_level: LastLevelCache,
-    ) -> Result<Self, CpuidError> {
+    /// Asks KVM; the topology is of all vCPUs that the VM may ever have.
+    pub fn new(hypervisor: &Hypervisor, topology: Topology) -> Result<Self, CpuidError> {
         let supported = hypervisor
             .kvm()
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
             .map_err(|e| CpuidError(io::Error::from(e)))?;
-        Ok(Self::from_supported(supported.as_slice(), cpus, last_level))
+        Ok(Self::from_supported(supported.as_slice(), topology))
     }
 
-    fn from_supported(
-        supported: &[kvm_cpuid_entry2],
-        cpus: u8,
-        last_level: LastLevelCache,
-    ) -> Self {
+    fn from_supported(supported: &[kvm_cpuid_entry2], topology: Topology) -> Self {
         let mut leaves = supported.to_vec();
         // The topology leaf is per guest, not per host: rebuilt below for every vCPU.
         let had_topology = leaves.iter().any(|l| l.function == TOPOLOGY);
@@ -91,11 +73,7 @@ impl CpuidTemplate {
                 });
             }
         }
-        Self {
-            last_level,
-            leaves,
-            cpus,
-        }
+        Self { leaves, topology }
     }
 
     /// Width of a guest-physical address: what KVM reports of the host (leaf 0x80000008), or the architecture's
@@ -106,77 +84,72 @@ impl CpuidTemplate {
         sizes.map_or(MINIMUM, |leaf| leaf.eax.to_le_bytes()[0])
     }
 
-    /// Bits of an APIC id that number the core within the package.
-    fn core_bits(&self) -> u32 {
-        u32::from(self.cpus).next_power_of_two().trailing_zeros()
+    /// Packages and cores.
+    pub fn topology(&self) -> &Topology {
+        &self.topology
     }
 
     /// The table of one vCPU.
-    pub(super) fn for_vcpu(&self, id: u8) -> Vec<kvm_cpuid_entry2> {
+    pub(super) fn for_vcpu(&self, cpu: u8) -> Vec<kvm_cpuid_entry2> {
         let mut leaves = self.leaves.clone();
         for leaf in &mut leaves {
-            self.adapt(leaf, id);
+            self.adapt(leaf, cpu);
         }
         leaves
     }
 
-    /// Other logical processors that share the cache which `eax` of leaf 4 or 0x8000001d describes (level in 7:5).
-    fn others_sharing(&self, eax: u32) -> u32 {
-        let last = (eax >> 5) & 0x7 >= 3;
-        match self.last_level {
-            LastLevelCache::Shared if last => u32::from(self.cpus) - 1,
-            _ => 0,
-        }
-    }
-
-    fn adapt(&self, leaf: &mut kvm_cpuid_entry2, id: u8) {
-        let cpus = u32::from(self.cpus);
-        let id = u32::from(id);
+    fn adapt(&self, leaf: &mut kvm_cpuid_entry2, cpu: u8) {
+        let cores = self.topology.cores_beside(cpu);
+        let id = u32::from(self.topology.apic_id(cpu));
+        // Other cores that share the cache which leaf 4 or 0x8000001d describes: the last level (level in 7:5) belongs
+        // to the package, the others to one core.
+        let sharers = |eax: u32| if (eax >> 5) & 0x7 >= 3 { cores - 1 } else { 0 };
         match leaf.function {
             FEATURES => {
-                leaf.ebx = (leaf.ebx & 0x0000_ffff) | (cpus.min(255) << 16) | (id << 24);
+                leaf.ebx = (leaf.ebx & 0x0000_ffff) | (cores << 16) | (id << 24);
                 leaf.ecx |= ECX_HYPERVISOR | ECX_TSC_DEADLINE;
                 leaf.ecx &= !ECX_MONITOR;
-                if cpus > 1 {
-                    leaf.edx |= EDX_HTT;
-                } else {
-                    leaf.edx &= !EDX_HTT;
-                }
+                set(&mut leaf.edx, EDX_HTT, cores > 1);
             }
             CACHES_INTEL if leaf.eax & 0x1f != 0 => {
-                // Bits 31:26 cores in the package, bits 25:14 logical processors that share this cache, each minus
-                // one: the last level belongs to all, the others to one core.
-                let shared = self.others_sharing(leaf.eax);
-                leaf.eax = (leaf.eax & 0x3fff) | ((cpus - 1).min(63) << 26) | (shared << 14);
+                // Bits 31:26 cores in the package, bits 25:14 logical processors that share this cache, each minus one.
+                leaf.eax =
+                    (leaf.eax & 0x3fff) | ((cores - 1).min(63) << 26) | (sharers(leaf.eax) << 14);
             }
             // No MONITOR/MWAIT, no performance counters: neither is virtualised here.
             MONITOR | PERFMON => (leaf.eax, leaf.ebx, leaf.ecx, leaf.edx) = (0, 0, 0, 0),
             TOPOLOGY => {
                 let (shift, count, level) = match leaf.index {
                     0 => (0, 1, LEVEL_SMT),
-                    _ => (self.core_bits(), cpus, LEVEL_CORE),
+                    _ => (self.topology.core_bits(), cores, LEVEL_CORE),
                 };
                 leaf.eax = shift;
                 leaf.ebx = count;
                 leaf.ecx = leaf.index | (level << 8);
                 leaf.edx = id;
             }
-            AMD_FEATURES if cpus > 1 => leaf.ecx |= AMD_ECX_CMP_LEGACY,
-            AMD_FEATURES => leaf.ecx &= !AMD_ECX_CMP_LEGACY,
+            AMD_FEATURES => set(&mut leaf.ecx, AMD_ECX_CMP_LEGACY, cores > 1),
             // ApicIdCoreIdSize in 15:12, number of threads minus one in 7:0.
-            AMD_SIZES => leaf.ecx = (self.core_bits() << 12) | (cpus - 1),
+            AMD_SIZES => leaf.ecx = (self.topology.core_bits() << 12) | (cores - 1),
             AMD_CACHES if leaf.eax & 0x1f != 0 => {
-                let shared = self.others_sharing(leaf.eax);
-                leaf.eax = (leaf.eax & 0x3fff) | (shared << 14);
+                leaf.eax = (leaf.eax & 0x3fff) | (sharers(leaf.eax) << 14);
             }
             AMD_TOPOLOGY => {
-                // Extended APIC id; one thread per core; one node, number 0.
+                // Extended APIC id; core id, one thread per core; one node for each package.
                 leaf.eax = id;
-                leaf.ebx = id;
-                leaf.ecx = 0;
+                leaf.ebx = u32::from(self.topology.core(cpu));
+                leaf.ecx = u32::from(self.topology.package(cpu));
             }
             _ => {}
         }
+    }
+}
+
+fn set(register: &mut u32, bit: u32, on: bool) {
+    if on {
+        *register |= bit;
+    } else {
+        *register &= !bit;
     }
 }
 
@@ -218,8 +191,7 @@ mod tests {
                 leaf(TOPOLOGY, 2),
                 leaf(AMD_TOPOLOGY, 0),
             ],
-            3,
-            LastLevelCache::Shared,
+            Topology::new(3, &[]).unwrap(),
         );
         for id in 0..3 {
             let leaves = template.for_vcpu(id);
@@ -245,8 +217,7 @@ mod tests {
     fn a_single_vcpu_has_no_siblings() {
         let template = CpuidTemplate::from_supported(
             &[leaf(FEATURES, 0), leaf(AMD_SIZES, 0), leaf(AMD_FEATURES, 0)],
-            1,
-            LastLevelCache::Shared,
+            Topology::new(1, &[]).unwrap(),
         );
         let leaves = template.for_vcpu(0);
         assert_eq!(find(&leaves, FEATURES, 0).edx & EDX_HTT, 0);
@@ -260,13 +231,14 @@ mod tests {
             eax: (n << 5) | 1 | (7 << 14),
             ..leaf(AMD_CACHES, n)
         };
-        let sharers = |last_level| {
-            let template =
-                CpuidTemplate::from_supported(&[level(1), level(2), level(3)], 4, last_level);
-            let leaves = template.for_vcpu(0);
+        let sharers = |nodes: &[Vec<u8>], cpu| {
+            let topology = Topology::new(4, nodes).unwrap();
+            let template = CpuidTemplate::from_supported(&[level(1), level(2), level(3)], topology);
+            let leaves = template.for_vcpu(cpu);
             [1, 2, 3].map(|n| (find(&leaves, AMD_CACHES, n).eax >> 14) + 1)
         };
-        assert_eq!(sharers(LastLevelCache::Shared), [1, 1, 4]);
-        assert_eq!(sharers(LastLevelCache::Private), [1, 1, 1]);
+        assert_eq!(sharers(&[], 0), [1, 1, 4]);
+        assert_eq!(sharers(&[vec![0, 3], vec![1], vec![2]], 3), [1, 1, 2]);
+        assert_eq!(sharers(&[vec![0, 3], vec![1], vec![2]], 2), [1, 1, 1]);
     }
 }

@@ -11,12 +11,14 @@ mod cpuid;
 mod hypervisor;
 mod kick;
 mod slots;
+mod topology;
 mod vcpu;
 mod vm;
 
-pub use cpuid::{CpuidError, CpuidTemplate, LastLevelCache};
+pub use cpuid::{CpuidError, CpuidTemplate};
 pub use hypervisor::{Hypervisor, OpenError};
 pub use kick::{KickError, KickTarget};
 pub use slots::{MemorySlots, SlotError, SlotLease, SlotRange};
+pub use topology::{Topology, TopologyError};
 pub use vcpu::{BootRegisters, BoundVcpu, Exit, Io, SetupError, Vcpu, VcpuFault};
 pub use vm::{CreateVmError, Vm};

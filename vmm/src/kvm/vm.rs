@@ -10,6 +10,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::hypervisor::Hypervisor;
 use super::kick;
 use super::slots::MemorySlots;
+use super::topology::Topology;
 use super::vcpu::Vcpu;
 
 /// Three pages that Intel hosts without unrestricted guest mode use for a task state segment
@@ -71,8 +72,8 @@ impl Vm {
         MemorySlots::new(Arc::clone(&self.fd), self.max_slots)
     }
 
-    /// Creates vCPU number `id`. On x86 the number is also its initial APIC id.
-    pub fn create_vcpu(&self, id: u8) -> Result<Vcpu, CreateVmError> {
+    /// Creates a vCPU with the APIC id that the topology gives it: on x86, KVM takes the id for both.
+    pub fn create_vcpu(&self, id: u8, topology: &Topology) -> Result<Vcpu, CreateVmError> {
         // Before any thread could be kicked: the signal's default action ends the process.
         kick::install().map_err(|e| CreateVmError {
             what: "be interrupted by a signal",
@@ -80,7 +81,7 @@ impl Vm {
         })?;
         let fd = self
             .fd
-            .create_vcpu(u64::from(id))
+            .create_vcpu(u64::from(topology.apic_id(id)))
             .map_err(|e| CreateVmError {
                 what: "create a vCPU",
                 source: io::Error::from(e),

@@ -19,7 +19,6 @@ use crate::devices::cmos::{self, Cmos};
 use crate::devices::power::{self, AcpiPower, KeyboardReset, OnPowerRequest};
 use crate::devices::serial::{self, SerialParts, SerialPort};
 use crate::kvm::{CreateVmError, SetupError, Vcpu, Vm};
-use crate::memory::layout::RamLayout;
 use crate::memory::ram::{AttachFailure, DetachError, Ram};
 use crate::memory::region::Region;
 
@@ -199,16 +198,19 @@ fn load(
     host: &mut HostResources,
     ram: &Ram,
 ) -> Result<crate::kvm::BootRegisters, BuildError> {
+    let topology = host.cpuid.topology();
     let ecam = Ecam {
         base: place::ECAM,
         last_bus: 0,
     };
     let description = acpi::Description {
         boot_cpus: small(config.cpus().boot_vcpus),
-        max_cpus: small(config.cpus().max_vcpus),
+        apic_ids: (0..topology.cpus())
+            .map(|cpu| topology.apic_id(cpu))
+            .collect(),
         ecam,
         serial_port: *config.serial() != ConsoleConfig::Off,
-        nodes: nodes(config, &host.layout, &host.zone_ids),
+        nodes: nodes(config, host),
     };
     let room = usize::try_from(place::ACPI_SIZE).expect("128 KiB");
     let tables = acpi::build(&description, place::ACPI, room)?;
@@ -230,7 +232,7 @@ fn vcpus(
 ) -> Result<Vec<Vcpu>, BuildError> {
     let mut vcpus = Vec::new();
     for id in 0..small(count) {
-        let vcpu = vm.create_vcpu(id)?;
+        let vcpu = vm.create_vcpu(id, host.cpuid.topology())?;
         vcpu.set_up(&host.cpuid, (id == 0).then_some(registers))?;
         vcpus.push(vcpu);
     }
@@ -243,17 +245,23 @@ fn small(cpus: u32) -> u8 {
 }
 
 /// The guest's NUMA nodes with the ranges their zones got.
-fn nodes(config: &ValidConfig, layout: &RamLayout, zone_ids: &[String]) -> Vec<acpi::Node> {
+fn nodes(config: &ValidConfig, host: &HostResources) -> Vec<acpi::Node> {
+    let topology = host.cpuid.topology();
     config
         .numa()
         .iter()
         .map(|node| acpi::Node {
             id: node.guest_numa_id,
-            cpus: node.cpus.iter().map(|cpu| small(*cpu)).collect(),
-            memory: layout
+            apic_ids: node
+                .cpus
+                .iter()
+                .map(|cpu| topology.apic_id(small(*cpu)))
+                .collect(),
+            memory: host
+                .layout
                 .ranges()
                 .iter()
-                .filter(|range| node.memory_zones.contains(&zone_ids[range.zone]))
+                .filter(|range| node.memory_zones.contains(&host.zone_ids[range.zone]))
                 .map(|range| acpi::NodeMemory {
                     base: range.gpa.0,
                     size: range.size,

@@ -10,7 +10,7 @@ use tracing::info;
 use crate::boot::{Initramfs, InitramfsError, Kernel, KernelError, Payload};
 use crate::config::{ConsoleConfig, ValidConfig};
 use crate::devices::console::{Console, ConsoleInput, ConsoleOutput, OpenConsoleError};
-use crate::kvm::{CpuidError, CpuidTemplate, Hypervisor, LastLevelCache, OpenError};
+use crate::kvm::{CpuidError, CpuidTemplate, Hypervisor, OpenError, Topology, TopologyError};
 use crate::memory::layout::{LayoutError, RamLayout};
 use crate::memory::region::Region;
 use crate::memory::zone::{Zone, ZoneMapError, ZoneOpenError};
@@ -32,6 +32,9 @@ pub enum PrepareError {
         /// What KVM allows.
         max: usize,
     },
+    /// Their APIC ids.
+    #[error(transparent)]
+    Topology(#[from] TopologyError),
     /// The kernel file.
     #[error(transparent)]
     Kernel(#[from] KernelError),
@@ -76,12 +79,17 @@ impl HostResources {
             .ok()
             .filter(|cpus| usize::from(*cpus) <= max)
             .ok_or(PrepareError::TooManyVcpus { asked, max })?;
-        let last_level = if config.numa().is_empty() {
-            LastLevelCache::Shared
-        } else {
-            LastLevelCache::Private
-        };
-        let cpuid = CpuidTemplate::new(&hypervisor, cpus, last_level)?;
+        let nodes: Vec<Vec<u8>> = config
+            .numa()
+            .iter()
+            .map(|node| {
+                node.cpus
+                    .iter()
+                    .filter_map(|cpu| u8::try_from(*cpu).ok())
+                    .collect()
+            })
+            .collect();
+        let cpuid = CpuidTemplate::new(&hypervisor, Topology::new(cpus, &nodes)?)?;
         let payload = Payload {
             kernel: Kernel::open(config.kernel())?,
             initramfs: config.initramfs().map(Initramfs::open).transpose()?,
