@@ -89,6 +89,12 @@ const ELF_CLASS_64: u8 = 2;
 const ELF_LITTLE_ENDIAN: u8 = 1;
 const ELF_X86_64: u16 = 62;
 const ELF_LOAD: u32 = 1;
+const ELF_NOTE: u32 = 4;
+/// Owner of the note with the PVH entry; notes of a kernel are a few hundred bytes.
+const XEN_NOTE_OWNER: &[u8] = b"Xen\0";
+const LONGEST_NOTES: u64 = 64 << 10;
+/// First address of the upper canonical half.
+const KERNEL_HALF: u64 = 0xffff_8000_0000_0000;
 
 /// Where the boot vCPU starts and by which protocol.
 pub(super) enum Entry {
@@ -228,6 +234,16 @@ impl Kernel {
         }
     }
 
+    /// Whether a note segment has one of Xen's, as PVH kernels do; linux-loader reads which.
+    fn has_xen_note(&mut self, segment: &linux_loader::elf::Elf64_Phdr) -> io::Result<bool> {
+        let len = usize::try_from(segment.p_filesz.min(LONGEST_NOTES)).expect("bounded above");
+        let mut notes = vec![0; len];
+        let read = self.read_at(segment.p_offset, &mut notes)?;
+        Ok(notes[..read]
+            .windows(XEN_NOTE_OWNER.len())
+            .any(|w| w == XEN_NOTE_OWNER))
+    }
+
     /// `None` when it is no bzImage.
     fn check_bzimage(&mut self) -> Result<Option<Format>, KernelError> {
         let mut header = setup_header::default();
@@ -294,6 +310,8 @@ impl Kernel {
             ));
         }
         let (mut end, mut segments) = (0, 0);
+        // A kernel says where to enter it (PVH), or is linked to the kernel's half of the address space.
+        let mut is_kernel = false;
         for index in 0..u64::from(header.e_phnum) {
             let at = header
                 .e_phoff
@@ -306,8 +324,12 @@ impl Kernel {
             if promised > found {
                 return Err(truncated(promised));
             }
+            if segment.p_type == ELF_NOTE {
+                is_kernel |= self.has_xen_note(&segment).map_err(failed)?;
+            }
             if segment.p_type == ELF_LOAD {
                 segments += 1;
+                is_kernel |= segment.p_vaddr >= KERNEL_HALF;
                 end = end.max(segment.p_paddr.saturating_add(segment.p_memsz));
                 if segment.p_paddr < place::HIGH_MEMORY {
                     return Err(self.unsupported(
@@ -318,6 +340,11 @@ impl Kernel {
         }
         if segments == 0 {
             return Err(self.unsupported("it is an ELF file that loads nothing"));
+        }
+        if !is_kernel {
+            return Err(self.unsupported(
+                "it is an ELF file with neither a PVH entry nor kernel addresses (a program instead of a kernel?)",
+            ));
         }
         Ok(Format::Elf { end })
     }

@@ -480,6 +480,31 @@ mod tests {
     }
 
     #[test]
+    fn a_pty_console_carries_whole_lines_both_ways() {
+        let mut console = Console::open(&ConsoleConfig::Pty).unwrap();
+        let name = console.input.pty_name().unwrap().to_owned();
+        let mut user = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(name)
+            .unwrap();
+        for byte in b"GUEST-READY 1\r\n" {
+            console.output.write_all(&[*byte]).unwrap();
+        }
+        let mut heard = Vec::new();
+        while heard.last() != Some(&b'\n') {
+            let mut byte = [0];
+            user.read_exact(&mut byte).unwrap();
+            heard.push(byte[0]);
+        }
+        assert_eq!(heard, b"GUEST-READY 1\r\n");
+        user.write_all(b"ping\n").unwrap();
+        let mut buffer = [0; 16];
+        assert_eq!(console.input.read(&mut buffer), Input::Bytes(5));
+        assert_eq!(&buffer[..5], b"ping\n");
+    }
+
+    #[test]
     fn file_output_is_private_and_truncated() {
         use std::os::unix::fs::MetadataExt;
         let dir = tempfile::tempdir().unwrap();

@@ -1,0 +1,151 @@
+//! Questions to the agent inside a guest, and its answers: lines on the guest's serial console.
+//!
+//! A question is a line of words, `#NUMBER COMMAND [ARGUMENT...]`; the answer is one line that starts with
+//! [`ANSWER_MARK`], so that kernel messages around it do no harm. The agent answers in order, one at a time.
+
+use serde::{Deserialize, Serialize};
+
+/// Starts the line that says that the guest's user space is up; the guest's uptime in seconds follows.
+pub const READY_MARK: &str = "GUEST-READY";
+/// Starts every answer.
+pub const ANSWER_MARK: &str = "@@ ";
+/// Bytes written to I/O port 0x80, one by one, when user space is up: a mark that the host's `kvm_pio`
+/// tracepoint sees. Kernels write to that port as a delay, so one value alone would not do.
+pub const READY_PORT_BYTES: [u8; 3] = [0x5d, 0xa2, 0x5e];
+
+/// An answer.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+pub struct Answer {
+    /// The question's number.
+    pub id: u64,
+    /// What was asked for, or why not.
+    #[serde(flatten)]
+    pub outcome: Outcome,
+}
+
+/// What became of a question.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Outcome {
+    /// The answer, its shape according to the command.
+    Ok(serde_json::Value),
+    /// Why there is none.
+    Err(String),
+}
+
+/// Answer to `meminfo`, in bytes.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Serialize)]
+pub struct MemInfo {
+    /// What the kernel manages.
+    pub total_bytes: u64,
+    /// What nobody uses.
+    pub free_bytes: u64,
+    /// What can be had without swapping.
+    pub available_bytes: u64,
+}
+
+/// Answer to `pattern`.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+pub struct PatternReport {
+    /// Memory that was written and read back in every pass.
+    pub checked_bytes: u64,
+    /// Of which lies below 4 GiB of guest-physical space.
+    pub low_bytes: u64,
+    /// Of which lies above.
+    pub high_bytes: u64,
+    /// Patterns written and verified.
+    pub passes: u32,
+    /// Words that did not read back as written, over all passes.
+    pub wrong_words: u64,
+    /// The first of them.
+    pub examples: Vec<WrongWord>,
+}
+
+/// A word that did not read back as written.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Serialize)]
+pub struct WrongWord {
+    /// Guest-physical address, when the kernel gave it.
+    pub physical: Option<u64>,
+    /// What was written.
+    pub expected: u64,
+    /// What was read.
+    pub found: u64,
+}
+
+/// Answer to `physread`.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Serialize)]
+pub struct PhysicalReport {
+    /// Words compared.
+    pub words: u64,
+    /// Words that hold something else than the seed's pattern.
+    pub wrong_words: u64,
+    /// Offset of the first of them.
+    pub first_wrong_offset: Option<u64>,
+}
+
+/// A record of the kernel's log.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+pub struct LogRecord {
+    /// Syslog level: 0 emergency to 4 warning.
+    pub level: u8,
+    /// The text.
+    pub text: String,
+}
+
+/// Answer to `exec`.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+pub struct ExecReport {
+    /// Exit status, or none when a signal ended it.
+    pub status: Option<i32>,
+    /// Standard output, undecodable bytes replaced.
+    pub stdout: String,
+    /// Standard error, undecodable bytes replaced.
+    pub stderr: String,
+}
+
+/// Answer to `numa`: one for each node that is online.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+pub struct NumaNode {
+    /// Number of the node.
+    pub node: u32,
+    /// Its processors, in the kernel's list form.
+    pub cpus: String,
+    /// Distances to the nodes in order.
+    pub distances: Vec<u32>,
+    /// Its memory.
+    pub total_bytes: u64,
+}
+
+/// The word that a pattern holds at an index: every bit depends on the index and the seed, and neighbours differ.
+pub fn pattern_word(index: u64, seed: u64) -> u64 {
+    // SplitMix64's output function.
+    let mut word = index.wrapping_add(seed).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    word = (word ^ (word >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    word ^ (word >> 27)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn answers_have_one_form() {
+        let ok = Answer {
+            id: 3,
+            outcome: Outcome::Ok(serde_json::json!({"cpus": 2})),
+        };
+        let text = serde_json::to_string(&ok).unwrap();
+        assert_eq!(text, r#"{"id":3,"ok":{"cpus":2}}"#);
+        assert_eq!(serde_json::from_str::<Answer>(&text).unwrap(), ok);
+        let err: Answer = serde_json::from_str(r#"{"id":4,"err":"no such file"}"#).unwrap();
+        assert_eq!(err.outcome, Outcome::Err("no such file".into()));
+    }
+
+    #[test]
+    fn neighbouring_words_and_seeds_differ() {
+        let words: std::collections::HashSet<u64> = (0..4096)
+            .flat_map(|i| [pattern_word(i, 1 << 40), pattern_word(i, 1 << 41)])
+            .collect();
+        assert_eq!(words.len(), 8192);
+    }
+}

@@ -1,0 +1,311 @@
+//! Boots a guest on device-dax memory again and again and measures it; with peers, in turn on the same host.
+//!
+//! One unmeasured round comes first: it fills the host's cache of the share. The figures are an emulator's: the
+//! ratios between VMMs in one run are what counts, and the absolute times only compare runs on one machine.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use std::{fs, io};
+
+use comfy_table::Table;
+use comfy_table::presets::ASCII_BORDERS_ONLY_CONDENSED;
+use serde::Serialize;
+
+use super::peer::{PeerError, Vmm, Workload};
+use super::statistics::{Summary, figure};
+use super::trace::{BootTimes, Trace, TraceError};
+use crate::cli::Peer;
+use crate::guest::{Guest, GuestError, GuestSpec};
+use crate::host::Host;
+use crate::host::channel::HostError;
+use crate::host::figures::{FiguresError, MappedPages, mapped_pages, rss_anon};
+use crate::host::machine::Machine;
+use crate::progress::{note, step};
+use crate::setup::{Setup, StartError};
+use crate::share::{ImageForm, kernel_path};
+
+/// Memory of the measured guests.
+const MEMORY_MIB: u64 = 1024;
+const MICROS_PER_SECOND: f64 = 1e6;
+
+/// What one boot costs.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct BootCost {
+    /// From the start of the VMM to the guest's first instruction.
+    pub first_instruction_us: u64,
+    /// From the start of the VMM to the guest's user space.
+    pub user_space_us: u64,
+    /// The VMM's private memory when the guest is up.
+    pub rss_anon_bytes: u64,
+    /// How KVM maps the guest's memory then.
+    #[serde(flatten)]
+    pub mapped: MappedPages,
+}
+
+/// A bench that could not be run.
+#[derive(Debug, thiserror::Error)]
+pub enum BenchError {
+    /// No host.
+    #[error(transparent)]
+    Start(#[from] StartError),
+    /// A peer.
+    #[error(transparent)]
+    Peer(#[from] PeerError),
+    /// The guest.
+    #[error("{vmm} could not be measured\n{evidence}")]
+    Measure {
+        /// The VMM.
+        vmm: String,
+        /// Console and program output.
+        evidence: String,
+        /// What failed.
+        source: MeasureError,
+    },
+    /// No DAX device.
+    #[error("the emulated host has no device-dax device")]
+    NoDax,
+    /// Nothing to summarise.
+    #[error("nothing was measured: --repeat is 0")]
+    NoSamples,
+    /// The results cannot be written.
+    #[error("cannot write {path}")]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// A boot that could not be measured.
+#[derive(Debug, thiserror::Error)]
+pub enum MeasureError {
+    /// The guest.
+    #[error(transparent)]
+    Guest(#[from] GuestError),
+    /// The host.
+    #[error(transparent)]
+    Host(#[from] HostError),
+    /// The trace.
+    #[error(transparent)]
+    Trace(#[from] TraceError),
+    /// The VMM's figures.
+    #[error(transparent)]
+    Figures(#[from] FiguresError),
+}
+
+/// What is written as JSON.
+#[derive(Debug, Serialize)]
+struct Results {
+    host_kernel: String,
+    guest_kernel: String,
+    memory_mib: u64,
+    vmms: Vec<VmmResults>,
+}
+
+#[derive(Debug, Serialize)]
+struct VmmResults {
+    name: String,
+    first_instruction_seconds: Summary,
+    user_space_seconds: Summary,
+    rss_anon_bytes: Summary,
+    /// This VMM's time in a round divided by daxhund's in the same round.
+    first_instruction_ratio: Summary,
+    user_space_ratio: Summary,
+    samples: Vec<BootCost>,
+}
+
+/// Starts a VMM, waits for its guest, and gives both the guest and what its boot cost.
+pub fn measure(
+    host: &Host,
+    start: impl FnOnce(&Host) -> Result<Guest, GuestError>,
+) -> Result<(Guest, BootCost), MeasureError> {
+    let trace = Trace::start(host)?;
+    let mut guest = start(host)?;
+    guest.wait_ready()?;
+    let pid = guest.vmm().pid();
+    let rss_anon_bytes = rss_anon(host, pid)?;
+    let mapped = mapped_pages(host, pid)?;
+    let BootTimes {
+        first_instruction,
+        user_space,
+    } = trace.finish(pid)?;
+    let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+    let cost = BootCost {
+        first_instruction_us: micros(first_instruction),
+        user_space_us: micros(user_space),
+        rss_anon_bytes,
+        mapped,
+    };
+    Ok((guest, cost))
+}
+
+/// Runs the bench; gives the path of the results.
+pub fn run(setup: &Setup, peers: &[Peer], repeat: u32) -> Result<PathBuf, BenchError> {
+    let mut vmms = vec![Vmm::daxhund()];
+    for peer in peers {
+        vmms.push(Vmm::peer(peer, &setup.share())?);
+    }
+    let kernel = setup.kernel();
+    let host = setup.boot(kernel, Machine::default())?;
+    let dax = host.dax().first().ok_or(BenchError::NoDax)?;
+    let work = Workload {
+        kernel: kernel_path(&kernel.release, ImageForm::Elf),
+        cmdline: GuestSpec::new(&kernel.release, &[]).whole_cmdline(),
+        dax: dax.path.clone(),
+        memory_mib: MEMORY_MIB,
+    };
+    let mut samples: Vec<Vec<BootCost>> = vec![Vec::new(); vmms.len()];
+    for round in 0..=repeat {
+        let what = if round == 0 {
+            "warming up".to_owned()
+        } else {
+            format!("round {round} of {repeat}")
+        };
+        step(&what, || {
+            for (vmm, samples) in vmms.iter().zip(&mut samples) {
+                let cost = boot_once(&host, vmm, &work)?;
+                if round > 0 {
+                    samples.push(cost);
+                }
+            }
+            Ok::<(), BenchError>(())
+        })?;
+    }
+    let results = summarise(&kernel.release, &vmms, samples).ok_or(BenchError::NoSamples)?;
+    println!("{}", table(&results));
+    let path = setup.workspace.target.join("lab/bench/boot.json");
+    write(&path, &results).map_err(|source| BenchError::Write {
+        path: path.clone(),
+        source,
+    })?;
+    note(&format!("results: {}", path.display()));
+    Ok(path)
+}
+
+fn boot_once(host: &Host, vmm: &Vmm, work: &Workload) -> Result<BootCost, BenchError> {
+    host.forget_programs();
+    let failed = |source| BenchError::Measure {
+        vmm: vmm.name.clone(),
+        evidence: host.evidence(),
+        source,
+    };
+    scrub(host, work).map_err(|error| failed(error.into()))?;
+    let outcome = measure(host, |host| Guest::start(host, vmm.spawn_spec(work)));
+    let outcome = outcome.and_then(|(guest, cost)| {
+        guest.power_off()?;
+        Ok(cost)
+    });
+    outcome.map_err(failed)
+}
+
+/// Clears the guest's memory. The emulator keeps translations of the code that the last guest ran there, and every
+/// store over such code is slow: without this the next VMM would pay for it while it loads its kernel.
+fn scrub(host: &Host, work: &Workload) -> Result<(), HostError> {
+    let bytes = (work.memory_mib << 20).to_string();
+    host.check(&["lab-agent", "scrub", &work.dax, &bytes])
+        .map(|_| ())
+}
+
+fn summarise(release: &str, vmms: &[Vmm], samples: Vec<Vec<BootCost>>) -> Option<Results> {
+    let own = samples.first()?.clone();
+    let summarise_one = |(vmm, samples): (&Vmm, Vec<BootCost>)| {
+        let seconds = |micros: u64| figure(micros) / MICROS_PER_SECOND;
+        let of = |part: fn(&BootCost) -> u64| {
+            Summary::of(samples.iter().map(|cost| seconds(part(cost))))
+        };
+        let ratio = |part: fn(&BootCost) -> u64| {
+            let pairs = samples.iter().zip(&own);
+            Summary::of(pairs.map(|(cost, own)| figure(part(cost)) / figure(part(own))))
+        };
+        Some(VmmResults {
+            name: vmm.name.clone(),
+            first_instruction_seconds: of(|cost| cost.first_instruction_us)?,
+            user_space_seconds: of(|cost| cost.user_space_us)?,
+            rss_anon_bytes: Summary::of(samples.iter().map(|cost| figure(cost.rss_anon_bytes)))?,
+            first_instruction_ratio: ratio(|cost| cost.first_instruction_us)?,
+            user_space_ratio: ratio(|cost| cost.user_space_us)?,
+            samples,
+        })
+    };
+    let vmms = vmms
+        .iter()
+        .zip(samples)
+        .map(summarise_one)
+        .collect::<Option<Vec<_>>>()?;
+    let release = release.to_owned();
+    Some(Results {
+        host_kernel: release.clone(),
+        guest_kernel: release,
+        memory_mib: MEMORY_MIB,
+        vmms,
+    })
+}
+
+fn table(results: &Results) -> Table {
+    let mut table = Table::new();
+    table.load_style(ASCII_BORDERS_ONLY_CONDENSED);
+    table.set_header([
+        "VMM (min / median / max)",
+        "first instruction, ms",
+        "ratio",
+        "user space, s",
+        "ratio",
+        "private memory, MiB",
+    ]);
+    let three = |summary: &Summary, scale: f64, digits: usize| {
+        let [min, median, max] =
+            [summary.min, summary.median, summary.max].map(|value| value * scale);
+        format!("{min:.digits$} / {median:.digits$} / {max:.digits$}")
+    };
+    for vmm in &results.vmms {
+        table.add_row([
+            vmm.name.clone(),
+            three(&vmm.first_instruction_seconds, 1e3, 1),
+            three(&vmm.first_instruction_ratio, 1.0, 2),
+            three(&vmm.user_space_seconds, 1.0, 2),
+            three(&vmm.user_space_ratio, 1.0, 2),
+            three(&vmm.rss_anon_bytes, 1.0 / f64::from(1 << 20), 2),
+        ]);
+    }
+    table
+}
+
+fn write(path: &Path, results: &Results) -> io::Result<()> {
+    if let Some(parent) = path.parent() {
+        fs::create_dir_all(parent)?;
+    }
+    fs::write(path, serde_json::to_vec_pretty(results)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ratios_are_taken_within_a_round() {
+        let cost = |first_instruction_us| BootCost {
+            first_instruction_us,
+            user_space_us: 10,
+            rss_anon_bytes: 1 << 20,
+            mapped: MappedPages::default(),
+        };
+        let samples = vec![vec![cost(100), cost(200)], vec![cost(300), cost(400)]];
+        let results = summarise("6.1", &[Vmm::daxhund(), Vmm::daxhund()], samples).unwrap();
+        let ratio = results.vmms[1].first_instruction_ratio;
+        assert_eq!(
+            ratio,
+            Summary {
+                min: 2.0,
+                median: 2.5,
+                max: 3.0
+            }
+        );
+        assert!(table(&results).to_string().contains("2.00 / 2.50 / 3.00"));
+    }
+
+    #[test]
+    fn nothing_measured_is_no_result() {
+        assert!(summarise("6.1", &[Vmm::daxhund()], vec![Vec::new()]).is_none());
+    }
+}

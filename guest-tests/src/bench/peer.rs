@@ -1,0 +1,249 @@
+//! How a VMM is told to boot the same guest: one kernel, one initramfs, one device-dax device, one processor.
+
+use std::path::{Path, PathBuf};
+
+use lab_agent::host_protocol::SpawnSpec;
+
+use crate::cli::Peer;
+use crate::provision::libraries::{self, LibraryError};
+use crate::share::{self, GUEST_INITRAMFS, ShareError};
+
+/// Files that QEMU reads beside its binary, and where this machine keeps them.
+const QEMU_DATA: [&str; 5] = [
+    "bios-256k.bin",
+    "pvh.bin",
+    "linuxboot_dma.bin",
+    "kvmvapic.bin",
+    "multiboot_dma.bin",
+];
+const QEMU_DATA_PLACES: [&str; 3] = [
+    "/usr/share/qemu",
+    "/usr/share/seabios",
+    "/usr/lib/ipxe/qemu",
+];
+
+/// Whose command line a VMM understands.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Syntax {
+    /// daxhund's and Cloud Hypervisor's.
+    CloudHypervisor,
+    /// QEMU's.
+    Qemu,
+}
+
+/// A VMM on the share.
+#[derive(Clone, Debug)]
+pub struct Vmm {
+    /// What it is called in the results.
+    pub name: String,
+    syntax: Syntax,
+    /// Its binary on the host.
+    program: String,
+    /// Directory of its libraries on the host, unless it needs none.
+    libraries: Option<String>,
+    /// Directory of its firmware on the host.
+    data: Option<String>,
+}
+
+/// What every VMM boots.
+#[derive(Clone, Debug)]
+pub struct Workload {
+    /// Kernel on the host.
+    pub kernel: String,
+    /// Its command line.
+    pub cmdline: String,
+    /// The device-dax device.
+    pub dax: String,
+    /// How much of it.
+    pub memory_mib: u64,
+}
+
+/// A peer that cannot be run.
+#[derive(Debug, thiserror::Error)]
+pub enum PeerError {
+    /// An unknown kind.
+    #[error(
+        "a peer is called after the syntax it understands: `ch` or `qemu`, or with a suffix as in `ch-v53`; not `{name}`"
+    )]
+    UnknownSyntax {
+        /// Its name.
+        name: String,
+    },
+    /// Its libraries.
+    #[error(transparent)]
+    Library(#[from] LibraryError),
+    /// The share.
+    #[error(transparent)]
+    Share(#[from] ShareError),
+}
+
+impl Vmm {
+    /// daxhund, which is on the share already.
+    pub fn daxhund() -> Self {
+        Self {
+            name: "daxhund".to_owned(),
+            syntax: Syntax::CloudHypervisor,
+            program: "/lab/bin/daxhund".to_owned(),
+            libraries: None,
+            data: None,
+        }
+    }
+
+    /// Puts a peer on the share, with the libraries and firmware that it needs.
+    pub fn peer(peer: &Peer, share: &Path) -> Result<Self, PeerError> {
+        let syntax = syntax_of(&peer.name).ok_or_else(|| PeerError::UnknownSyntax {
+            name: peer.name.clone(),
+        })?;
+        let place = PathBuf::from("peers").join(&peer.name);
+        let file = peer.path.file_name().unwrap_or_default();
+        share::add(&peer.path, &share.join(&place).join(file))?;
+        let on_host = |part: &str| format!("/lab/{}", place.join(part).display());
+        let needed = libraries::closure(std::slice::from_ref(&peer.path), &[])?;
+        for (name, path) in &needed {
+            share::add(path, &share.join(&place).join("lib").join(name))?;
+        }
+        if syntax == Syntax::Qemu {
+            for name in QEMU_DATA {
+                let found = QEMU_DATA_PLACES
+                    .iter()
+                    .map(|directory| Path::new(directory).join(name));
+                if let Some(path) = found.into_iter().find(|path| path.is_file()) {
+                    share::add(&path, &share.join(&place).join("data").join(name))?;
+                }
+            }
+        }
+        Ok(Self {
+            name: peer.name.clone(),
+            syntax,
+            program: on_host(&file.to_string_lossy()),
+            libraries: (!needed.is_empty()).then(|| on_host("lib")),
+            data: (syntax == Syntax::Qemu).then(|| on_host("data")),
+        })
+    }
+
+    /// How it is started.
+    pub fn spawn_spec(&self, work: &Workload) -> SpawnSpec {
+        let mut argv = vec![self.program.clone()];
+        argv.extend(match self.syntax {
+            Syntax::CloudHypervisor => cloud_hypervisor_arguments(work),
+            Syntax::Qemu => qemu_arguments(work, self.data.as_deref()),
+        });
+        let env = self
+            .libraries
+            .iter()
+            .map(|path| ("LD_LIBRARY_PATH".to_owned(), path.clone()))
+            .collect();
+        SpawnSpec {
+            argv,
+            env,
+            stdin: true,
+            ..SpawnSpec::default()
+        }
+    }
+}
+
+fn syntax_of(name: &str) -> Option<Syntax> {
+    match name.split('-').next() {
+        Some("ch" | "daxhund") => Some(Syntax::CloudHypervisor),
+        Some("qemu") => Some(Syntax::Qemu),
+        _ => None,
+    }
+}
+
+fn cloud_hypervisor_arguments(work: &Workload) -> Vec<String> {
+    let zone = format!(
+        "id=z0,size={}M,file={},shared=on",
+        work.memory_mib, work.dax
+    );
+    let words = [
+        "--kernel",
+        &work.kernel,
+        "--initramfs",
+        GUEST_INITRAMFS,
+        "--cmdline",
+        &work.cmdline,
+        "--cpus",
+        "boot=1",
+        "--memory",
+        "size=0",
+        "--memory-zone",
+        &zone,
+        "--serial",
+        "tty",
+        "--console",
+        "off",
+    ];
+    words.iter().map(|word| (*word).to_owned()).collect()
+}
+
+fn qemu_arguments(work: &Workload, data: Option<&str>) -> Vec<String> {
+    let size = format!("{}M", work.memory_mib);
+    let backend = format!(
+        "memory-backend-file,id=m,size={size},mem-path={},share=on,align=2M",
+        work.dax
+    );
+    let mut words = vec![
+        "-machine",
+        "q35,accel=kvm,memory-backend=m",
+        "-cpu",
+        "host",
+        "-smp",
+        "1",
+        "-m",
+        &size,
+        "-object",
+        &backend,
+        "-kernel",
+        &work.kernel,
+        "-initrd",
+        GUEST_INITRAMFS,
+        "-append",
+        &work.cmdline,
+        "-nodefaults",
+        "-no-user-config",
+        "-no-reboot",
+        "-display",
+        "none",
+        "-serial",
+        "stdio",
+    ];
+    if let Some(data) = data {
+        words.extend(["-L", data]);
+    }
+    words.iter().map(|word| (*word).to_owned()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_name_gives_the_syntax() {
+        assert_eq!(syntax_of("ch-v53"), Some(Syntax::CloudHypervisor));
+        assert_eq!(syntax_of("qemu"), Some(Syntax::Qemu));
+        assert_eq!(syntax_of("firecracker"), None);
+    }
+
+    #[test]
+    fn all_boot_the_same_guest() {
+        let work = Workload {
+            kernel: "/k".into(),
+            cmdline: "a b".into(),
+            dax: "/dev/dax0.0".into(),
+            memory_mib: 512,
+        };
+        for argv in [
+            cloud_hypervisor_arguments(&work),
+            qemu_arguments(&work, None),
+        ] {
+            for word in ["/k", "a b", GUEST_INITRAMFS] {
+                assert!(argv.iter().any(|found| found == word), "{word} in {argv:?}");
+            }
+            assert!(
+                argv.iter()
+                    .any(|found| found.contains("/dev/dax0.0") && found.contains("512M")),
+                "{argv:?}"
+            );
+        }
+    }
+}

@@ -1,0 +1,194 @@
+//! When a VMM on the emulated host was started, first entered its guest, and had its guest's user space running.
+//!
+//! Seen by the host's kernel, in the same way for every VMM: `sched_process_exec` for the start, the first
+//! `kvm_entry` for the guest's first instruction, and the guest agent's mark on I/O port 0x80 in `kvm_pio` for user space.
+//! A guest is entered hundreds of thousands of times, so the first *exit* switches the recording of entries off.
+
+use std::time::Duration;
+
+use lab_agent::guest_protocol::READY_PORT_BYTES;
+
+use crate::host::Host;
+use crate::host::channel::HostError;
+
+const ROOT: &str = "/sys/kernel/tracing";
+const EVENTS: [&str; 3] = ["sched/sched_process_exec", "kvm/kvm_entry", "kvm/kvm_pio"];
+const PORT_FILTER: &str = "port == 0x80 && rw == 1";
+const STOP_ENTRIES: &str = "disable_event:kvm:kvm_entry:1";
+
+/// A boot's stages, counted from the start of the VMM.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct BootTimes {
+    /// Until the guest's first instruction.
+    pub first_instruction: Duration,
+    /// Until the guest's user space.
+    pub user_space: Duration,
+}
+
+/// A boot that could not be measured.
+#[derive(Debug, thiserror::Error)]
+pub enum TraceError {
+    /// The host.
+    #[error(transparent)]
+    Host(#[from] HostError),
+    /// A stage is missing from the trace.
+    #[error("the trace of process {pid} has no {stage}:\n{trace}")]
+    Missing {
+        /// The stage.
+        stage: &'static str,
+        /// The VMM's process.
+        pid: u32,
+        /// The trace.
+        trace: String,
+    },
+}
+
+/// A trace that is being recorded. Switch it off with [`Trace::finish`].
+#[derive(Debug)]
+pub struct Trace<'a> {
+    host: &'a Host,
+}
+
+impl<'a> Trace<'a> {
+    /// Starts to record.
+    pub fn start(host: &'a Host) -> Result<Self, HostError> {
+        let trace = Self { host };
+        trace.write("trace_clock", "mono")?;
+        trace.write("trace", "")?;
+        trace.write("events/kvm/kvm_pio/filter", PORT_FILTER)?;
+        for event in EVENTS {
+            trace.write(&format!("events/{event}/enable"), "1")?;
+        }
+        trace.write("events/kvm/kvm_exit/trigger", STOP_ENTRIES)?;
+        trace.write("tracing_on", "1")?;
+        Ok(trace)
+    }
+
+    /// Stops recording and reads the times of a VMM whose guest is up.
+    pub fn finish(self, pid: u32) -> Result<BootTimes, TraceError> {
+        self.write("tracing_on", "0")?;
+        let text =
+            String::from_utf8_lossy(&self.host.read_file(&format!("{ROOT}/trace"))?).into_owned();
+        self.write("events/kvm/kvm_exit/trigger", &format!("!{STOP_ENTRIES}"))?;
+        for event in EVENTS {
+            self.write(&format!("events/{event}/enable"), "0")?;
+        }
+        self.write("events/kvm/kvm_pio/filter", "0")?;
+        self.write("trace", "")?;
+        parse(&text, pid)
+    }
+
+    fn write(&self, name: &str, text: &str) -> Result<(), HostError> {
+        self.host
+            .write_file(&format!("{ROOT}/{name}"), text.as_bytes())
+    }
+}
+
+fn parse(trace: &str, pid: u32) -> Result<BootTimes, TraceError> {
+    let missing = |stage| TraceError::Missing {
+        stage,
+        pid,
+        trace: trace.to_owned(),
+    };
+    let events: Vec<(Duration, &str, &str)> = trace.lines().filter_map(parse_line).collect();
+    let wanted = format!(" pid={pid} ");
+    let is_start = |event: &(Duration, &str, &str)| {
+        event.1 == "sched_process_exec" && event.2.contains(&wanted)
+    };
+    let start = events
+        .iter()
+        .position(is_start)
+        .ok_or_else(|| missing("start of the VMM"))?;
+    let after = &events[start..];
+    let entry = after
+        .iter()
+        .find(|event| event.1 == "kvm_entry")
+        .ok_or_else(|| missing("entry into the guest"))?;
+    let marks: Vec<_> = after.iter().filter(|event| event.1 == "kvm_pio").collect();
+    let is_mark = |bytes: &&[&(Duration, &str, &str)]| {
+        bytes
+            .iter()
+            .zip(READY_PORT_BYTES)
+            .all(|(event, byte)| event.2.contains(&format!(" val {byte:#x} ")))
+    };
+    let user_space = marks
+        .windows(READY_PORT_BYTES.len())
+        .find(is_mark)
+        .ok_or_else(|| missing("mark of the guest's user space"))?;
+    let began = events[start].0;
+    Ok(BootTimes {
+        first_instruction: entry.0.saturating_sub(began),
+        user_space: user_space[0].0.saturating_sub(began),
+    })
+}
+
+/// Reads `TASK-PID [CPU] FLAGS SECONDS: EVENT: FIELDS`.
+fn parse_line(line: &str) -> Option<(Duration, &str, &str)> {
+    if line.starts_with('#') {
+        return None;
+    }
+    let (seconds, rest) = line.match_indices(": ").find_map(|(at, _)| {
+        let word = line[..at].split_whitespace().last()?;
+        Some((parse_seconds(word)?, &line[at + 2..]))
+    })?;
+    let (event, fields) = rest.split_once(':')?;
+    Some((seconds, event, fields))
+}
+
+/// Seconds and microseconds, exactly.
+fn parse_seconds(word: &str) -> Option<Duration> {
+    let (seconds, micros) = word.split_once('.')?;
+    if micros.len() != 6 {
+        return None;
+    }
+    Some(Duration::from_secs(seconds.parse().ok()?) + Duration::from_micros(micros.parse().ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TRACE: &str = "\
+# tracer: nop
+         sh-99    [000] .....     7.000000: sched_process_exec: filename=/bin/ls pid=99 old_pid=99
+         daxhund-123     [000] .....     7.145288: sched_process_exec: filename=/lab/bin/daxhund pid=123 old_pid=123
+         vcpu0-128       [001] d....     7.245300: kvm_entry: vcpu 0, rip 0x1000290
+         vcpu0-128       [000] .....     8.100000: kvm_pio: pio_write at 0x80 size 1 count 1 val 0x5d 
+         vcpu0-128       [000] .....     8.200000: kvm_pio: pio_write at 0x80 size 1 count 1 val 0x0 
+         vcpu0-128       [000] .....    12.462185: kvm_pio: pio_write at 0x80 size 1 count 1 val 0x5d 
+         vcpu0-128       [000] .....    12.464465: kvm_pio: pio_write at 0x80 size 1 count 1 val 0xa2 
+         vcpu0-128       [000] .....    12.464750: kvm_pio: pio_write at 0x80 size 1 count 1 val 0x5e 
+";
+
+    #[test]
+    fn stages_are_counted_from_the_start_of_the_vmm() {
+        let times = parse(TRACE, 123).unwrap();
+        assert_eq!(times.first_instruction, Duration::from_micros(100_012));
+        assert_eq!(
+            times.user_space,
+            Duration::from_micros(5_316_897),
+            "a lone byte on the port is a delay"
+        );
+    }
+
+    #[test]
+    fn a_missing_stage_is_named() {
+        let error = parse(TRACE, 124).unwrap_err();
+        assert!(matches!(
+            error,
+            TraceError::Missing {
+                stage: "start of the VMM",
+                ..
+            }
+        ));
+        let without_mark = TRACE.replace("0xa2", "0x0");
+        let error = parse(&without_mark, 123).unwrap_err();
+        assert!(matches!(
+            error,
+            TraceError::Missing {
+                stage: "mark of the guest's user space",
+                ..
+            }
+        ));
+    }
+}

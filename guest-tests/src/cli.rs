@@ -1,0 +1,174 @@
+//! The lab's command line.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+/// An emulated host with device-dax memory and KVM, and everything that is run on it.
+#[derive(Debug, Parser)]
+#[command(name = "cargo lab", bin_name = "cargo lab", version)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What the lab can do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Boots a guest on device-dax memory and shows what it costs.
+    Demo {
+        /// The host.
+        #[command(flatten)]
+        host: HostChoice,
+    },
+    /// Runs every test: unit, property, and guest tests on every host kernel that there is.
+    Test {
+        /// The hosts.
+        #[command(flatten)]
+        kernels: KernelChoice,
+        /// Runs only tests with one of these parts in their names, as in `6.12::boots` or `reboot`.
+        /// When guest tests are among them, the unit tests do not run.
+        names: Vec<String>,
+        /// Opens a shell on the host of the first test that fails, and leaves the logs.
+        #[arg(long)]
+        keep: bool,
+        /// Runs with long repeat counts.
+        #[arg(long)]
+        full: bool,
+    },
+    /// Opens a shell on an emulated host, with the binaries in PATH; or runs a command there.
+    Shell {
+        /// The host.
+        #[command(flatten)]
+        host: HostChoice,
+        /// The command; a shell when there is none.
+        #[arg(trailing_var_arg = true)]
+        command: Vec<String>,
+    },
+    /// Measures.
+    Bench {
+        /// What to measure.
+        #[command(subcommand)]
+        what: Bench,
+    },
+    /// Only gets onto this machine what the lab needs.
+    Provision {
+        /// The hosts.
+        #[command(flatten)]
+        kernels: KernelChoice,
+        /// Asks the package sources for newer versions of what the cache holds.
+        #[arg(long)]
+        newest: bool,
+    },
+}
+
+/// What can be measured.
+#[derive(Debug, Subcommand)]
+pub enum Bench {
+    /// From the start of the VMM to the guest's first instruction and to its user space, and the VMM's own memory.
+    Boot {
+        /// The host.
+        #[command(flatten)]
+        host: HostChoice,
+        /// Another VMM to measure in turn, as `ch=PATH` or `qemu=PATH`, after whose syntax it is called; a suffix tells two
+        /// of a kind apart, as in `ch-v53=PATH`.
+        #[arg(long = "peer", value_name = "NAME=PATH", value_parser = parse_peer)]
+        peers: Vec<Peer>,
+        /// How often each is started.
+        #[arg(long, default_value_t = 10)]
+        repeat: u32,
+    },
+}
+
+/// One kernel for the emulated host.
+#[derive(Args, Debug)]
+pub struct HostChoice {
+    /// Kernel of the emulated host: a series such as 6.12, a directory with `boot` and `lib/modules`, or a bzImage with
+    /// everything built in. The newest there is when not given.
+    #[arg(long, value_name = "SERIES|PATH")]
+    pub host_kernel: Option<String>,
+}
+
+/// Kernels for emulated hosts.
+#[derive(Args, Debug)]
+pub struct KernelChoice {
+    /// Kernel of the emulated host: a series such as 6.12, a directory with `boot` and `lib/modules`, or a bzImage with
+    /// everything built in. May be given several times; all series there are when not given.
+    #[arg(long = "host-kernel", value_name = "SERIES|PATH")]
+    pub host_kernels: Vec<String>,
+}
+
+/// Another VMM.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Peer {
+    /// What it is called in the results.
+    pub name: String,
+    /// Its binary.
+    pub path: PathBuf,
+}
+
+fn parse_peer(text: &str) -> Result<Peer, String> {
+    let (name, path) = text.split_once('=').ok_or("expected NAME=PATH")?;
+    let path = PathBuf::from(path);
+    if !path.is_file() {
+        return Err(format!("no file {}", path.display()));
+    }
+    Ok(Peer {
+        name: name.to_owned(),
+        path,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(words: &[&str]) -> Result<Command, clap::Error> {
+        Cli::try_parse_from(std::iter::once(&"lab").chain(words)).map(|cli| cli.command)
+    }
+
+    #[test]
+    fn tests_are_chosen_by_name_and_kernel() {
+        let command = parse(&[
+            "test",
+            "boots",
+            "--host-kernel",
+            "6.1",
+            "--host-kernel",
+            "6.12",
+            "--full",
+        ])
+        .unwrap();
+        let Command::Test {
+            kernels,
+            names,
+            keep,
+            full,
+        } = command
+        else {
+            panic!()
+        };
+        assert_eq!(kernels.host_kernels, ["6.1", "6.12"]);
+        assert_eq!((names, keep, full), (vec!["boots".to_owned()], false, true));
+    }
+
+    #[test]
+    fn a_shell_command_keeps_its_flags() {
+        let Command::Shell { command, .. } = parse(&["shell", "ls", "-l", "/dev"]).unwrap() else {
+            panic!()
+        };
+        assert_eq!(command, ["ls", "-l", "/dev"]);
+    }
+
+    #[test]
+    fn a_peer_needs_a_name_and_a_file() {
+        assert!(parse_peer("/bin/sh").is_err());
+        assert!(
+            parse_peer("ch=/nowhere/ch")
+                .unwrap_err()
+                .contains("/nowhere/ch")
+        );
+        assert_eq!(parse_peer("ch=/bin/sh").unwrap().name, "ch");
+    }
+}

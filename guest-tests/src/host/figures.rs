@@ -1,0 +1,76 @@
+//! What a VMM costs the host, as the host's kernel tells it.
+
+use serde::Serialize;
+
+use super::Host;
+use super::channel::HostError;
+
+/// KVM's count of mapped pages of each size.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq, Serialize)]
+pub struct MappedPages {
+    /// Of 4 KiB.
+    pub pages_4k: u64,
+    /// Of 2 MiB.
+    pub pages_2m: u64,
+    /// Of 1 GiB.
+    pub pages_1g: u64,
+}
+
+/// A figure that could not be had.
+#[derive(Debug, thiserror::Error)]
+pub enum FiguresError {
+    /// The host.
+    #[error(transparent)]
+    Host(#[from] HostError),
+    /// A figure is missing.
+    #[error("{path} does not say {what}:\n{text}")]
+    Missing {
+        /// Where it was looked for.
+        path: String,
+        /// What.
+        what: &'static str,
+        /// What is there.
+        text: String,
+    },
+}
+
+/// A process's private memory.
+pub fn rss_anon(host: &Host, pid: u32) -> Result<u64, FiguresError> {
+    let path = format!("/proc/{pid}/status");
+    let text = host.read_text(&path)?;
+    let kib = text.lines().find_map(|line| {
+        line.strip_prefix("RssAnon:")?
+            .split_whitespace()
+            .next()?
+            .parse::<u64>()
+            .ok()
+    });
+    kib.map(|kib| kib * 1024).ok_or(FiguresError::Missing {
+        path,
+        what: "RssAnon",
+        text,
+    })
+}
+
+/// How KVM maps the memory of a VMM's guest just now.
+pub fn mapped_pages(host: &Host, pid: u32) -> Result<MappedPages, FiguresError> {
+    let path = format!("/sys/kernel/debug/kvm/{pid}-*");
+    let script = format!("cat {path}/pages_4k {path}/pages_2m {path}/pages_1g");
+    let text = host.check(&["sh", "-c", &script])?;
+    let numbers: Vec<u64> = text
+        .split_whitespace()
+        .filter_map(|word| word.parse().ok())
+        .collect();
+    match *numbers.as_slice() {
+        [small, huge, giant] => Ok(MappedPages {
+            pages_4k: small,
+            pages_2m: huge,
+            pages_1g: giant,
+        }),
+        _ => Err(FiguresError::Missing {
+            path,
+            what: "the numbers of pages",
+            text,
+        }),
+    }
+}

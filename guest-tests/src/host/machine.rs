@@ -1,0 +1,221 @@
+//! What the emulated host is made of, and how QEMU is told.
+//!
+//! Two processors and an IOMMU, as passthrough wants it; nested virtualisation as AMD does it, which the emulator
+//! implements; persistent memory modules, sparse, so that their size costs nothing until it is touched.
+
+use std::ffi::OsString;
+use std::path::Path;
+
+use lab_agent::host_protocol::PORT_NAME;
+
+/// AMD, for nested virtualisation. Without XSAVE: the emulator does not tell KVM when a guest sets XCR0, so KVM runs the guest
+/// with another one after the next exit, and the guest loses vector registers. (With XSAVE and no AVX the guest's kernel
+/// does not warn, but a guest was seen to end in a triple fault.)
+const CPU: &str = "EPYC-Milan,+svm,+npt,-xsave";
+const MIB: u64 = 1 << 20;
+const GIB: u64 = 1 << 30;
+
+/// Where the kernel keeps the page structures of a namespace.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum PageArray {
+    /// In the host's ordinary memory.
+    Memory,
+    /// On the device itself.
+    Device,
+}
+
+/// A persistent memory module that becomes one device-dax device.
+#[derive(Clone, Copy, Debug)]
+pub struct Dimm {
+    /// Its size; the device is smaller by what its header and alignment take.
+    pub size_bytes: u64,
+    /// Alignment of the namespace.
+    pub align_bytes: u64,
+    /// Where its page structures live.
+    pub page_array: PageArray,
+}
+
+/// Processors, memory and devices.
+#[derive(Clone, Debug)]
+pub struct Machine {
+    /// Processors.
+    pub cpus: u32,
+    /// Ordinary memory.
+    pub memory_bytes: u64,
+    /// Persistent memory modules, at increasing addresses.
+    pub dimms: Vec<Dimm>,
+    /// More arguments for QEMU.
+    pub qemu_arguments: Vec<String>,
+    /// More words for the kernel's command line.
+    pub cmdline: Vec<String>,
+}
+
+impl Default for Machine {
+    /// Three modules: one that a guest of more than 4 GiB fits on, a second one, and one aligned to 1 GiB with 2 GiB usable.
+    fn default() -> Self {
+        let dimm = |size, align_bytes| Dimm {
+            size_bytes: size * GIB,
+            align_bytes,
+            page_array: PageArray::Memory,
+        };
+        Self {
+            cpus: 2,
+            memory_bytes: 3 * GIB,
+            dimms: vec![dimm(6, 2 * MIB), dimm(2, 2 * MIB), dimm(3, GIB)],
+            qemu_arguments: Vec::new(),
+            cmdline: Vec::new(),
+        }
+    }
+}
+
+/// Files and descriptors that QEMU is started with.
+#[derive(Debug)]
+pub(super) struct Wiring<'a> {
+    pub(super) kernel: &'a Path,
+    pub(super) initramfs: &'a Path,
+    pub(super) share: &'a Path,
+    pub(super) console_log: &'a Path,
+    /// Connected sockets that QEMU inherits.
+    pub(super) agent_fd: i32,
+    pub(super) qmp_fd: i32,
+}
+
+impl Machine {
+    /// QEMU's arguments.
+    pub(super) fn arguments(&self, wiring: &Wiring<'_>) -> Vec<OsString> {
+        let mut arguments: Vec<OsString> = Vec::new();
+        let mut add = |flag: &str, value: OsString| arguments.extend([flag.into(), value]);
+        // The IOMMU remaps interrupts only when the kernel's part of the interrupt controller is split.
+        add("-machine", "q35,nvdimm=on,kernel-irqchip=split".into());
+        add("-cpu", CPU.into());
+        add("-accel", "tcg,thread=multi".into());
+        add("-smp", self.cpus.to_string().into());
+        let dimm_bytes: u64 = self.dimms.iter().map(|dimm| dimm.size_bytes).sum();
+        // Room for aligning each module to 1 GiB.
+        let limit = self.memory_bytes + dimm_bytes + (self.dimms.len() as u64 + 1) * GIB;
+        let slots = self.dimms.len() + 4;
+        add(
+            "-m",
+            format!(
+                "{}M,maxmem={}M,slots={slots}",
+                self.memory_bytes / MIB,
+                limit / MIB
+            )
+            .into(),
+        );
+        add("-device", "intel-iommu,intremap=on,eim=off".into());
+        add("-display", "none".into());
+        for (index, dimm) in self.dimms.iter().enumerate() {
+            let size = dimm.size_bytes;
+            add(
+                "-object",
+                format!("memory-backend-ram,id=nv{index},size={size},share=on").into(),
+            );
+            add(
+                "-device",
+                format!("nvdimm,id={},memdev=nv{index}", dimm_id(index)).into(),
+            );
+        }
+        add(
+            "-chardev",
+            with_path("file,id=console,path=", wiring.console_log),
+        );
+        add("-serial", "chardev:console".into());
+        add(
+            "-chardev",
+            format!("socket,id=agent,fd={}", wiring.agent_fd).into(),
+        );
+        add("-device", "virtio-serial-pci".into());
+        add(
+            "-device",
+            format!("virtserialport,chardev=agent,name={PORT_NAME}").into(),
+        );
+        add(
+            "-chardev",
+            format!("socket,id=qmp,fd={}", wiring.qmp_fd).into(),
+        );
+        add("-mon", "chardev=qmp,mode=control".into());
+        add(
+            "-fsdev",
+            with_path(
+                "local,id=share,security_model=none,readonly=on,multidevs=remap,path=",
+                wiring.share,
+            ),
+        );
+        add(
+            "-device",
+            "virtio-9p-pci,fsdev=share,mount_tag=share".into(),
+        );
+        add("-kernel", wiring.kernel.into());
+        add("-initrd", wiring.initramfs.into());
+        let mut cmdline = vec!["console=ttyS0 quiet panic=-1".to_owned()];
+        cmdline.extend(self.cmdline.iter().cloned());
+        add("-append", cmdline.join(" ").into());
+        arguments.extend([
+            "-nodefaults".into(),
+            "-no-user-config".into(),
+            "-no-reboot".into(),
+        ]);
+        arguments.extend(self.qemu_arguments.iter().map(OsString::from));
+        arguments
+    }
+}
+
+/// QEMU lists modules in the firmware's table in the order of a hash of their ids. With these ids the first three come in
+/// order, so that the devices get the names one expects; nothing depends on it.
+fn dimm_id(index: usize) -> String {
+    match index {
+        0 => "d1".to_owned(),
+        1 => "d0".to_owned(),
+        _ => format!("d{index}"),
+    }
+}
+
+/// QEMU's option parser takes a comma as the end of a value unless it is doubled.
+fn with_path(prefix: &str, path: &Path) -> OsString {
+    format!("{prefix}{}", path.display().to_string().replace(',', ",,")).into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn arguments(share: &str) -> String {
+        let wiring = Wiring {
+            kernel: Path::new("/k/vmlinux"),
+            initramfs: Path::new("/k/initramfs"),
+            share: Path::new(share),
+            console_log: Path::new("/log"),
+            agent_fd: 7,
+            qmp_fd: 8,
+        };
+        let words = Machine::default().arguments(&wiring);
+        words
+            .iter()
+            .map(|word| word.to_string_lossy().into_owned())
+            .collect::<Vec<_>>()
+            .join(" ")
+    }
+
+    #[test]
+    fn the_address_space_has_room_for_the_modules_and_their_alignment() {
+        assert!(
+            arguments("/s").contains("-m 3072M,maxmem=18432M,slots=7"),
+            "{}",
+            arguments("/s")
+        );
+    }
+
+    #[test]
+    fn a_comma_in_a_path_is_kept() {
+        assert!(arguments("/a,b").contains("path=/a,,b"));
+    }
+
+    #[test]
+    fn nothing_listens() {
+        let text = arguments("/s");
+        assert!(
+            !text.contains("server") && !text.contains("-netdev") && text.contains("-nodefaults")
+        );
+    }
+}

@@ -1,0 +1,149 @@
+//! QEMU's monitor protocol: one JSON object per line; commands are answered in order, events come between.
+
+use std::io::{self, BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+/// QEMU answers from its main loop, which an emulated processor can hold up for a while.
+const ANSWER_DEADLINE: Duration = Duration::from_secs(30);
+
+/// A command that was not carried out.
+#[derive(Debug, thiserror::Error)]
+pub enum QmpError {
+    /// The connection is broken, or the answer is late.
+    #[error("QEMU's monitor does not answer `{command}`")]
+    Io {
+        /// The command.
+        command: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// QEMU says no.
+    #[error("QEMU refuses `{command}`: {message}")]
+    Refused {
+        /// The command.
+        command: String,
+        /// Its reason.
+        message: String,
+    },
+}
+
+/// A connection to the monitor.
+#[derive(Debug)]
+pub struct Qmp {
+    lines: BufReader<UnixStream>,
+}
+
+impl Qmp {
+    pub(super) fn open(socket: UnixStream) -> Result<Self, QmpError> {
+        let mut qmp = Self {
+            lines: BufReader::new(socket),
+        };
+        let failed = |source| QmpError::Io {
+            command: "(greeting)".to_owned(),
+            source,
+        };
+        qmp.lines
+            .get_ref()
+            .set_read_timeout(Some(ANSWER_DEADLINE))
+            .map_err(failed)?;
+        qmp.lines
+            .get_ref()
+            .set_write_timeout(Some(ANSWER_DEADLINE))
+            .map_err(failed)?;
+        let greeting = qmp.read().map_err(failed)?;
+        if greeting.get("QMP").is_none() {
+            return Err(failed(io::Error::other(format!(
+                "unexpected greeting {greeting}"
+            ))));
+        }
+        qmp.execute("qmp_capabilities", &json!({}))?;
+        Ok(qmp)
+    }
+
+    /// Carries out a command and gives what it returns. Events are passed over.
+    pub fn execute(&mut self, command: &str, arguments: &Value) -> Result<Value, QmpError> {
+        let failed = |source| QmpError::Io {
+            command: command.to_owned(),
+            source,
+        };
+        let line = format!(
+            "{}\n",
+            json!({ "execute": command, "arguments": arguments })
+        );
+        self.lines
+            .get_mut()
+            .write_all(line.as_bytes())
+            .map_err(failed)?;
+        loop {
+            let mut answer = self.read().map_err(failed)?;
+            if let Some(value) = answer.get_mut("return") {
+                return Ok(value.take());
+            }
+            if let Some(error) = answer.get("error") {
+                let message = error
+                    .get("desc")
+                    .and_then(Value::as_str)
+                    .unwrap_or("no reason given");
+                return Err(QmpError::Refused {
+                    command: command.to_owned(),
+                    message: message.to_owned(),
+                });
+            }
+        }
+    }
+
+    fn read(&mut self) -> io::Result<Value> {
+        let mut line = String::new();
+        if self.lines.read_line(&mut line)? == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        Ok(serde_json::from_str(&line)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Plays QEMU: greets, then gives one answer for each line it reads.
+    fn monitor(answers: &'static [&'static str]) -> UnixStream {
+        let (near, far) = UnixStream::pair().unwrap();
+        std::thread::spawn(move || {
+            let mut out = far.try_clone().unwrap();
+            out.write_all(b"{\"QMP\":{}}\n").unwrap();
+            for (answer, _) in answers.iter().zip(BufReader::new(far).lines()) {
+                out.write_all(format!("{answer}\n").as_bytes()).unwrap();
+            }
+        });
+        near
+    }
+
+    #[test]
+    fn events_are_passed_over_and_errors_are_named() {
+        let socket = monitor(&[
+            r#"{"return":{}}"#,
+            "{\"event\":\"RESUME\"}\n{\"return\":{\"running\":true}}",
+            r#"{"error":{"class":"GenericError","desc":"Device 'x' not found"}}"#,
+        ]);
+        let mut qmp = Qmp::open(socket).unwrap();
+        assert_eq!(
+            qmp.execute("query-status", &json!({})).unwrap(),
+            json!({"running": true})
+        );
+        let error = qmp
+            .execute("device_del", &json!({"id": "x"}))
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("device_del") & error.contains("'x' not found"),
+            "{error}"
+        );
+        assert!(matches!(
+            qmp.execute("quit", &json!({})),
+            Err(QmpError::Io { .. })
+        ));
+    }
+}

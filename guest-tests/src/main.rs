@@ -1,0 +1,109 @@
+//! `cargo lab`: see `cargo lab help`.
+
+#![forbid(unsafe_code)]
+
+use std::error::Error;
+use std::process::ExitCode;
+
+use clap::Parser;
+use guest_tests::artifacts::{self, Profile};
+use guest_tests::cli::{Bench, Cli, Command, HostChoice, KernelChoice};
+use guest_tests::host::machine::Machine;
+use guest_tests::progress::note;
+use guest_tests::provision::{self, Freshness};
+use guest_tests::setup::Setup;
+use guest_tests::suite::{self, Selection, chain};
+use guest_tests::{bench, demo, shell, signals};
+use lab_agent::host_protocol::ExitStatus;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match signals::watch()
+        .map_err(Into::into)
+        .and_then(|()| run(cli.command))
+    {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("lab: {}", chain(error.as_ref()));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: Command) -> Result<ExitCode, Box<dyn Error>> {
+    match command {
+        Command::Test {
+            kernels,
+            names,
+            keep,
+            full,
+        } => test(&kernels, &Selection { names, full, keep }),
+        Command::Shell { host, command } => open_shell(&host, &command),
+        Command::Provision { kernels, newest } => {
+            let freshness = if newest {
+                Freshness::Newest
+            } else {
+                Freshness::Cached
+            };
+            for kernel in provision::provide(&kernels.host_kernels, freshness)?.kernels {
+                note(&format!(
+                    "host kernel {}: {}",
+                    kernel.series, kernel.release
+                ));
+            }
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Demo { host } => {
+            demo::run(&Setup::prepare(Profile::Release, &one(&host))?)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Bench {
+            what:
+                Bench::Boot {
+                    host,
+                    peers,
+                    repeat,
+                },
+        } => {
+            bench::boot::run(
+                &Setup::prepare(Profile::Release, &one(&host))?,
+                &peers,
+                repeat,
+            )?;
+            Ok(ExitCode::SUCCESS)
+        }
+    }
+}
+
+fn test(kernels: &KernelChoice, selection: &Selection) -> Result<ExitCode, Box<dyn Error>> {
+    let setup = Setup::prepare(Profile::Lab, &kernels.host_kernels)?;
+    let guest_tests = suite::any_guest_test(selection, &setup.provisioned.kernels);
+    let workspace = if selection.names.is_empty() {
+        Some(suite::run_workspace_tests(&artifacts::workspace()?))
+    } else if guest_tests {
+        note("unit and property tests do not run: guest tests were chosen by name");
+        None
+    } else {
+        return Err(format!(
+            "no guest test has any of these in its name: {}",
+            selection.names.join(", ")
+        )
+        .into());
+    };
+    let conclusion = suite::run(setup, selection, workspace);
+    Ok(conclusion.exit_code())
+}
+
+fn open_shell(choice: &HostChoice, command: &[String]) -> Result<ExitCode, Box<dyn Error>> {
+    let setup = Setup::prepare(Profile::Lab, &one(choice))?;
+    let host = setup.boot(setup.kernel(), Machine::default())?;
+    let status = shell::run(&host, command)?;
+    Ok(match status {
+        ExitStatus::Code(code) => u8::try_from(code).map_or(ExitCode::FAILURE, ExitCode::from),
+        ExitStatus::Signal(_) => ExitCode::FAILURE,
+    })
+}
+
+fn one(choice: &HostChoice) -> Vec<String> {
+    choice.host_kernel.iter().cloned().collect()
+}

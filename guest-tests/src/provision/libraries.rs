@@ -1,0 +1,147 @@
+//! The shared libraries that programs need, found by what the programs say themselves.
+//!
+//! Read from the files, not asked of the dynamic linker: the programs are for the emulated host, and this machine
+//! need not be able to run them.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use goblin::elf::Elf;
+
+/// Where this machine keeps libraries.
+const SYSTEM: [&str; 5] = [
+    "/lib/x86_64-linux-gnu",
+    "/usr/lib/x86_64-linux-gnu",
+    "/lib64",
+    "/usr/lib64",
+    "/usr/lib",
+];
+
+/// A library that cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum LibraryError {
+    /// A file cannot be read.
+    #[error("cannot read {path}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// A file is no program or library.
+    #[error("{path} is neither a program nor a library: {reason}")]
+    NotElf {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        reason: String,
+    },
+    /// Nowhere to be found.
+    #[error("{user} needs {library}, which is in none of {places:?}")]
+    Missing {
+        /// The library.
+        library: String,
+        /// What needs it.
+        user: PathBuf,
+        /// Where it was looked for.
+        places: Vec<PathBuf>,
+    },
+}
+
+/// What a program or library says that it needs; none for one that is linked statically.
+pub fn needed_by(path: &Path) -> Result<Vec<String>, LibraryError> {
+    let data = fs::read(path).map_err(|source| LibraryError::Read {
+        path: path.to_owned(),
+        source,
+    })?;
+    let elf = Elf::parse(&data).map_err(|error| LibraryError::NotElf {
+        path: path.to_owned(),
+        reason: error.to_string(),
+    })?;
+    Ok(elf
+        .libraries
+        .iter()
+        .map(|name| (*name).to_owned())
+        .collect())
+}
+
+/// A library that this machine provides.
+pub fn of_this_machine(name: &str) -> Result<PathBuf, LibraryError> {
+    let places = SYSTEM.map(PathBuf::from).to_vec();
+    let path = places
+        .iter()
+        .map(|place| place.join(name))
+        .find(|path| path.is_file());
+    path.ok_or_else(|| LibraryError::Missing {
+        library: name.to_owned(),
+        user: PathBuf::from("the release binary"),
+        places,
+    })
+}
+
+/// All libraries that the programs need, by name: from the unpacked packages at `roots` first, then from this machine.
+pub fn closure(
+    programs: &[PathBuf],
+    roots: &[PathBuf],
+) -> Result<BTreeMap<String, PathBuf>, LibraryError> {
+    let parts = [
+        "usr/lib/x86_64-linux-gnu",
+        "lib/x86_64-linux-gnu",
+        "usr/lib",
+        "lib",
+    ];
+    let mut places: Vec<PathBuf> = roots
+        .iter()
+        .flat_map(|root| parts.map(|part| root.join(part)))
+        .collect();
+    places.retain(|place| place.is_dir());
+    places.extend(SYSTEM.map(PathBuf::from));
+    let mut found = BTreeMap::new();
+    let mut queue = programs.to_vec();
+    while let Some(user) = queue.pop() {
+        for library in needed_by(&user)? {
+            if found.contains_key(&library) {
+                continue;
+            }
+            let path = places
+                .iter()
+                .map(|place| place.join(&library))
+                .find(|path| path.is_file())
+                .ok_or_else(|| LibraryError::Missing {
+                    library: library.clone(),
+                    user: user.clone(),
+                    places: places.clone(),
+                })?;
+            queue.push(path.clone());
+            found.insert(library, path);
+        }
+    }
+    Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn libraries_of_libraries_are_found() {
+        let this = std::env::current_exe().unwrap();
+        let found = closure(&[this], &[]).unwrap();
+        assert!(found.contains_key("libc.so.6"));
+        assert!(
+            found.contains_key("ld-linux-x86-64.so.2"),
+            "libc.so.6 needs the dynamic linker: {found:?}"
+        );
+    }
+
+    #[test]
+    fn a_text_file_is_refused() {
+        let manifest = Path::new(env!("CARGO_MANIFEST_DIR")).join("Cargo.toml");
+        assert!(matches!(
+            needed_by(&manifest),
+            Err(LibraryError::NotElf { .. })
+        ));
+    }
+}

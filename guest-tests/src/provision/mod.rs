@@ -1,0 +1,253 @@
+//! Gets what the lab needs onto this machine: QEMU installed, kernels and tools unpacked in a cache.
+//!
+//! Invariants: everything comes through apt, which checks it against signed lists; what is unpacked is keyed by the
+//! package's exact version and never changes; with a filled cache nothing is asked of the network. Packages that
+//! only the emulated host needs are unpacked, not installed.
+
+pub mod apt;
+pub mod cache;
+pub mod kernel;
+pub mod libraries;
+mod vmlinux;
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::progress::{note, step};
+use apt::{AptError, Package};
+use cache::{Cache, CacheError};
+use kernel::{Kernel, KernelError};
+
+/// Emulates the host.
+pub const QEMU: &str = "qemu-system-x86_64";
+/// Kernel series that the suite runs on, where the package sources offer them.
+pub const SERIES: [&str; 2] = ["6.1", "6.12"];
+/// Packages whose programs run on the emulated host.
+const TOOLS: [&str; 4] = ["busybox-static", "kmod", "ndctl", "daxctl"];
+/// Written last, so that its presence says that all tools are there.
+const TOOLS_LIST: &str = "tools.json";
+/// Series that the package sources did not offer when they were asked.
+const ABSENT_LIST: &str = "absent.json";
+
+/// Something that the lab needs and could not get.
+#[derive(Debug, thiserror::Error)]
+pub enum ProvisionError {
+    /// Packages.
+    #[error(transparent)]
+    Apt(#[from] AptError),
+    /// The cache.
+    #[error(transparent)]
+    Cache(#[from] CacheError),
+    /// A kernel.
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+    /// Asked for a series that is in neither the cache nor the sources.
+    #[error(
+        "no kernel {series} in {sources}: this distribution's package sources offer {offered:?}; choose one of those or give a path"
+    )]
+    NoSuchSeries {
+        /// What was asked for.
+        series: String,
+        /// Where it was looked for.
+        sources: &'static str,
+        /// What there is.
+        offered: Vec<String>,
+    },
+}
+
+/// Everything that the lab runs on.
+#[derive(Debug)]
+pub struct Provisioned {
+    /// Where things are kept.
+    pub cache: Cache,
+    /// Programs for the emulated host.
+    pub tools: Tools,
+    /// Kernels, oldest series first; at least one.
+    pub kernels: Vec<Kernel>,
+}
+
+/// Unpacked packages with the emulated host's programs and their libraries.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct Tools {
+    /// The packages, by which the images made of them are keyed.
+    pub packages: Vec<Package>,
+    /// Where each is unpacked.
+    pub roots: Vec<PathBuf>,
+}
+
+impl Tools {
+    /// Finds a program in whichever directory its package puts it.
+    pub fn program(&self, name: &str) -> Option<PathBuf> {
+        let places = ["bin", "usr/bin", "sbin", "usr/sbin"];
+        let candidates = self
+            .roots
+            .iter()
+            .flat_map(|root| places.map(|place| root.join(place).join(name)));
+        candidates.into_iter().find(|path| path.is_file())
+    }
+}
+
+/// Whether the package sources are asked for newer versions of what the cache holds.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Freshness {
+    /// What the cache holds will do; without a gap in it, nothing is asked of the network.
+    Cached,
+    /// The newest there is.
+    Newest,
+}
+
+/// Provides everything; `wanted` names kernel series or paths, and means all series there are when empty.
+pub fn provide(wanted: &[String], freshness: Freshness) -> Result<Provisioned, ProvisionError> {
+    let cache = Cache::open()?;
+    let _lock = cache.lock()?;
+    if freshness == Freshness::Newest {
+        step("fetching package lists", apt::update)?;
+    }
+    provide_qemu()?;
+    let tools = provide_tools(&cache, freshness)?;
+    let kernels = provide_kernels(&cache, wanted, freshness)?;
+    Ok(Provisioned {
+        cache,
+        tools,
+        kernels,
+    })
+}
+
+fn provide_qemu() -> Result<(), ProvisionError> {
+    if apt::program_in_path(QEMU) {
+        return Ok(());
+    }
+    step("installing QEMU", || {
+        apt::refresh_if_unknown("qemu-system-x86")?;
+        apt::install(&["qemu-system-x86", "seabios", "ipxe-qemu"])
+    })?;
+    Ok(())
+}
+
+fn provide_tools(cache: &Cache, freshness: Freshness) -> Result<Tools, ProvisionError> {
+    let list = cache.path(TOOLS_LIST);
+    if freshness == Freshness::Cached
+        && let Some(tools) = cache.read_json::<Tools>(&list)
+        && tools.roots.iter().all(|root| root.is_dir())
+    {
+        return Ok(tools);
+    }
+    step("downloading the emulated host's tools", || {
+        apt::refresh_if_unknown("ndctl")?;
+        let packages = apt::candidates(&apt::with_libraries(&TOOLS)?)?;
+        let roots = unpack(cache, &packages)?;
+        let tools = Tools { packages, roots };
+        cache.write_json(&list, &tools)?;
+        Ok(tools)
+    })
+}
+
+fn provide_kernels(
+    cache: &Cache,
+    wanted: &[String],
+    freshness: Freshness,
+) -> Result<Vec<Kernel>, ProvisionError> {
+    if wanted.is_empty() {
+        return provide_all_series(cache, freshness);
+    }
+    let provide_one = |name: &String| {
+        if Path::new(name).exists() {
+            Ok(Kernel::from_path(cache, Path::new(name))?)
+        } else {
+            provide_series(cache, name, freshness)
+        }
+    };
+    wanted.iter().map(provide_one).collect()
+}
+
+/// Every series of [`SERIES`] that there is. What the sources lack is remembered, so that a later run need not ask again.
+fn provide_all_series(cache: &Cache, freshness: Freshness) -> Result<Vec<Kernel>, ProvisionError> {
+    let list = cache.path(ABSENT_LIST);
+    let mut absent: Vec<String> = match freshness {
+        Freshness::Cached => cache.read_json(&list).unwrap_or_default(),
+        Freshness::Newest => Vec::new(),
+    };
+    let mut kernels = Vec::new();
+    for series in SERIES {
+        if absent.iter().any(|name| name == series) {
+            continue;
+        }
+        match provide_series(cache, series, freshness) {
+            Ok(kernel) => kernels.push(kernel),
+            Err(ProvisionError::NoSuchSeries { .. }) => absent.push(series.to_owned()),
+            Err(error) => return Err(error),
+        }
+    }
+    if kernels.is_empty() {
+        return Err(no_such_series(
+            &SERIES.join(" or "),
+            &apt::names("linux-image-")?,
+        ));
+    }
+    cache.write_json(&list, &absent)?;
+    Ok(kernels)
+}
+
+/// The newest kernel of a series that the cache holds, else the newest that the sources offer.
+fn provide_series(
+    cache: &Cache,
+    series: &str,
+    freshness: Freshness,
+) -> Result<Kernel, ProvisionError> {
+    if freshness == Freshness::Cached
+        && let Some(root) = kernel::newest_cached(cache, series)
+    {
+        return Ok(Kernel::from_tree(cache, &root)?);
+    }
+    apt::refresh_if_unknown("linux-image-amd64")?;
+    let names = apt::names("linux-image-")?;
+    let Some(name) = kernel::newest(names.iter().map(String::as_str), series) else {
+        return Err(no_such_series(series, &names));
+    };
+    let package = apt::candidate(&name)?;
+    let packages = std::slice::from_ref(&package);
+    let roots = step(&format!("downloading the kernel {name}"), || {
+        unpack(cache, packages)
+    })?;
+    note(&format!(
+        "kernel {series}: {} {}",
+        package.name, package.version
+    ));
+    let root = roots
+        .first()
+        .ok_or_else(|| no_such_series(series, &names))?;
+    Ok(Kernel::from_tree(cache, root)?)
+}
+
+fn no_such_series(series: &str, names: &[String]) -> ProvisionError {
+    let offered = kernel::series_in(names.iter().map(String::as_str));
+    ProvisionError::NoSuchSeries {
+        series: series.to_owned(),
+        sources: "the cache or the package sources",
+        offered,
+    }
+}
+
+/// Where the packages are unpacked; downloads those that are not.
+fn unpack(cache: &Cache, packages: &[Package]) -> Result<Vec<PathBuf>, ProvisionError> {
+    let roots: Vec<PathBuf> = packages
+        .iter()
+        .map(|package| cache.package_root(package))
+        .collect();
+    let missing: Vec<Package> = packages
+        .iter()
+        .filter(|package| !cache.package_root(package).is_dir())
+        .cloned()
+        .collect();
+    if !missing.is_empty() {
+        let scratch = cache.scratch()?;
+        apt::download(&missing, scratch.path())?;
+        for package in &missing {
+            let tree = scratch.path().join("tree");
+            apt::unpack(package, scratch.path(), &tree)?;
+            cache.keep(&tree, &cache.package_root(package))?;
+        }
+    }
+    Ok(roots)
+}

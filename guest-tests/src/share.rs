@@ -1,0 +1,85 @@
+//! What the emulated host sees, read-only, as `/lab`: binaries, the guests' kernels and their initramfs.
+//!
+//! It does not change while a host runs, since the host caches it. Files are linked where that is possible, else copied.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use crate::provision::kernel::Kernel;
+
+/// The guests' initramfs, on the host.
+pub const GUEST_INITRAMFS: &str = "/lab/guest.cpio";
+
+/// The share cannot be prepared.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot put {from} into {into}")]
+pub struct ShareError {
+    from: PathBuf,
+    into: PathBuf,
+    source: io::Error,
+}
+
+/// A form of a kernel's image.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum ImageForm {
+    /// ELF with a PVH entry.
+    Elf,
+    /// As distributed.
+    BzImage,
+}
+
+/// Path of a kernel's image on the host.
+pub fn kernel_path(release: &str, form: ImageForm) -> String {
+    let name = match form {
+        ImageForm::Elf => "vmlinux",
+        ImageForm::BzImage => "bzImage",
+    };
+    format!("/lab/kernels/{release}/{name}")
+}
+
+/// Puts everything into a directory that is made new.
+pub fn prepare(
+    directory: &Path,
+    binaries: &BTreeMap<String, PathBuf>,
+    kernels: &[Kernel],
+    guest_initramfs: &Path,
+) -> Result<(), ShareError> {
+    let mut files: Vec<(PathBuf, String)> = binaries
+        .iter()
+        .map(|(name, path)| (path.clone(), format!("bin/{name}")))
+        .collect();
+    for kernel in kernels {
+        for (path, form) in [
+            (&kernel.vmlinux, ImageForm::Elf),
+            (&kernel.bzimage, ImageForm::BzImage),
+        ] {
+            let place = kernel_path(&kernel.release, form);
+            files.push((path.clone(), place.trim_start_matches("/lab/").to_owned()));
+        }
+    }
+    files.push((guest_initramfs.to_owned(), "guest.cpio".to_owned()));
+    for (from, name) in files {
+        add(&from, &directory.join(name))?;
+    }
+    Ok(())
+}
+
+/// Adds one file.
+pub fn add(from: &Path, into: &Path) -> Result<(), ShareError> {
+    let failed = |source| ShareError {
+        from: from.to_owned(),
+        into: into.to_owned(),
+        source,
+    };
+    if let Some(parent) = into.parent() {
+        fs::create_dir_all(parent).map_err(failed)?;
+    }
+    // The file itself, not a symbolic link to it, whose target the host does not see.
+    let file = fs::canonicalize(from).map_err(failed)?;
+    // Links do not cross file systems, and some have none.
+    fs::hard_link(&file, into)
+        .or_else(|_| fs::copy(&file, into).map(|_| ()))
+        .map_err(failed)
+}

@@ -1,0 +1,272 @@
+//! Runs the guest tests: named as `KERNEL::TEST`, one after another, many on one emulated host.
+//!
+//! A test leaves the host as it found it. That is checked after every test: what runs, is mounted, locked, bound or lies
+//! about is compared with before. A test that fails, or leaves something behind, costs its host, and the next test gets a fresh
+//! one. The first test on each kernel is that its host comes up.
+
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use libtest_mimic::{Arguments, Conclusion, Failed, Trial};
+
+use crate::artifacts;
+use crate::command::CommandError;
+use crate::host::channel::HostError;
+use crate::host::inventory::{Inventory, differences};
+use crate::host::machine::Machine;
+use crate::progress::{note, plain_lines_only, step};
+use crate::provision::SERIES;
+use crate::provision::kernel::Kernel;
+use crate::setup::{Setup, StartError};
+use crate::shell;
+use crate::tests::{self, GuestTest, Lab, TestError};
+
+/// Where tests put files on the host; removed after each.
+pub const SCRATCH: &str = "/tmp/scratch";
+/// Name under which the workspace's own tests appear beside the guest tests.
+const WORKSPACE_TEST: &str = "workspace::unit_and_property_tests";
+const HOST_TEST: &str = "host_comes_up";
+
+/// What to run.
+#[derive(Clone, Debug, Default)]
+pub struct Selection {
+    /// Parts of names; everything when empty.
+    pub names: Vec<String>,
+    /// Long repeat counts.
+    pub full: bool,
+    /// Opens a shell on the host of the first test that fails.
+    pub keep: bool,
+}
+
+impl Selection {
+    fn has(&self, name: &str) -> bool {
+        self.names.is_empty() || self.names.iter().any(|part| name.contains(part.as_str()))
+    }
+}
+
+/// Shared by all tests; they run one at a time.
+struct Runner {
+    setup: Setup,
+    selection: Selection,
+    /// The host that is up, and how it was before any test.
+    current: Option<(Lab, Inventory)>,
+}
+
+/// Why a test counts as failed.
+#[derive(Debug, thiserror::Error)]
+enum Verdict {
+    #[error(transparent)]
+    Test(#[from] TestError),
+    #[error("panic: {0}")]
+    Panic(String),
+    #[error("the host is not as it was before:\n{}", .0.join("\n"))]
+    Untidy(Vec<String>),
+    #[error(transparent)]
+    Start(#[from] StartError),
+    #[error("cannot look at the host after the test")]
+    Inventory(#[source] HostError),
+}
+
+/// Runs the selected tests. `workspace` is how the workspace's own tests went, if they were to run.
+pub fn run(
+    setup: Setup,
+    selection: &Selection,
+    workspace: Option<Result<(), CommandError>>,
+) -> Conclusion {
+    let kernels = setup.provisioned.kernels.clone();
+    say_which(&kernels);
+    plain_lines_only();
+    let mut trials = Vec::new();
+    if let Some(outcome) = workspace {
+        trials.push(Trial::test(WORKSPACE_TEST, move || {
+            outcome.map_err(|error| Failed::from(chain(&error)))
+        }));
+    }
+    let runner = Arc::new(Mutex::new(Runner {
+        setup,
+        selection: selection.clone(),
+        current: None,
+    }));
+    for kernel in kernels {
+        let host_test = GuestTest {
+            name: HOST_TEST,
+            run: |_| Ok(()),
+        };
+        for test in std::iter::once(host_test).chain(tests::all()) {
+            let name = format!("{}::{}", kernel.series, test.name);
+            if selection.has(&name) {
+                let (runner, kernel) = (Arc::clone(&runner), kernel.clone());
+                trials.push(Trial::test(name.clone(), move || {
+                    let mut runner = runner.lock().unwrap_or_else(PoisonError::into_inner);
+                    runner.run(&kernel, &test, &name).map_err(Failed::from)
+                }));
+            }
+        }
+    }
+    let arguments = Arguments {
+        test_threads: Some(1),
+        ..Arguments::default()
+    };
+    libtest_mimic::run(&arguments, trials)
+}
+
+/// Whether any guest test has one of these names.
+pub fn any_guest_test(selection: &Selection, kernels: &[Kernel]) -> bool {
+    let names = || {
+        tests::all()
+            .into_iter()
+            .map(|test| test.name)
+            .chain([HOST_TEST])
+    };
+    kernels
+        .iter()
+        .any(|kernel| names().any(|name| selection.has(&format!("{}::{name}", kernel.series))))
+}
+
+/// Runs the workspace's own tests.
+pub fn run_workspace_tests(workspace: &artifacts::Workspace) -> Result<(), CommandError> {
+    step("unit and property tests", || artifacts::test(workspace))
+}
+
+impl Runner {
+    fn run(&mut self, kernel: &Kernel, test: &GuestTest, name: &str) -> Result<(), String> {
+        let verdict = self.run_on_host(kernel, test);
+        let Err(verdict) = verdict else { return Ok(()) };
+        let evidence = self
+            .current
+            .as_ref()
+            .map_or(String::new(), |(lab, _)| lab.host.evidence());
+        let message = format!("{}\n{evidence}", chain(&verdict));
+        if self.selection.keep {
+            self.selection.keep = false;
+            self.open_shell(name, &message);
+        }
+        self.current = None;
+        Err(message)
+    }
+
+    fn run_on_host(&mut self, kernel: &Kernel, test: &GuestTest) -> Result<(), Verdict> {
+        let (lab, before) = self.host(kernel)?;
+        lab.host.forget_programs();
+        match catch_unwind(AssertUnwindSafe(|| (test.run)(lab))) {
+            Ok(outcome) => outcome?,
+            Err(panic) => return Err(Verdict::Panic(panic_message(panic.as_ref()))),
+        }
+        let mut after = lab.host.inventory().map_err(Verdict::Inventory)?;
+        if after.files.iter().any(|file| file == SCRATCH) {
+            lab.host
+                .check(&["rm", "-rf", SCRATCH])
+                .map_err(Verdict::Inventory)?;
+            after.files.retain(|file| file != SCRATCH);
+        }
+        let changes = differences(before, &after);
+        if changes.is_empty() {
+            Ok(())
+        } else {
+            Err(Verdict::Untidy(changes))
+        }
+    }
+
+    /// The host with this kernel, booted when it is not up.
+    fn host(&mut self, kernel: &Kernel) -> Result<&mut (Lab, Inventory), Verdict> {
+        if self
+            .current
+            .as_ref()
+            .is_some_and(|(lab, _)| lab.kernel.release != kernel.release)
+        {
+            self.current = None;
+        }
+        if self.current.is_none() {
+            let host = self.setup.boot(kernel, Machine::default())?;
+            let before = host.inventory().map_err(Verdict::Inventory)?;
+            self.current = Some((
+                Lab {
+                    host,
+                    kernel: kernel.clone(),
+                    full: self.selection.full,
+                },
+                before,
+            ));
+        }
+        match &mut self.current {
+            Some(current) => Ok(current),
+            None => Err(Verdict::Untidy(vec!["the host was lost".to_owned()])),
+        }
+    }
+
+    fn open_shell(&mut self, name: &str, message: &str) {
+        let Some((lab, _)) = &self.current else {
+            return;
+        };
+        eprintln!(
+            "\n{message}\nlab: {name} has failed; a shell on its host follows, `exit` goes on"
+        );
+        match shell::run(&lab.host, &[]) {
+            Ok(_) => {}
+            Err(error) => eprintln!("lab: {}", chain(&error)),
+        }
+        let logs = self.setup.keep_logs().display().to_string();
+        note(&format!("logs stay in {logs}"));
+    }
+}
+
+fn say_which(kernels: &[Kernel]) {
+    let found: Vec<String> = kernels
+        .iter()
+        .map(|kernel| format!("{} ({})", kernel.series, kernel.release))
+        .collect();
+    note(&format!("host kernels: {}", found.join(", ")));
+    for series in SERIES {
+        if !kernels.iter().any(|kernel| kernel.series == series) {
+            note(&format!(
+                "host kernel {series}: not among them (not asked for, or not in this distribution's package sources)"
+            ));
+        }
+    }
+}
+
+fn panic_message(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<String>().cloned();
+    text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()))
+        .unwrap_or_default()
+}
+
+/// An error and what caused it, one line each.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str("\n  because: ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests_of_selection {
+    use super::*;
+
+    #[test]
+    fn a_part_of_the_name_selects() {
+        let selection = Selection {
+            names: vec!["6.12::boots".into(), "reboot".into()],
+            ..Selection::default()
+        };
+        assert!(selection.has("6.12::boots_on_one_dax_zone"));
+        assert!(selection.has("6.1::reboots"));
+        assert!(!selection.has("6.1::boots_on_one_dax_zone"));
+        assert!(Selection::default().has("anything"));
+    }
+
+    #[test]
+    fn test_names_are_unique() {
+        let mut names: Vec<&str> = tests::all().iter().map(|test| test.name).collect();
+        let count = names.len();
+        names.sort_unstable();
+        names.dedup();
+        assert_eq!(names.len(), count);
+        assert!(!names.contains(&HOST_TEST));
+    }
+}

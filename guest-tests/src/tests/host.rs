@@ -1,0 +1,88 @@
+//! The emulated host is what the other tests take it for.
+
+use super::{GuestTest, Lab, TestError, claim};
+
+const MIB: u64 = 1 << 20;
+const GIB: u64 = 1 << 30;
+
+pub(super) const TESTS: &[GuestTest] = &[
+    GuestTest {
+        name: "host_has_dax_devices",
+        run: host_has_dax_devices,
+    },
+    GuestTest {
+        name: "kvm_is_usable",
+        run: kvm_is_usable,
+    },
+    GuestTest {
+        name: "programs_run_and_are_told_apart",
+        run: programs_run_and_are_told_apart,
+    },
+];
+
+fn host_has_dax_devices(lab: &mut Lab) -> Result<(), TestError> {
+    let [big, second, gib_aligned] = lab.host.dax() else {
+        return Err(TestError::Claim(format!(
+            "expected three devices, found {:?}",
+            lab.host.dax()
+        )));
+    };
+    let at_least = [
+        (big, 5 * GIB, 2 * MIB),
+        (second, GIB, 2 * MIB),
+        (gib_aligned, GIB, GIB),
+    ];
+    for (device, size, align) in at_least {
+        claim(
+            device.size_bytes >= size && device.align_bytes == align,
+            || format!("expected {size} bytes aligned to {align}, found {device:?}"),
+        )?;
+        let driver = lab.host.check(&[
+            "readlink",
+            "-f",
+            &format!("/sys/bus/dax/devices/{}/driver", device.name),
+        ])?;
+        claim(driver.trim_end().ends_with("/device_dax"), || {
+            format!("{} is bound to {driver}", device.name)
+        })?;
+        lab.host.check(&["test", "-c", &device.path])?;
+    }
+    Ok(())
+}
+
+fn kvm_is_usable(lab: &mut Lab) -> Result<(), TestError> {
+    lab.host.check(&["test", "-c", "/dev/kvm"])?;
+    let npt = lab.host.read_text("/sys/module/kvm_amd/parameters/npt")?;
+    claim(npt == "Y" || npt == "1", || {
+        format!("nested paging is off: npt={npt}")
+    })
+}
+
+fn programs_run_and_are_told_apart(lab: &mut Lab) -> Result<(), TestError> {
+    let output = lab
+        .host
+        .run(&["sh", "-c", "echo out; echo err >&2; exit 7"])?;
+    let found = (
+        output.stdout.as_str(),
+        output.stderr.as_str(),
+        output.status.to_string(),
+    );
+    claim(
+        found == ("out\n", "err\n", "exit status 7".to_owned()),
+        || format!("{found:?}"),
+    )?;
+    let killed = lab.host.run(&["sh", "-c", "kill -TERM $$"])?;
+    claim(killed.status.to_string() == "signal 15", || {
+        killed.status.to_string()
+    })?;
+    let many = lab.host.check(&["seq", "1", "200000"])?;
+    claim(
+        many.lines().count() == 200_000 && many.ends_with("\n200000\n"),
+        || format!("{} bytes", many.len()),
+    )?;
+    let missing = lab.host.run(&["no-such-program"]);
+    claim(
+        missing.is_err_and(|error| error.to_string().contains("no-such-program")),
+        || "a missing program was run".to_owned(),
+    )
+}

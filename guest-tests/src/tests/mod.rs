@@ -1,0 +1,83 @@
+//! The guest tests: stories of a user's, observed from inside the guest and on the emulated host.
+//!
+//! A test gets a host that is up and leaves it as it found it; files go to [`crate::suite::SCRATCH`]. What it starts it
+//! may simply drop. Every wait has a deadline; nothing sleeps.
+
+mod boot;
+mod consoles;
+mod host;
+mod power;
+mod start_errors;
+mod support;
+
+use crate::bench::boot::MeasureError;
+use crate::guest::GuestError;
+use crate::host::Host;
+use crate::host::channel::HostError;
+use crate::host::figures::FiguresError;
+use crate::host::qmp::QmpError;
+use crate::provision::kernel::Kernel;
+
+/// What a test works with.
+#[derive(Debug)]
+pub struct Lab {
+    /// The emulated host.
+    pub host: Host,
+    /// Its kernel, which is also the guests' unless a test says otherwise.
+    pub kernel: Kernel,
+    /// Whether long repeat counts are wanted.
+    pub full: bool,
+}
+
+/// A test.
+#[derive(Clone, Copy, Debug)]
+pub struct GuestTest {
+    /// Says what is so when it passes.
+    pub name: &'static str,
+    /// Does it.
+    pub run: fn(&mut Lab) -> Result<(), TestError>,
+}
+
+/// Why a test fails.
+#[derive(Debug, thiserror::Error)]
+pub enum TestError {
+    /// The host.
+    #[error(transparent)]
+    Host(#[from] HostError),
+    /// A guest.
+    #[error(transparent)]
+    Guest(#[from] GuestError),
+    /// What KVM tells of a guest.
+    #[error(transparent)]
+    Measure(#[from] MeasureError),
+    /// Figures about a VMM.
+    #[error(transparent)]
+    Figures(#[from] FiguresError),
+    /// QEMU's monitor.
+    #[error(transparent)]
+    Qmp(#[from] QmpError),
+    /// What should be so is not.
+    #[error("{0}")]
+    Claim(String),
+}
+
+/// Fails the test with what `message` gives unless `holds`.
+pub fn claim(holds: bool, message: impl FnOnce() -> String) -> Result<(), TestError> {
+    if holds {
+        Ok(())
+    } else {
+        Err(TestError::Claim(message()))
+    }
+}
+
+/// Every test, in the order in which they run.
+pub fn all() -> Vec<GuestTest> {
+    [
+        host::TESTS,
+        boot::TESTS,
+        power::TESTS,
+        consoles::TESTS,
+        start_errors::TESTS,
+    ]
+    .concat()
+}
