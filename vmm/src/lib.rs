@@ -16,3 +16,4 @@ pub mod doctor;
 pub mod kvm;
 pub mod machine;
 pub mod memory;
+pub mod pci;

@@ -28,6 +28,8 @@ use crate::provision::QEMU;
 const TAIL_LINES: usize = 40;
 /// From SIGKILL to the process's end; only a kernel in trouble takes longer.
 const KILL_DEADLINE: Duration = Duration::from_secs(30);
+/// From QEMU closing its sockets to its end.
+const HANG_UP_DEADLINE: Duration = Duration::from_secs(1);
 
 /// QEMU could not be started.
 #[derive(Debug, thiserror::Error)]
@@ -58,8 +60,8 @@ pub(super) struct Vm {
     /// Names this process and no later one.
     process: OwnedFd,
     qmp: Qmp,
-    /// Says when the process has ended.
-    ended: Receiver<()>,
+    /// Says how the process has ended, once.
+    ended: Receiver<String>,
     console_log: PathBuf,
     qemu_log: PathBuf,
 }
@@ -120,8 +122,13 @@ impl Vm {
         tail(&self.console_log)
     }
 
+    /// What QEMU said, and how it ended when it has.
     pub(super) fn qemu_tail(&self) -> String {
-        tail(&self.qemu_log)
+        let said = tail(&self.qemu_log);
+        match self.ended.recv_timeout(HANG_UP_DEADLINE) {
+            Ok(how) => format!("{said}\n{how}"),
+            Err(_) => format!("{said}\n{QEMU} is running"),
+        }
     }
 }
 
@@ -138,7 +145,7 @@ fn supervise(
     arguments: Vec<OsString>,
     log: File,
     sockets: [UnixStream; 2],
-) -> io::Result<(OwnedFd, Receiver<()>)> {
+) -> io::Result<(OwnedFd, Receiver<String>)> {
     let (started, start) = channel();
     let (ending, ended) = channel();
     thread::Builder::new()
@@ -149,10 +156,12 @@ fn supervise(
             match spawned {
                 Ok(mut child) => {
                     let _ = started.send(descriptor_of(&child));
-                    if let Err(error) = child.wait() {
-                        eprintln!("lab: cannot wait for {QEMU}: {error}");
-                    }
-                    let _ = ending.send(());
+                    let how = match child.wait() {
+                        Ok(status) => format!("{QEMU} has ended: {status}"),
+                        Err(error) => format!("cannot wait for {QEMU}: {error}"),
+                    };
+                    // Whoever started it may not be interested any more.
+                    let _ = ending.send(how);
                 }
                 Err(error) => {
                     let _ = started.send(Err(error));

@@ -18,6 +18,10 @@ pub(super) const TESTS: &[GuestTest] = &[
         name: "programs_run_and_are_told_apart",
         run: programs_run_and_are_told_apart,
     },
+    GuestTest {
+        name: "daxhund_runs_on_a_bare_host",
+        run: daxhund_runs_on_a_bare_host,
+    },
 ];
 
 fn host_has_dax_devices(lab: &mut Lab) -> Result<(), TestError> {
@@ -55,6 +59,39 @@ fn kvm_is_usable(lab: &mut Lab) -> Result<(), TestError> {
     let npt = lab.host.read_text("/sys/module/kvm_amd/parameters/npt")?;
     claim(npt == "Y" || npt == "1", || {
         format!("nested paging is off: npt={npt}")
+    })
+}
+
+/// It links the C library's parts and nothing else.
+fn daxhund_runs_on_a_bare_host(lab: &mut Lab) -> Result<(), TestError> {
+    const ALLOWED: [&str; 5] = [
+        "libc.so.6",
+        "libm.so.6",
+        "libgcc_s.so.1",
+        "linux-vdso.so.1",
+        "/lib64/ld-linux-x86-64.so.2",
+    ];
+    let loader = "/lib64/ld-linux-x86-64.so.2";
+    let list = lab.host.check(&[loader, "--list", "/lab/bin/daxhund"])?;
+    let linked: Vec<&str> = list
+        .lines()
+        .filter_map(|line| line.split_whitespace().next())
+        .collect();
+    claim(linked.contains(&"libc.so.6"), || list.clone())?;
+    let strangers: Vec<&&str> = linked
+        .iter()
+        .filter(|name| !ALLOWED.contains(name))
+        .collect();
+    claim(strangers.is_empty(), || {
+        format!("daxhund links {strangers:?}")
+    })?;
+    let version = lab.host.check(&["daxhund", "--version"])?;
+    claim(version.starts_with("daxhund "), || version.clone())?;
+    // Called by the name of the VMM whose contract it answers, it gives the line that is parsed.
+    let script = "mkdir -p /tmp/scratch && ln -s /lab/bin/daxhund /tmp/scratch/cloud-hypervisor && /tmp/scratch/cloud-hypervisor --version";
+    let contract = lab.host.check(&["sh", "-c", script])?;
+    claim(contract.starts_with("cloud-hypervisor v"), || {
+        contract.clone()
     })
 }
 

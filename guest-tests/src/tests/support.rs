@@ -16,7 +16,9 @@ const REFUSAL_DEADLINE: Duration = Duration::from_mins(1);
 
 /// What Linux says about the emulated processor, whoever the VMM is: mitigations that want microcode, and frequency
 /// scaling, for which a guest has no firmware.
-const NOT_OF_OUR_MAKING: [&str; 4] = [
+const NOT_OF_OUR_MAKING: [&str; 5] = [
+    // The emulated host says it of itself: "Marking TSC unstable due to TSCs unsynchronized".
+    "Unstable clock detected",
     "Speculative Return Stack Overflow",
     "Zenbleed",
     "amd_pstate: the _CPC object is not present",

@@ -21,6 +21,13 @@ use crate::devices::serial::{self, SerialParts, SerialPort};
 use crate::kvm::{CreateVmError, SetupError, Vcpu, Vm};
 use crate::memory::ram::{AttachFailure, DetachError, Ram};
 use crate::memory::region::Region;
+use crate::pci::{self, ConfigPorts, RootBus};
+
+/// Configuration space of PCI segment 0: one bus.
+const ECAM: Ecam = Ecam {
+    base: place::ECAM,
+    last_bus: 0,
+};
 
 /// A machine can't be built.
 #[derive(Debug, Error)]
@@ -75,12 +82,16 @@ impl Machine {
         }
         let (sender, events) = Events::channel().map_err(BuildError::Event)?;
         let serial = serial_port(&vm, host)?;
-        let ports = ports(&sender, serial.as_ref())?;
+        let root_bus = Arc::new(RootBus::new());
+        let ports = ports(&sender, serial.as_ref(), &root_bus)?;
+        let mut mmio = Bus::default();
+        let ecam = Arc::new(pci::Ecam::new(root_bus));
+        mmio.insert(ECAM.base, ECAM.size(), ecam)?;
         let registers = load(config, host, &ram)?;
         let vcpus = vcpus(&vm, host, config.cpus().boot_vcpus, &registers)?;
         let io = Arc::new(GuestIo {
             ports,
-            mmio: Bus::default(),
+            mmio,
             layout: host.layout.clone(),
         });
         let vcpus = Vcpus::spawn(vcpus, &io, &sender)?;
@@ -162,7 +173,11 @@ fn serial_port(vm: &Vm, host: &mut HostResources) -> Result<Option<SerialParts>,
     Ok(Some(parts))
 }
 
-fn ports(events: &EventSender, serial: Option<&SerialParts>) -> Result<Bus, BuildError> {
+fn ports(
+    events: &EventSender,
+    serial: Option<&SerialParts>,
+    root_bus: &Arc<RootBus>,
+) -> Result<Bus, BuildError> {
     let on_power: OnPowerRequest = {
         let events = events.clone();
         Arc::new(move |request| events.send(Event::Power(request)))
@@ -190,6 +205,11 @@ fn ports(events: &EventSender, serial: Option<&SerialParts>) -> Result<Bus, Buil
         1,
         Arc::new(KeyboardReset::new(on_power)),
     )?;
+    ports.insert(
+        pci::CONFIG_PORTS.into(),
+        pci::CONFIG_PORT_COUNT.into(),
+        Arc::new(ConfigPorts::new(Arc::clone(root_bus))),
+    )?;
     Ok(ports)
 }
 
@@ -199,16 +219,12 @@ fn load(
     ram: &Ram,
 ) -> Result<crate::kvm::BootRegisters, BuildError> {
     let topology = host.cpuid.topology();
-    let ecam = Ecam {
-        base: place::ECAM,
-        last_bus: 0,
-    };
     let description = acpi::Description {
         boot_cpus: small(config.cpus().boot_vcpus),
         apic_ids: (0..topology.cpus())
             .map(|cpu| topology.apic_id(cpu))
             .collect(),
-        ecam,
+        ecam: ECAM,
         serial_port: *config.serial() != ConsoleConfig::Off,
         nodes: nodes(config, host),
     };
@@ -219,7 +235,7 @@ fn load(
         .ranges()
         .iter()
         .map(|range| (range.gpa.0, range.size));
-    let map = MemoryMap::new(ranges, vec![(ecam.base, ecam.size())]);
+    let map = MemoryMap::new(ranges, vec![(ECAM.base, ECAM.size())]);
     let memory = vm_memory::GuestAddressSpace::memory(ram.view());
     Ok(boot::load(&mut host.payload, &memory, &map, &tables)?)
 }
