@@ -7,6 +7,7 @@ use comfy_table::presets::ASCII_BORDERS_ONLY_CONDENSED;
 
 use crate::bench::boot::{BootCost, MeasureError, measure};
 use crate::bench::statistics::figure;
+use crate::bench::trace::Tracer;
 use crate::guest::{Guest, GuestError, GuestSpec, LEAVE_DEADLINE, READY_DEADLINE};
 use crate::host::channel::HostError;
 use crate::host::figures::MappedPages;
@@ -58,7 +59,8 @@ pub fn run(setup: &Setup) -> Result<(), DemoError> {
         evidence: host.evidence(),
         source,
     };
-    let (guest, cost) = measure(&host, |host| show_console(host, &spec)).map_err(failed)?;
+    let tracer = Tracer::prepare(&host).map_err(|error| failed(error.into()))?;
+    let (guest, cost) = measure(&tracer, |host| show_console(host, &spec)).map_err(failed)?;
     let status = guest.power_off().map_err(|error| failed(error.into()))?;
     if !status.success() {
         return Err(DemoError::Status {

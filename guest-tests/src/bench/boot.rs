@@ -13,7 +13,7 @@ use serde::Serialize;
 
 use super::peer::{PeerError, Vmm, Workload};
 use super::statistics::{Summary, figure};
-use super::trace::{BootTimes, Trace, TraceError};
+use super::trace::{BootTimes, TraceError, Tracer};
 use crate::cli::Peer;
 use crate::guest::{Guest, GuestError, GuestSpec};
 use crate::host::Host;
@@ -117,10 +117,11 @@ struct VmmResults {
 
 /// Starts a VMM, waits for its guest, and gives both the guest and what its boot cost.
 pub fn measure(
-    host: &Host,
+    tracer: &Tracer<'_>,
     start: impl FnOnce(&Host) -> Result<Guest, GuestError>,
 ) -> Result<(Guest, BootCost), MeasureError> {
-    let trace = Trace::start(host)?;
+    let host = tracer.host();
+    tracer.start()?;
     let mut guest = start(host)?;
     guest.wait_ready()?;
     let pid = guest.vmm().pid();
@@ -129,7 +130,7 @@ pub fn measure(
     let BootTimes {
         first_instruction,
         user_space,
-    } = trace.finish(pid)?;
+    } = tracer.finish(pid)?;
     let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
     let cost = BootCost {
         first_instruction_us: micros(first_instruction),
@@ -149,6 +150,11 @@ pub fn run(setup: &Setup, peers: &[Peer], repeat: u32) -> Result<PathBuf, BenchE
     let kernel = setup.kernel();
     let host = setup.boot(kernel, Machine::default())?;
     let dax = host.dax().first().ok_or(BenchError::NoDax)?;
+    let tracer = Tracer::prepare(&host).map_err(|error| BenchError::Measure {
+        vmm: "nothing yet".to_owned(),
+        evidence: host.evidence(),
+        source: error.into(),
+    })?;
     let work = Workload {
         kernel: kernel_path(&kernel.release, ImageForm::Elf),
         cmdline: GuestSpec::new(&kernel.release, &[]).whole_cmdline(),
@@ -164,7 +170,7 @@ pub fn run(setup: &Setup, peers: &[Peer], repeat: u32) -> Result<PathBuf, BenchE
         };
         step(&what, || {
             for (vmm, samples) in vmms.iter().zip(&mut samples) {
-                let cost = boot_once(&host, vmm, &work)?;
+                let cost = boot_once(&tracer, vmm, &work)?;
                 if round > 0 {
                     samples.push(cost);
                 }
@@ -183,7 +189,8 @@ pub fn run(setup: &Setup, peers: &[Peer], repeat: u32) -> Result<PathBuf, BenchE
     Ok(path)
 }
 
-fn boot_once(host: &Host, vmm: &Vmm, work: &Workload) -> Result<BootCost, BenchError> {
+fn boot_once(tracer: &Tracer<'_>, vmm: &Vmm, work: &Workload) -> Result<BootCost, BenchError> {
+    let host = tracer.host();
     host.forget_programs();
     let failed = |source| BenchError::Measure {
         vmm: vmm.name.clone(),
@@ -191,9 +198,11 @@ fn boot_once(host: &Host, vmm: &Vmm, work: &Workload) -> Result<BootCost, BenchE
         source,
     };
     scrub(host, work).map_err(|error| failed(error.into()))?;
-    let outcome = measure(host, |host| Guest::start(host, vmm.spawn_spec(work)));
-    let outcome = outcome.and_then(|(guest, cost)| {
-        guest.power_off()?;
+    let outcome = measure(tracer, |host| Guest::start(host, vmm.spawn_spec(work)));
+    let outcome = outcome.and_then(|(mut guest, cost)| {
+        // Not every VMM takes console input from a pipe, so the guest is not asked.
+        guest.vmm().signal(libc::SIGKILL)?;
+        guest.wait_end()?;
         Ok(cost)
     });
     outcome.map_err(failed)

@@ -3,6 +3,10 @@
 //! Seen by the host's kernel, in the same way for every VMM: `sched_process_exec` for the start, the first
 //! `kvm_entry` for the guest's first instruction, and the guest agent's mark on I/O port 0x80 in `kvm_pio` for user space.
 //! A guest is entered hundreds of thousands of times, so the first *exit* switches the recording of entries off.
+//!
+//! To trace an event the kernel patches its own code, and an emulator that runs each processor on a thread of its own may
+//! execute the breakpoint of such a patch after the kernel has forgotten it (`Oops: int3`). So events are switched on once
+//! for a host, while it has one processor online; from then on only recording is switched.
 
 use std::time::Duration;
 
@@ -43,38 +47,47 @@ pub enum TraceError {
     },
 }
 
-/// A trace that is being recorded. Switch it off with [`Trace::finish`].
+/// Tracing of a host, ready to record one boot after another.
 #[derive(Debug)]
-pub struct Trace<'a> {
+pub struct Tracer<'a> {
     host: &'a Host,
 }
 
-impl<'a> Trace<'a> {
-    /// Starts to record.
-    pub fn start(host: &'a Host) -> Result<Self, HostError> {
-        let trace = Self { host };
-        trace.write("trace_clock", "mono")?;
-        trace.write("trace", "")?;
-        trace.write("events/kvm/kvm_pio/filter", PORT_FILTER)?;
+impl<'a> Tracer<'a> {
+    /// Prepares a host for good.
+    pub fn prepare(host: &'a Host) -> Result<Self, HostError> {
+        const SECOND_CPU: &str = "/sys/devices/system/cpu/cpu1/online";
+        let tracer = Self { host };
+        host.write_file(SECOND_CPU, b"0")?;
+        tracer.write("tracing_on", "0")?;
+        tracer.write("trace_clock", "mono")?;
+        tracer.write("events/kvm/kvm_pio/filter", PORT_FILTER)?;
         for event in EVENTS {
-            trace.write(&format!("events/{event}/enable"), "1")?;
+            tracer.write(&format!("events/{event}/enable"), "1")?;
         }
-        trace.write("events/kvm/kvm_exit/trigger", STOP_ENTRIES)?;
-        trace.write("tracing_on", "1")?;
-        Ok(trace)
+        tracer.write("events/kvm/kvm_exit/trigger", STOP_ENTRIES)?;
+        host.write_file(SECOND_CPU, b"1")?;
+        Ok(tracer)
+    }
+
+    /// The host.
+    pub fn host(&self) -> &'a Host {
+        self.host
+    }
+
+    /// Starts to record.
+    pub fn start(&self) -> Result<(), HostError> {
+        self.write("trace", "")?;
+        // It is still on; this takes back what the trigger did, which is a flag and no patch.
+        self.write("events/kvm/kvm_entry/enable", "1")?;
+        self.write("tracing_on", "1")
     }
 
     /// Stops recording and reads the times of a VMM whose guest is up.
-    pub fn finish(self, pid: u32) -> Result<BootTimes, TraceError> {
+    pub fn finish(&self, pid: u32) -> Result<BootTimes, TraceError> {
         self.write("tracing_on", "0")?;
         let text =
             String::from_utf8_lossy(&self.host.read_file(&format!("{ROOT}/trace"))?).into_owned();
-        self.write("events/kvm/kvm_exit/trigger", &format!("!{STOP_ENTRIES}"))?;
-        for event in EVENTS {
-            self.write(&format!("events/{event}/enable"), "0")?;
-        }
-        self.write("events/kvm/kvm_pio/filter", "0")?;
-        self.write("trace", "")?;
         parse(&text, pid)
     }
 

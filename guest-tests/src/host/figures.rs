@@ -54,8 +54,12 @@ pub fn rss_anon(host: &Host, pid: u32) -> Result<u64, FiguresError> {
 
 /// How KVM maps the memory of a VMM's guest just now.
 pub fn mapped_pages(host: &Host, pid: u32) -> Result<MappedPages, FiguresError> {
-    let path = format!("/sys/kernel/debug/kvm/{pid}-*");
-    let script = format!("cat {path}/pages_4k {path}/pages_2m {path}/pages_1g");
+    // Named after the thread that made the VM.
+    let path = "/sys/kernel/debug/kvm/THREAD-*".to_owned();
+    let script = format!(
+        "for t in /proc/{pid}/task/*; do for d in /sys/kernel/debug/kvm/${{t##*/}}-*; do \
+         if test -d $d; then cat $d/pages_4k $d/pages_2m $d/pages_1g; fi; done; done"
+    );
     let text = host.check(&["sh", "-c", &script])?;
     let numbers: Vec<u64> = text
         .split_whitespace()

@@ -11,7 +11,8 @@ use lab_agent::host_protocol::PORT_NAME;
 /// AMD, for nested virtualisation. Without XSAVE: the emulator does not tell KVM when a guest sets XCR0, so KVM runs the guest
 /// with another one after the next exit, and the guest loses vector registers. (With XSAVE and no AVX the guest's kernel
 /// does not warn, but a guest was seen to end in a triple fault.)
-const CPU: &str = "EPYC-Milan,+svm,+npt,-xsave";
+/// Without the fast string instructions: the emulator executes them byte by byte, and every copy of the host's kernel with them.
+const CPU: &str = "EPYC-Milan,+svm,+npt,-xsave,-erms,-fsrm";
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
 

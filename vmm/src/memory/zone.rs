@@ -10,8 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use daxhund_dax::{
-    ClassifyError, DaxDevice, FileBacking, Host, LockError, LockKind, MapError, NotDaxKind,
-    OpenError, PathKind, RangeError,
+    DaxDevice, FileBacking, Host, LockError, LockKind, MapError, NotDaxKind, OpenError, RangeError,
 };
 use rustix::fs::{Mode, OFlags};
 use thiserror::Error;
@@ -28,15 +27,6 @@ const THP: u64 = 2 * MIB;
 /// A zone's backing can't be used.
 #[derive(Debug, Error)]
 pub enum ZoneOpenError {
-    /// The path can't be looked at.
-    #[error("memory zone {id}")]
-    Classify {
-        /// Which zone.
-        id: String,
-        /// Why.
-        #[source]
-        source: ClassifyError,
-    },
     /// It is no usable device-dax device.
     #[error("memory zone {id}")]
     Dax {
@@ -400,51 +390,45 @@ type Opened = (Memory, u64, u64, u64);
 fn open_path(host: &Host, spec: &ZoneSpec, place: &FilePlace<'_>) -> Result<Opened, ZoneOpenError> {
     let id = || spec.id.clone();
     let path = place.path.to_owned();
-    let kind = host
-        .classify(place.path)
-        .map_err(|source| ZoneOpenError::Classify { id: id(), source })?;
-    match kind {
-        PathKind::DeviceDax(_)
-        | PathKind::SystemRam(_)
-        | PathKind::Unbound(_)
-        | PathKind::Missing => open_dax(host, spec, place),
-        PathKind::File(FileBacking::PageCache) => Err(not_dax(spec, path, FileBacking::PageCache)),
-        PathKind::File(kind) => {
-            let file = OpenOptions::new()
-                .read(true)
-                .write(true)
-                .open(&path)
-                .map_err(|source| ZoneOpenError::File {
-                    id: id(),
-                    path: path.clone(),
-                    source,
-                })?;
-            open_file(spec, place, file, kind)
-        }
-        PathKind::NotDax(NotDaxKind::Directory) => open_directory(spec, place),
-        PathKind::NotDax(kind) => Err(ZoneOpenError::Dax {
-            id: id(),
-            source: OpenError::NotDax { path, kind },
-        }),
+    // Tried as device-dax first, which is what it should be: the refusal says what else it is.
+    match host.open(&path) {
+        Ok(device) => open_dax(spec, place, device),
+        Err(OpenError::FsDaxFile { .. }) => open_named_file(spec, place, FileBacking::FsDax),
+        Err(OpenError::NotDax {
+            kind: NotDaxKind::File(kind @ (FileBacking::Hugetlbfs | FileBacking::Tmpfs)),
+            ..
+        }) => open_named_file(spec, place, kind),
+        Err(OpenError::NotDax {
+            kind: NotDaxKind::Directory,
+            ..
+        }) => open_directory(spec, place),
+        Err(source) => Err(ZoneOpenError::Dax { id: id(), source }),
     }
 }
 
-fn not_dax(spec: &ZoneSpec, path: PathBuf, backing: FileBacking) -> ZoneOpenError {
-    let source = OpenError::NotDax {
-        path,
-        kind: NotDaxKind::File(backing),
-    };
-    ZoneOpenError::Dax {
-        id: spec.id.clone(),
-        source,
-    }
-}
-
-fn open_dax(host: &Host, spec: &ZoneSpec, place: &FilePlace<'_>) -> Result<Opened, ZoneOpenError> {
-    let id = || spec.id.clone();
-    let device = host
+fn open_named_file(
+    spec: &ZoneSpec,
+    place: &FilePlace<'_>,
+    kind: FileBacking,
+) -> Result<Opened, ZoneOpenError> {
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
         .open(place.path)
-        .map_err(|source| ZoneOpenError::Dax { id: id(), source })?;
+        .map_err(|source| ZoneOpenError::File {
+            id: spec.id.clone(),
+            path: place.path.to_owned(),
+            source,
+        })?;
+    open_file(spec, place, file, kind)
+}
+
+fn open_dax(
+    spec: &ZoneSpec,
+    place: &FilePlace<'_>,
+    device: DaxDevice,
+) -> Result<Opened, ZoneOpenError> {
+    let id = || spec.id.clone();
     if place.shared == Some(false) {
         return Err(ZoneOpenError::DaxNotShared {
             id: id(),
