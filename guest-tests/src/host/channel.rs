@@ -1,7 +1,7 @@
 //! The connection to the agent on the emulated host.
 //!
 //! One thread reads events and files them under their ids; whoever waits for one is woken. The thread always reads,
-//! so the agent is never held up. What programs print is kept whole, up to [`OUTPUT_LIMIT_BYTES`] each; a program that
+//! so the agent is never held up. What programs print is kept whole, up to `OUTPUT_LIMIT_BYTES` each; a program that
 //! prints more is killed, and whoever waits for it is told, so that nothing is lost without a word.
 //! Lock order: `writer` and `state` are never held together.
 

@@ -2,7 +2,7 @@
 //!
 //! Hardware-reduced ACPI (ACPI 6.5, 4.1): no fixed PM blocks, no 8259, no PIT; power-off and reset are the registers
 //! of [`crate::devices::power`]. Tables are pure data: the same inputs give the same bytes. Bytes come from
-//! `acpi_tables`; the one structure that crate lacks (SRAT local APIC affinity) is declared in [`srat`].
+//! `acpi_tables`; the one structure that crate lacks (SRAT local APIC affinity) is declared in `srat.rs`.
 
 mod dsdt;
 mod srat;

@@ -4,7 +4,7 @@
 //! The interrupt controllers are the kernel's own (full in-kernel irqchip, never split: level interrupts of
 //! passed-through devices will need resample irqfds).
 //!
-//! A vCPU can always be brought out of `KVM_RUN` by a signal, see [`kick`]. `KVM_RUN` may never return by itself
+//! A vCPU can always be brought out of `KVM_RUN` by a signal, see `kick.rs`. `KVM_RUN` may never return by itself
 //! when guest memory is taken away under it, so no design here may wait for it without that signal.
 
 mod cpuid;
