@@ -152,7 +152,8 @@ fn boots_a_bzimage_on_two_vcpus_with_more_to_come(lab: &mut Lab) -> Result<(), T
 }
 
 fn boots_on_two_dax_devices(lab: &mut Lab) -> Result<(), TestError> {
-    let (first, second) = (dax_zone(lab, "a", 0, GIB, 0), dax_zone(lab, "b", 1, GIB, 0));
+    let first = dax_zone(lab, "a", 0, GIB, 0);
+    let second = dax_zone(lab, "b", 1, GIB, 0) + ",prefault=on";
     let mut guest = boot_on(lab, &[&first, &second])?;
     has_memory(&mut guest, 2 * GIB)?;
     no_complaints(&mut guest)?;

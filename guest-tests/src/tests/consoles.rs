@@ -29,6 +29,10 @@ pub(super) const TESTS: &[GuestTest] = &[
         run: serial_on_a_pseudo_terminal,
     },
     GuestTest {
+        name: "a_guest_runs_without_anybody_listening",
+        run: a_guest_runs_without_anybody_listening,
+    },
+    GuestTest {
         name: "a_failing_start_leaves_nothing_behind",
         run: a_failing_start_leaves_nothing_behind,
     },
@@ -199,6 +203,29 @@ fn wait_for_stderr(vmm: &Process, prefix: &str) -> Result<String, TestError> {
     line.split_once(prefix)
         .map(|(_, rest)| rest.trim().to_owned())
         .ok_or_else(|| TestError::Claim(format!("no {prefix:?} in {line:?}")))
+}
+
+/// Nothing can be asked of such a guest; but its kernel finds no init, panics and resets the processor by a triple fault.
+fn a_guest_runs_without_anybody_listening(lab: &mut Lab) -> Result<(), TestError> {
+    let kernel = kernel_path(&lab.kernel.release, ImageForm::Elf);
+    let zone = dax_zone(lab, "z0", 1, 512 * MIB, 0);
+    for serial in ["off", "null"] {
+        let argv = [
+            "daxhund",
+            "--kernel",
+            &kernel,
+            "--cmdline",
+            "console=ttyS0 quiet panic=-1 reboot=triple",
+            "--memory-zone",
+            &zone,
+            "--serial",
+            serial,
+            "--console",
+            "null",
+        ];
+        super::support::refused_as(lab, &argv, None, 3, &["triple fault"])?;
+    }
+    Ok(())
 }
 
 fn a_failing_start_leaves_nothing_behind(lab: &mut Lab) -> Result<(), TestError> {

@@ -141,13 +141,21 @@ mod tests {
 
     #[test]
     fn an_open_process_is_seen() {
-        let mut child = std::process::Command::new("sleep")
-            .arg("1000")
+        use std::io::{Read, Write};
+        use std::process::Stdio;
+        let mut child = std::process::Command::new("cat")
+            .arg("-")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
             .spawn()
             .unwrap();
-        let wanted = format!("{} sleep 1000", child.id());
+        // Its command line is not there yet when `spawn` returns; once it has answered, it is.
+        let (mut to, mut from) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
+        to.write_all(b"x").unwrap();
+        from.read_exact(&mut [0]).unwrap();
+        let wanted = format!("{} cat -", child.id());
         let seen = take().unwrap().processes.contains(&wanted);
-        child.kill().unwrap();
+        drop(to);
         child.wait().unwrap();
         assert!(seen, "{wanted}");
     }
