@@ -58,7 +58,10 @@ impl<'a> Tracer<'a> {
     pub fn prepare(host: &'a Host) -> Result<Self, HostError> {
         const SECOND_CPU: &str = "/sys/devices/system/cpu/cpu1/online";
         let tracer = Self { host };
-        host.write_file(SECOND_CPU, b"0")?;
+        let two = host.run(&["test", "-e", SECOND_CPU])?.status.success();
+        if two {
+            host.write_file(SECOND_CPU, b"0")?;
+        }
         tracer.write("tracing_on", "0")?;
         tracer.write("trace_clock", "mono")?;
         tracer.write("events/kvm/kvm_pio/filter", PORT_FILTER)?;
@@ -66,7 +69,9 @@ impl<'a> Tracer<'a> {
             tracer.write(&format!("events/{event}/enable"), "1")?;
         }
         tracer.write("events/kvm/kvm_exit/trigger", STOP_ENTRIES)?;
-        host.write_file(SECOND_CPU, b"1")?;
+        if two {
+            host.write_file(SECOND_CPU, b"1")?;
+        }
         Ok(tracer)
     }
 
