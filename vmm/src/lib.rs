@@ -17,3 +17,4 @@ pub mod kvm;
 pub mod machine;
 pub mod memory;
 pub mod pci;
+pub mod virtio;

@@ -5,10 +5,12 @@
 //! so Linux does not look for devices.
 //! Sources: PCI Local Bus 3.0, 3.2.2.3.2 and 6.1; PCI Express Base 5.0, 7.2.2.
 
+pub mod function;
 mod ports;
 
 use std::sync::Arc;
 
+pub use function::{BarChange, Function, MsiMessage, MsiRoutes};
 pub use ports::{CONFIG_PORT_COUNT, CONFIG_PORTS, ConfigPorts};
 
 use crate::bus::BusDevice;

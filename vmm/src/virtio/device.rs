@@ -1,0 +1,131 @@
+//! What a virtio device is to the transport that shows it to the guest.
+
+use std::fmt;
+use std::io;
+use std::sync::Arc;
+
+use super::queue::Queue;
+use super::worker::Worker;
+use crate::memory::ram::GuestView;
+
+/// Device types, virtio 1.2, section 5.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u16)]
+pub enum Kind {
+    /// Network interface.
+    Net = 1,
+    /// Disk.
+    Block = 2,
+    /// Console.
+    Console = 3,
+    /// Random numbers.
+    Entropy = 4,
+    /// Memory balloon.
+    Balloon = 5,
+    /// Sockets to the host.
+    Vsock = 19,
+    /// Persistent memory.
+    Pmem = 27,
+}
+
+impl Kind {
+    /// The number in the PCI device id, and in the specification.
+    pub fn id(self) -> u16 {
+        self as u16
+    }
+}
+
+/// How a device tells the driver something that is not about one queue.
+pub trait Signals: Send + Sync {
+    /// The configuration space has changed: raise the configuration interrupt.
+    fn config_changed(&self);
+    /// The driver broke the rules so badly that the queues can't be served: `DEVICE_NEEDS_RESET` and the
+    /// configuration interrupt. The worker that calls it serves nothing any more until it is stopped.
+    fn needs_reset(&self, why: &dyn fmt::Display);
+}
+
+/// What a device gets when the driver has set `DRIVER_OK`.
+pub struct Activation {
+    /// Guest memory. Take `memory.memory()` for one batch of work, never for longer.
+    pub memory: GuestView,
+    /// Feature bits that device and driver agreed on.
+    pub features: u64,
+    /// By queue index; `None` for one that the driver did not enable.
+    pub queues: Vec<Option<Queue>>,
+    /// Configuration interrupt and device error.
+    pub signals: Arc<dyn Signals>,
+}
+
+impl Activation {
+    /// Whether the driver took this feature bit.
+    pub fn has(&self, bit: u32) -> bool {
+        self.features & (1 << bit) != 0
+    }
+}
+
+/// A device can't serve its queues.
+#[derive(Debug, thiserror::Error)]
+pub enum ActivateError {
+    /// The driver left out a queue that the device can't do without.
+    #[error("the driver did not enable queue {index}")]
+    MissingQueue {
+        /// Its index.
+        index: u16,
+    },
+    /// Something of the host.
+    #[error("{what}")]
+    Host {
+        /// What was tried.
+        what: &'static str,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// A virtio device. It lives as long as the slot it sits in; its workers come and go with the driver.
+///
+/// Called from vCPU threads (configuration space) and, serialised by the transport, from whoever activates it. It
+/// guards its own state. Nothing here blocks.
+pub trait Device: Send + Sync {
+    /// What it is.
+    fn kind(&self) -> Kind;
+
+    /// Offered feature bits of the device type. The transport adds `VERSION_1`, `RING_EVENT_IDX` and
+    /// `RING_INDIRECT_DESC`.
+    fn features(&self) -> u64;
+
+    /// Largest size of each queue, a power of two up to 32768. Its length is the number of queues.
+    fn queue_sizes(&self) -> Vec<u16>;
+
+    /// Reads the device's configuration space, little-endian. Bytes that do not exist are left as they come, zero.
+    fn config_read(&self, offset: u64, data: &mut [u8]) {
+        let _ = (offset, data);
+    }
+
+    /// Writes it. Most devices have nothing to write.
+    fn config_write(&self, offset: u64, data: &[u8]) {
+        let _ = (offset, data);
+    }
+
+    /// The driver is ready: the workers that serve the queues, each gets a thread of its own. Called again after a
+    /// reset, when all workers of the time before are gone.
+    fn activate(&self, activation: Activation) -> Result<Vec<Box<dyn Worker>>, ActivateError>;
+
+    /// Counters for `vm.counters`, by name.
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        Vec::new()
+    }
+}
+
+/// Copies the part of `space` that begins at `offset` over `data`: the whole of [`Device::config_read`] for a device
+/// whose configuration is a byte array.
+pub fn read_space(space: &[u8], offset: u64, data: &mut [u8]) {
+    let from = usize::try_from(offset)
+        .ok()
+        .and_then(|offset| space.get(offset..))
+        .unwrap_or_default();
+    for (to, from) in data.iter_mut().zip(from) {
+        *to = *from;
+    }
+}

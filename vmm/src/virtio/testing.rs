@@ -1,0 +1,318 @@
+//! A driver without a guest: guest memory, rings and doorbells, for unit tests and fuzz targets of devices.
+//!
+//! ```text
+//! each queue at  QUEUES + index * 0x10000:  descriptors | +0x8000 available ring | +0xc000 used ring
+//! buffers from   BUFFERS up, never reused
+//! ```
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use virtio_queue::QueueT;
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryMmap};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::device::{ActivateError, Activation, Device, Signals};
+use super::queue::{Interrupt, Queue};
+use super::worker::Crew;
+use crate::memory::ram::GuestView;
+
+/// Size of the memory.
+pub const MEMORY: u64 = 64 << 20;
+const QUEUES: u64 = 0x10_0000;
+const BUFFERS: u64 = 0x100_0000;
+const NEXT: u16 = 1;
+const WRITE: u16 = 2;
+const DEADLINE: Duration = Duration::from_secs(20);
+
+/// One descriptor of a chain.
+#[derive(Debug, Clone)]
+pub enum Piece {
+    /// The device reads these bytes.
+    Readable(Vec<u8>),
+    /// The device may write so many.
+    Writable(u32),
+    /// Whatever a hostile driver would have: address, length, flags, next.
+    Raw(u64, u32, u16, u16),
+}
+
+/// A chain that was made available.
+#[derive(Debug, Clone)]
+pub struct Sent {
+    /// Its first descriptor.
+    pub head: u16,
+    /// Address and length of each piece.
+    pub buffers: Vec<(u64, u32)>,
+}
+
+struct Counter(OwnedFd);
+
+impl Interrupt for Counter {
+    fn signal(&self) {
+        rustix::io::write(&self.0, &1u64.to_ne_bytes()).expect("a counter of 64 bits");
+    }
+}
+
+/// What a device said that is not about a queue.
+#[derive(Debug, Default)]
+pub struct Said {
+    /// Configuration changes.
+    pub config_changes: AtomicUsize,
+    /// Demands for a reset.
+    pub resets_needed: AtomicUsize,
+}
+
+impl Signals for Said {
+    fn config_changed(&self) {
+        self.config_changes.fetch_add(1, Ordering::SeqCst);
+    }
+
+    fn needs_reset(&self, _why: &dyn std::fmt::Display) {
+        self.resets_needed.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+struct Ring {
+    size: u16,
+    kick: EventFd,
+    interrupt: Arc<Counter>,
+    next_descriptor: u16,
+    next_available: u16,
+    next_used: u16,
+}
+
+/// Drives one device.
+pub struct Driver {
+    view: GuestView,
+    memory: Arc<GuestMemoryMmap>,
+    rings: Vec<Ring>,
+    next_buffer: u64,
+    /// What the device has said.
+    pub said: Arc<Said>,
+    crew: Option<Crew>,
+}
+
+impl Driver {
+    /// Memory and empty rings for `device`, of its own largest sizes but at most 256.
+    pub fn new(device: &dyn Device) -> Self {
+        let size = usize::try_from(MEMORY).expect("64 bits");
+        let memory =
+            GuestMemoryMmap::from_ranges(&[(GuestAddress(0), size)]).expect("64 MiB of memory");
+        let view = GuestView::new(memory);
+        let memory = (*view.memory()).clone();
+        let rings = device
+            .queue_sizes()
+            .into_iter()
+            .map(|size| Ring {
+                size: size.min(256),
+                kick: EventFd::new(EFD_NONBLOCK).expect("an eventfd"),
+                interrupt: Arc::new(Counter(
+                    eventfd(0, EventfdFlags::NONBLOCK).expect("an eventfd"),
+                )),
+                next_descriptor: 0,
+                next_available: 0,
+                next_used: 0,
+            })
+            .collect();
+        Self {
+            view,
+            memory: Arc::new(memory),
+            rings,
+            next_buffer: BUFFERS,
+            said: Arc::default(),
+            crew: None,
+        }
+    }
+
+    /// Guest memory.
+    pub fn memory(&self) -> &GuestMemoryMmap {
+        &self.memory
+    }
+
+    /// What `DRIVER_OK` gives the device: all queues, and these feature bits.
+    pub fn activation(&self, features: u64) -> Activation {
+        let queues = (0u16..)
+            .zip(&self.rings)
+            .map(|(index, ring)| {
+                let base = QUEUES + u64::from(index) * 0x1_0000;
+                let mut rings = virtio_queue::Queue::new(ring.size).expect("a power of two");
+                rings.set_size(ring.size);
+                rings
+                    .try_set_desc_table_address(GuestAddress(base))
+                    .expect("aligned");
+                rings
+                    .try_set_avail_ring_address(GuestAddress(base + 0x8000))
+                    .expect("aligned");
+                rings
+                    .try_set_used_ring_address(GuestAddress(base + 0xc000))
+                    .expect("aligned");
+                rings.set_ready(true);
+                let kick = ring.kick.try_clone().expect("an eventfd");
+                Some(Queue::new(
+                    index,
+                    rings,
+                    kick,
+                    Arc::clone(&ring.interrupt) as Arc<_>,
+                ))
+            })
+            .collect();
+        Activation {
+            memory: self.view.clone(),
+            features,
+            queues,
+            signals: Arc::clone(&self.said) as Arc<_>,
+        }
+    }
+
+    /// Sets `DRIVER_OK`: the device's workers run on threads as they do in a guest.
+    pub fn start(&mut self, device: &dyn Device, features: u64) -> Result<(), ActivateError> {
+        let workers = device.activate(self.activation(features))?;
+        self.crew = Some(Crew::spawn(workers).expect("threads"));
+        Ok(())
+    }
+
+    /// Resets the device: when it returns, no worker is left.
+    pub fn stop(&mut self) {
+        self.crew = None;
+    }
+
+    /// Room in guest memory.
+    pub fn room(&mut self, len: u32) -> u64 {
+        let at = self.next_buffer;
+        self.next_buffer = (at + u64::from(len)).next_multiple_of(64);
+        assert!(
+            self.next_buffer < MEMORY,
+            "the test has used all its memory"
+        );
+        at
+    }
+
+    /// Makes a chain available and rings the doorbell.
+    pub fn send(&mut self, queue: usize, pieces: &[Piece]) -> Sent {
+        let sent = self.offer(queue, pieces);
+        self.ring(queue);
+        sent
+    }
+
+    /// Makes a chain available.
+    pub fn offer(&mut self, queue: usize, pieces: &[Piece]) -> Sent {
+        let base = QUEUES + queue as u64 * 0x1_0000;
+        let size = self.rings[queue].size;
+        let head = self.rings[queue].next_descriptor;
+        let mut buffers = Vec::new();
+        for (n, piece) in pieces.iter().enumerate() {
+            let at = (head + u16::try_from(n).expect("a short chain")) % size;
+            let more = if n + 1 < pieces.len() { NEXT } else { 0 };
+            let (address, len, flags, next) = match piece {
+                Piece::Readable(bytes) => {
+                    let len = u32::try_from(bytes.len()).expect("a small buffer");
+                    let address = self.room(len);
+                    self.memory
+                        .write_slice(bytes, GuestAddress(address))
+                        .expect("room");
+                    (address, len, more, (at + 1) % size)
+                }
+                Piece::Writable(len) => (self.room(*len), *len, WRITE | more, (at + 1) % size),
+                Piece::Raw(address, len, flags, next) => (*address, *len, *flags, *next),
+            };
+            let mut descriptor = [0; 16];
+            descriptor[..8].copy_from_slice(&address.to_le_bytes());
+            descriptor[8..12].copy_from_slice(&len.to_le_bytes());
+            descriptor[12..14].copy_from_slice(&flags.to_le_bytes());
+            descriptor[14..].copy_from_slice(&next.to_le_bytes());
+            let place = GuestAddress(base + u64::from(at) * 16);
+            self.memory
+                .write_slice(&descriptor, place)
+                .expect("the table");
+            buffers.push((address, len));
+        }
+        let ring = &mut self.rings[queue];
+        ring.next_descriptor = (head + u16::try_from(pieces.len()).expect("short")) % size;
+        let slot = base + 0x8000 + 4 + u64::from(ring.next_available % size) * 2;
+        self.memory
+            .write_obj(head, GuestAddress(slot))
+            .expect("the ring");
+        ring.next_available = ring.next_available.wrapping_add(1);
+        self.set_available_index(queue, self.rings[queue].next_available);
+        Sent { head, buffers }
+    }
+
+    /// What a hostile driver may write as the ring's index.
+    pub fn set_available_index(&self, queue: usize, index: u16) {
+        let base = QUEUES + queue as u64 * 0x1_0000;
+        self.memory
+            .store(index, GuestAddress(base + 0x8000 + 2), Ordering::SeqCst)
+            .expect("the ring");
+    }
+
+    /// Rings the doorbell.
+    pub fn ring(&self, queue: usize) {
+        self.rings[queue]
+            .kick
+            .write(1)
+            .expect("a counter of 64 bits");
+    }
+
+    /// The next chain the device has given back: head and written length. Waits for it; panics when none comes.
+    pub fn used(&mut self, queue: usize) -> (u16, u32) {
+        let end = Instant::now() + DEADLINE;
+        loop {
+            if let Some(used) = self.used_now(queue) {
+                return used;
+            }
+            let left = end.saturating_duration_since(Instant::now());
+            assert!(!left.is_zero(), "queue {queue}: nothing came back");
+            self.wait(queue, left);
+        }
+    }
+
+    /// As [`Driver::used`], when there is one by now.
+    pub fn used_now(&mut self, queue: usize) -> Option<(u16, u32)> {
+        let base = QUEUES + queue as u64 * 0x1_0000 + 0xc000;
+        let index: u16 = self
+            .memory
+            .load(GuestAddress(base + 2), Ordering::SeqCst)
+            .expect("the ring");
+        let ring = &mut self.rings[queue];
+        if index == ring.next_used {
+            return None;
+        }
+        let entry = base + 4 + u64::from(ring.next_used % ring.size) * 8;
+        ring.next_used = ring.next_used.wrapping_add(1);
+        let head: u32 = self.memory.read_obj(GuestAddress(entry)).expect("the ring");
+        let len: u32 = self
+            .memory
+            .read_obj(GuestAddress(entry + 4))
+            .expect("the ring");
+        Some((u16::try_from(head).expect("a descriptor's index"), len))
+    }
+
+    /// Interrupts of a queue since the last time.
+    pub fn interrupts(&self, queue: usize) -> u64 {
+        let mut count = [0; 8];
+        match rustix::io::read(&self.rings[queue].interrupt.0, &mut count) {
+            Ok(_) => u64::from_ne_bytes(count),
+            Err(_) => 0,
+        }
+    }
+
+    /// Bytes of a buffer.
+    pub fn bytes(&self, buffer: (u64, u32)) -> Vec<u8> {
+        let mut bytes = vec![0; buffer.1 as usize];
+        self.memory
+            .read_slice(&mut bytes, GuestAddress(buffer.0))
+            .expect("a buffer");
+        bytes
+    }
+
+    /// Waits until the doorbell of the driver's side rings, without taking its count.
+    fn wait(&self, queue: usize, at_most: Duration) {
+        let mut fds = [PollFd::new(&self.rings[queue].interrupt.0, PollFlags::IN)];
+        // A count of before makes this return at once, and the caller looks again.
+        let at_most = Timespec::try_from(at_most.min(DEADLINE)).expect("seconds");
+        let _ = poll(&mut fds, Some(&at_most));
+    }
+}
