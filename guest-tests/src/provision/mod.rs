@@ -27,8 +27,8 @@ pub const SERIES: [&str; 2] = ["6.1", "6.12"];
 const TOOLS: [&str; 4] = ["busybox-static", "kmod", "ndctl", "daxctl"];
 /// Written last, so that its presence says that all tools are there.
 const TOOLS_LIST: &str = "tools.json";
-/// Series that the package sources did not offer when they were asked.
-const ABSENT_LIST: &str = "absent.json";
+/// Series that fresh lists of the package sources did not offer.
+const ABSENT_LIST: &str = "series-not-offered.json";
 
 /// Something that the lab needs and could not get.
 #[derive(Debug, thiserror::Error)]
@@ -200,11 +200,7 @@ fn provide_series(
     {
         return Ok(Kernel::from_tree(cache, &root)?);
     }
-    apt::refresh_if_unknown("linux-image-amd64")?;
-    let names = apt::names("linux-image-")?;
-    let Some(name) = kernel::newest(names.iter().map(String::as_str), series) else {
-        return Err(no_such_series(series, &names));
-    };
+    let name = series_in_sources(series)?;
     let package = apt::candidate(&name)?;
     let packages = std::slice::from_ref(&package);
     let roots = step(&format!("downloading the kernel {name}"), || {
@@ -214,10 +210,20 @@ fn provide_series(
         "kernel {series}: {} {}",
         package.name, package.version
     ));
-    let root = roots
-        .first()
-        .ok_or_else(|| no_such_series(series, &names))?;
+    let root = roots.first().ok_or_else(|| no_such_series(series, &[]))?;
     Ok(Kernel::from_tree(cache, root)?)
+}
+
+/// The package of the newest kernel of a series. Lists that lack the series may just be old, as on a machine that was
+/// set up from an image: they are fetched anew before the answer is no.
+fn series_in_sources(series: &str) -> Result<String, ProvisionError> {
+    let newest = |names: &[String]| kernel::newest(names.iter().map(String::as_str), series);
+    if let Some(name) = newest(&apt::names("linux-image-")?) {
+        return Ok(name);
+    }
+    step("fetching package lists", apt::update)?;
+    let names = apt::names("linux-image-")?;
+    newest(&names).ok_or_else(|| no_such_series(series, &names))
 }
 
 fn no_such_series(series: &str, names: &[String]) -> ProvisionError {
