@@ -6,15 +6,21 @@
 #![deny(unsafe_code)]
 
 pub mod acpi;
+pub mod api;
 pub mod boot;
 pub mod bus;
 pub mod cli;
 pub mod config;
 pub mod devices;
 pub mod doctor;
+#[allow(unsafe_code, reason = "takes over descriptors by their number")]
+pub mod inherited;
 #[allow(unsafe_code, reason = "wraps the KVM system calls")]
 pub mod kvm;
+pub mod lifecycle;
 pub mod machine;
 pub mod memory;
+pub mod monitor;
 pub mod pci;
+pub mod remote;
 pub mod virtio;

@@ -10,15 +10,22 @@ use std::io::{self, IsTerminal, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::process::ExitCode;
 
-use daxhund::cli::{self, Command, ExitStatus, LogLevel, Logging};
+use daxhund::api::Listener;
+use daxhund::cli::{self, ApiSocket, Command, ExitStatus, LogLevel, Logging};
 use daxhund::config::ValidConfig;
-use daxhund::doctor;
-use daxhund::machine::{self, Ending, RunError};
+use daxhund::machine::{self, Ending, ResetError, RunError};
+use daxhund::monitor::{EventMonitor, Monitor};
+use daxhund::{doctor, inherited};
 use tracing_subscriber::filter::LevelFilter;
 
 fn main() -> ExitCode {
     let status = match cli::parse(std::env::args_os()) {
-        Ok(Command::Run { config, logging }) => start(&config, &logging),
+        Ok(Command::Run {
+            config,
+            logging,
+            api,
+            events,
+        }) => start(config, &logging, api, events),
         Ok(Command::Doctor { json }) => examine(json),
         Ok(Command::Version(text) | Command::Help(text)) => print(&text),
         Err(error) => {
@@ -29,7 +36,12 @@ fn main() -> ExitCode {
     status.into()
 }
 
-fn start(config: &ValidConfig, logging: &Logging) -> ExitStatus {
+fn start(
+    config: Option<Box<ValidConfig>>,
+    logging: &Logging,
+    api: Option<ApiSocket>,
+    events: Option<cli::EventMonitor>,
+) -> ExitStatus {
     if let Err(error) = log_to(logging) {
         let path = logging
             .file
@@ -39,11 +51,15 @@ fn start(config: &ValidConfig, logging: &Logging) -> ExitStatus {
         eprintln!("daxhund: the log can't be written to {path}: {error}");
         return ExitStatus::Failure;
     }
-    match machine::run(config) {
+    match run(config, api, events) {
         Ok(ending) => ended(&ending),
         Err(error) => {
-            complain(&error);
-            if matches!(error, RunError::TakeApart(_)) {
+            complain(error.as_ref());
+            let memory_is_stuck = matches!(
+                error.downcast_ref(),
+                Some(RunError::Reset(ResetError::TakeApart(_)))
+            );
+            if memory_is_stuck {
                 ExitStatus::MemoryLost
             } else {
                 ExitStatus::Failure
@@ -52,9 +68,38 @@ fn start(config: &ValidConfig, logging: &Logging) -> ExitStatus {
     }
 }
 
+/// Takes over what was inherited, then hands everything to the machine's owner.
+fn run(
+    config: Option<Box<ValidConfig>>,
+    api: Option<ApiSocket>,
+    events: Option<cli::EventMonitor>,
+) -> Result<Ending, Box<dyn Error>> {
+    let listener = match api {
+        None => None,
+        Some(ApiSocket::Path(path)) => Some(Listener::at(&path)?),
+        Some(ApiSocket::Descriptor(fd)) => Some(Listener::inherited(inherited::take(fd)?)?),
+    };
+    // Until the end: its thread writes the last event.
+    let events = match events {
+        None => None,
+        Some(cli::EventMonitor::Path(path)) => Some(EventMonitor::open(&path)?),
+        Some(cli::EventMonitor::Descriptor(fd)) => {
+            Some(EventMonitor::inherited(inherited::take(fd)?)?)
+        }
+    };
+    let monitor = events
+        .as_ref()
+        .map_or_else(Monitor::off, EventMonitor::monitor);
+    Ok(machine::run(machine::Options {
+        config: config.map(|config| *config),
+        api: listener,
+        monitor,
+    })?)
+}
+
 fn ended(ending: &Ending) -> ExitStatus {
     match ending {
-        Ending::PowerOff => ExitStatus::Success,
+        Ending::PowerOff | Ending::Asked => ExitStatus::Success,
         Ending::TripleFault => {
             eprintln!("daxhund: the guest ended in a triple fault");
             ExitStatus::TripleFault

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 
 use crate::device::{DeviceFacts, DeviceNumber};
 use crate::host::Host;
-use crate::ofd::Conflict;
+use crate::ofd::Span;
 
 /// A process.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
@@ -63,7 +63,7 @@ impl Host {
 }
 
 /// The process whose lock on `file` is `conflict`.
-pub(crate) fn of_lock(proc: &Path, file: &File, conflict: Conflict) -> Option<Holder> {
+pub(crate) fn of_lock(proc: &Path, file: &File, conflict: Span) -> Option<Holder> {
     let inode = file.metadata().ok()?;
     for pid in pids(proc) {
         for (fd, metadata) in descriptors(proc, pid) {
@@ -103,7 +103,7 @@ fn fd_info(proc: &Path, pid: u32, fd: &str) -> PathBuf {
 }
 
 /// `lock: 1: OFDLCK  ADVISORY  WRITE -1 00:06:88 0 2097151`; the last word is `EOF` for an open end.
-fn is_lock(line: &str, conflict: Conflict) -> bool {
+fn is_lock(line: &str, conflict: Span) -> bool {
     let words: Vec<&str> = line.split_whitespace().collect();
     let ["lock:", _, "OFDLCK", .., start, end] = words[..] else {
         return false;
@@ -121,7 +121,7 @@ mod tests {
 
     #[test]
     fn lock_lines_are_matched_exactly() {
-        let conflict = Conflict {
+        let conflict = Span {
             offset: 4096,
             len: 8192,
         };
@@ -133,7 +133,7 @@ mod tests {
         assert!(!is_lock(&line("OFDLCK", 0, "12287"), conflict));
         assert!(!is_lock(&line("POSIX", 4096, "12287"), conflict));
         assert!(!is_lock("pos:\t0", conflict));
-        let open_end = Conflict { offset: 0, len: 0 };
+        let open_end = Span { offset: 0, len: 0 };
         assert!(is_lock(&line("OFDLCK", 0, "EOF"), open_end));
     }
 

@@ -22,8 +22,8 @@
 //!   at both ends when it was handed out.
 //!
 //! # Not here
-//! No hugetlb or anonymous memory, no pins, no waiting for removals, no writes to sysfs: nothing in this crate
-//! changes the host, and no byte of a device is written.
+//! No hugetlb or anonymous memory, no pins, no waiting for removals, and nothing that changes the host: the one write
+//! to sysfs is `deep_flush` ([`Flusher`]), and no byte of a device is written.
 //!
 //! # Example
 //! ```no_run
@@ -48,6 +48,7 @@
 mod classify;
 mod device;
 mod enumerate;
+mod file_lock;
 mod holder;
 mod host;
 mod lock;
@@ -55,6 +56,7 @@ mod mapping;
 mod ofd;
 mod open;
 mod pages;
+mod persistence;
 mod range;
 mod size;
 mod sysfs;
@@ -66,12 +68,14 @@ pub use device::{
     BadDeviceName, DeviceFacts, DeviceName, DeviceNumber, Driver, MapLocation, Mode, PhysRange,
     RegionFacts, RegionKind,
 };
+pub use file_lock::FileLockError;
 pub use holder::Holder;
 pub use host::Host;
 pub use lock::{LockError, LockKind, RangeLock, ReleaseError};
 pub use mapping::{DaxMapping, MapError, Probe, ProbeError, UnmapError};
 pub use open::{DaxDevice, OpenError};
 pub use pages::Pages;
+pub use persistence::{Flusher, FlusherError, PersistenceDomain};
 pub use range::{Asked, DaxRange, RangeError};
 pub use size::ByteSize;
 pub use sysfs::SysfsError;

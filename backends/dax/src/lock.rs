@@ -111,7 +111,7 @@ impl DaxDevice {
                 holder: Some(Holder::this_process(&device.proc)),
             });
         }
-        ofd::set(&device.file, request, range)
+        ofd::set(&device.file, request, range.span())
             .map_err(|error| lock_error(device, request, range, error))?;
         claims.push(range);
         drop(claims);
@@ -133,7 +133,9 @@ fn lock_error(device: &Shared, request: Request, range: DaxRange, error: io::Err
         };
     }
     // The holder may leave before it can be asked about; the refusal stands all the same.
-    let conflict = ofd::conflict(&device.file, request, range).ok().flatten();
+    let conflict = ofd::conflict(&device.file, request, range.span())
+        .ok()
+        .flatten();
     let holder =
         conflict.and_then(|conflict| holder::of_lock(&device.proc, &device.file, conflict));
     let held = conflict.map(|conflict| DaxRange::reported(conflict, device.facts.size_bytes));
@@ -178,7 +180,7 @@ impl RangeLock {
     fn unlock(&mut self) -> io::Result<()> {
         let claims = &self.device.claims;
         let mut claims = claims.lock().unwrap_or_else(PoisonError::into_inner);
-        ofd::set(&self.device.file, Request::Unlock, self.range)?;
+        ofd::set(&self.device.file, Request::Unlock, self.range.span())?;
         claims.retain(|claim| *claim != self.range);
         self.released = true;
         Ok(())

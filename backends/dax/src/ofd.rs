@@ -10,8 +10,6 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 
-use crate::range::DaxRange;
-
 /// A lock request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Request {
@@ -20,17 +18,17 @@ pub(crate) enum Request {
     Unlock,
 }
 
-/// A range somebody else holds, as the kernel reports it.
+/// A byte range as the kernel has it: whole bytes, of any file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Conflict {
+pub(crate) struct Span {
     pub(crate) offset: u64,
-    /// Zero means "to the end of the file".
+    /// Zero means "to the end of the file, wherever that will be".
     pub(crate) len: u64,
 }
 
 /// Takes or releases a lock without waiting.
-pub(crate) fn set(file: &File, request: Request, range: DaxRange) -> io::Result<()> {
-    let mut lock = flock(request, range)?;
+pub(crate) fn set(file: &File, request: Request, span: Span) -> io::Result<()> {
+    let mut lock = flock(request, span)?;
     fcntl(file, libc::F_OFD_SETLK, &mut lock)
 }
 
@@ -40,18 +38,14 @@ pub(crate) fn is_conflict(error: &io::Error) -> bool {
 }
 
 /// One lock of another open file description that stands in the way of `request`.
-pub(crate) fn conflict(
-    file: &File,
-    request: Request,
-    range: DaxRange,
-) -> io::Result<Option<Conflict>> {
-    let mut lock = flock(request, range)?;
+pub(crate) fn conflict(file: &File, request: Request, span: Span) -> io::Result<Option<Span>> {
+    let mut lock = flock(request, span)?;
     fcntl(file, libc::F_OFD_GETLK, &mut lock)?;
     if lock.l_type == lock_type(Request::Unlock) {
         return Ok(None);
     }
     let unsigned = |value: libc::off_t| u64::try_from(value).unwrap_or(0);
-    Ok(Some(Conflict {
+    Ok(Some(Span {
         offset: unsigned(lock.l_start),
         len: unsigned(lock.l_len),
     }))
@@ -68,14 +62,14 @@ fn fcntl(file: &File, command: libc::c_int, lock: &mut libc::flock) -> io::Resul
     }
 }
 
-fn flock(request: Request, range: DaxRange) -> io::Result<libc::flock> {
+fn flock(request: Request, span: Span) -> io::Result<libc::flock> {
     let too_big = |_| io::Error::from_raw_os_error(libc::EOVERFLOW);
     // SAFETY: `flock` consists of integers, for which zero is a value; l_pid must be zero for these commands.
     let mut lock: libc::flock = unsafe { std::mem::zeroed() };
     lock.l_type = lock_type(request);
     lock.l_whence = 0; // SEEK_SET
-    lock.l_start = range.offset().try_into().map_err(too_big)?;
-    lock.l_len = range.len().try_into().map_err(too_big)?;
+    lock.l_start = span.offset.try_into().map_err(too_big)?;
+    lock.l_len = span.len.try_into().map_err(too_big)?;
     Ok(lock)
 }
 

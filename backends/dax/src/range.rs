@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
-use crate::ofd::Conflict;
+use crate::ofd::Span;
 use crate::size::ByteSize;
 
 /// An aligned, non-empty byte range within a device.
@@ -88,11 +88,19 @@ impl DaxRange {
     }
 
     /// A range that somebody else holds, as the kernel reports it: whole bytes, neither checked nor aligned.
-    pub(crate) fn reported(conflict: Conflict, device_len: u64) -> Self {
-        let Conflict { offset, len } = conflict;
+    pub(crate) fn reported(conflict: Span, device_len: u64) -> Self {
+        let Span { offset, len } = conflict;
         let to_end = device_len.saturating_sub(offset);
         let len = if len == 0 { to_end } else { len };
         Self { offset, len }
+    }
+
+    /// The range as the kernel's locks have it.
+    pub(crate) fn span(&self) -> Span {
+        Span {
+            offset: self.offset,
+            len: self.len,
+        }
     }
 
     #[cfg(test)]

@@ -3,7 +3,7 @@
 //! Every read goes through [`Sysfs`], whose root can be a directory of a test. An attribute is absent, forbidden
 //! (several of device-dax's are for root only) or malformed, and the three are never confused.
 //!
-//! Reads only: nothing here writes to sysfs.
+//! Reads only: nothing here writes to sysfs. (`persistence` writes the one attribute that is a command.)
 
 #![forbid(unsafe_code)]
 

@@ -84,6 +84,7 @@ impl FakeHost {
             ),
             Region::Hmem => (sys.join(format!("devices/platform/hmem.{id}")), "platform"),
         };
+        let nd_region = region.parent().unwrap().to_owned();
         let dir = region.join(device.name);
         let attributes = region.join("dax_region");
         for dir in [
@@ -99,6 +100,8 @@ impl FakeHost {
         link(&sys.join("bus").join(provider), &region.join("subsystem"));
         match device.region {
             Region::Nd => {
+                link(&sys.join("bus/nd"), &nd_region.join("subsystem"));
+                write(&nd_region, "uevent", "DEVTYPE=nd_pmem");
                 write(&region, "mode", "ram");
                 write(&region, "namespace", &format!("namespace{id}.0"));
             }

@@ -1,14 +1,13 @@
-//! The DSDT: the devices that are not on a discoverable bus, and the sleep states.
+//! The DSDT: the devices that are not on a discoverable bus, PCI's roots and slots, and the sleep states.
 
-use acpi_tables::aml::{
-    Device, EISAName, IO, Interrupt, Memory32Fixed, Name, Package, Path, ResourceTemplate, Scope,
-    ZERO,
-};
+use acpi_tables::aml::{IO, Interrupt, Memory32Fixed, Name, Package, Path, Scope, ZERO};
 use acpi_tables::sdt::Sdt;
 use acpi_tables::{Aml, AmlSink};
 
-use super::{Description, OEM_ID, OEM_REVISION, OEM_TABLE};
+use super::aml::{Encoded, crs, device, hid, name, refs};
+use super::{Description, OEM_ID, OEM_REVISION, OEM_TABLE, pci, serialise};
 use crate::devices::{cmos, power, serial};
+use crate::pci::{HOTPLUG_SIZE, Window};
 
 /// Header only; ACPI 6.5, 5.2.6.
 const HEADER: u32 = 36;
@@ -16,10 +15,13 @@ const HEADER: u32 = 36;
 const REVISION: u8 = 6;
 
 pub(super) fn build(description: &Description) -> impl Aml {
-    let mut dsdt = Sdt::new(*b"DSDT", HEADER, REVISION, OEM_ID, OEM_TABLE, OEM_REVISION);
-    system_bus(description, &mut dsdt);
+    let devices = system_bus(description);
     let soft_off = Package::new(vec![&power::SLEEP_TYPE_S5, &ZERO, &ZERO, &ZERO]);
-    Name::new("_S5_".into(), &soft_off).to_aml_bytes(&mut dsdt);
+    let mut body = serialise(&Scope::new(Path::new("\\_SB_"), refs(&devices)));
+    body.extend(serialise(&Name::new("_S5_".into(), &soft_off)));
+    let mut dsdt = Sdt::new(*b"DSDT", HEADER, REVISION, OEM_ID, OEM_TABLE, OEM_REVISION);
+    // At once: the crate sums up the whole table for each piece it is given.
+    dsdt.append_slice(&body);
     Finished(dsdt)
 }
 
@@ -31,30 +33,47 @@ impl Aml for Finished {
     }
 }
 
-fn system_bus(description: &Description, sink: &mut dyn AmlSink) {
-    let ecam_base =
-        u32::try_from(description.ecam.base).expect("configuration space is below 4 GiB by layout");
-    let ecam_size = u32::try_from(description.ecam.size()).expect("at most 256 buses of 1 MiB");
-    let ecam = Memory32Fixed::new(true, ecam_base, ecam_size);
-    let power = ports(power::ACPI_PORTS, power::ACPI_PORT_COUNT);
-    // Reserves what no other device claims: configuration space and the power registers.
-    device("MBRD", "PNP0C02", vec![&ecam, &power], sink);
-    device(
-        "RTC_",
-        "PNP0B00",
-        vec![&ports(cmos::PORTS, cmos::PORT_COUNT)],
-        sink,
-    );
+fn system_bus(description: &Description) -> Vec<Encoded> {
+    let hotplug = description.hotplug;
+    let mut devices = vec![
+        motherboard(description),
+        simple(
+            "RTC_",
+            "PNP0B00",
+            vec![&ports(cmos::PORTS, cmos::PORT_COUNT)],
+        ),
+    ];
     if description.serial_port {
         // Consumer, edge-triggered, active high, not shared.
         let interrupt = Interrupt::new(true, true, false, false, serial::GSI);
-        device(
-            "COM1",
-            "PNP0501",
-            vec![&interrupt, &ports(serial::PORTS, serial::PORT_COUNT)],
-            sink,
-        );
+        let ports = ports(serial::PORTS, serial::PORT_COUNT);
+        devices.push(simple("COM1", "PNP0501", vec![&interrupt, &ports]));
     }
+    let bridges = description.segments.iter();
+    devices.extend(bridges.map(|segment| pci::host_bridge(segment, hotplug)));
+    devices.push(pci::power_button());
+    devices.push(pci::event_device(&description.segments, hotplug));
+    devices
+}
+
+/// Reserves what no other device claims: configuration space (which Linux does not use where it is not reserved), the
+/// hotplug and the power registers.
+fn motherboard(description: &Description) -> Encoded {
+    let registers = Window::new(description.hotplug.registers, HOTPLUG_SIZE);
+    let reserved: Vec<Memory32Fixed> = description
+        .segments
+        .iter()
+        .map(|segment| segment.ecam)
+        .chain(registers)
+        .map(|window| {
+            let word = |value| u32::try_from(value).expect("below 4 GiB by layout");
+            Memory32Fixed::new(true, word(window.base()), word(window.size()))
+        })
+        .collect();
+    let power = ports(power::ACPI_PORTS, power::ACPI_PORT_COUNT);
+    let mut resources: Vec<&dyn Aml> = vec![&power];
+    resources.extend(reserved.iter().map(|window| window as &dyn Aml));
+    simple("MBRD", "PNP0C02", resources)
 }
 
 fn ports(first: u16, count: u16) -> IO {
@@ -66,13 +85,7 @@ fn ports(first: u16, count: u16) -> IO {
     )
 }
 
-/// A device of the system bus with its identity and its resources.
-fn device(name: &str, id: &str, resources: Vec<&dyn Aml>, sink: &mut dyn AmlSink) {
-    let hid_value = EISAName::new(id);
-    let hid = Name::new("_HID".into(), &hid_value);
-    let uid = Name::new("_UID".into(), &ZERO);
-    let crs_value = ResourceTemplate::new(resources);
-    let crs = Name::new("_CRS".into(), &crs_value);
-    let device = Device::new(name.into(), vec![&hid, &uid, &crs]);
-    Scope::new(Path::new("_SB_"), vec![&device]).to_aml_bytes(sink);
+/// A device that has an identity and resources, nothing else.
+fn simple(path: &str, id: &str, resources: Vec<&dyn Aml>) -> Encoded {
+    device(path, &[hid(id), name("_UID", &ZERO), crs(resources)])
 }

@@ -4,7 +4,9 @@
 //! of [`crate::devices::power`]. Tables are pure data: the same inputs give the same bytes. Bytes come from
 //! `acpi_tables`; the one structure that crate lacks (SRAT local APIC affinity) is declared in `srat.rs`.
 
+mod aml;
 mod dsdt;
+mod pci;
 mod srat;
 
 use acpi_tables::fadt::{FADTBuilder, Flags, PmProfile};
@@ -22,11 +24,15 @@ use thiserror::Error;
 pub use srat::{Node, NodeMemory};
 
 use crate::devices::{cmos, power};
+use crate::pci::SegmentLayout;
 
 /// Where the local APICs of all vCPUs are, SDM vol. 3A, 12.4.1.
 const LOCAL_APIC: u32 = 0xfee0_0000;
 /// Where KVM's I/O APIC is.
 const IO_APIC: u32 = 0xfec0_0000;
+
+/// Bus 0 is all there is in a segment.
+const LAST_BUS: u8 = 0;
 
 const OEM_ID: [u8; 6] = *b"DAXHND";
 const OEM_TABLE: [u8; 8] = *b"DAXHUND ";
@@ -37,20 +43,13 @@ const OEM_REVISION: u32 = 1;
 const BOOT_ARCH_LEGACY_DEVICES: u16 = 1 << 0;
 const BOOT_ARCH_NO_VGA: u16 = 1 << 2;
 
-/// PCI configuration space of segment 0.
+/// The PCI hotplug registers and the interrupt they raise.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Ecam {
-    /// First address.
-    pub base: u64,
-    /// Last bus; each has 1 MiB.
-    pub last_bus: u8,
-}
-
-impl Ecam {
-    /// Length in bytes.
-    pub fn size(&self) -> u64 {
-        (u64::from(self.last_bus) + 1) << 20
-    }
+pub struct HotplugDescription {
+    /// Guest-physical address, below 4 GiB.
+    pub registers: u64,
+    /// Global system interrupt, edge-triggered, active high.
+    pub gsi: u32,
 }
 
 /// What the tables tell.
@@ -60,8 +59,10 @@ pub struct Description {
     pub boot_cpus: u8,
     /// APIC ids of the vCPUs that may ever exist, by number.
     pub apic_ids: Vec<u8>,
-    /// PCI configuration space.
-    pub ecam: Ecam,
+    /// PCI segments.
+    pub segments: Vec<SegmentLayout>,
+    /// How PCI devices come and go.
+    pub hotplug: HotplugDescription,
     /// Whether there is a COM1.
     pub serial_port: bool,
     /// NUMA nodes; empty for none.
@@ -105,7 +106,7 @@ pub fn build(
     let mut entries = vec![
         area.place(&fadt(dsdt)),
         area.place(&madt(description)),
-        area.place(&mcfg(description.ecam)),
+        area.place(&mcfg(&description.segments)),
     ];
     if !description.nodes.is_empty() {
         entries.push(area.place(&srat::build(&description.nodes)));
@@ -209,9 +210,11 @@ fn madt(description: &Description) -> MADT {
     madt
 }
 
-fn mcfg(ecam: Ecam) -> MCFG {
+fn mcfg(segments: &[SegmentLayout]) -> MCFG {
     let mut mcfg = MCFG::new(OEM_ID, OEM_TABLE, OEM_REVISION);
-    mcfg.add_ecam(ecam.base, 0, 0, ecam.last_bus);
+    for segment in segments {
+        mcfg.add_ecam(segment.ecam.base(), segment.number, 0, LAST_BUS);
+    }
     mcfg
 }
 
@@ -225,16 +228,27 @@ fn slit(nodes: &[Node]) -> impl Aml {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::pci::{LayoutRequest, PciLayout};
 
     const ADDRESS: u64 = 0xe_0000;
+
+    fn segments(segments: u16) -> Vec<SegmentLayout> {
+        let request = LayoutRequest {
+            segments,
+            address_bits: 40,
+            ram_end: 1 << 30,
+        };
+        PciLayout::new(request).unwrap().segments
+    }
 
     fn description() -> Description {
         Description {
             boot_cpus: 2,
             apic_ids: vec![0, 2, 3],
-            ecam: Ecam {
-                base: 0xe800_0000,
-                last_bus: 0,
+            segments: segments(1),
+            hotplug: HotplugDescription {
+                registers: 0xe900_0000,
+                gsi: 5,
             },
             serial_port: true,
             nodes: vec![
@@ -329,6 +343,30 @@ mod tests {
         assert_eq!(slit(&description), [10, 25, 25, 10]);
         description.nodes[0].distances.clear();
         assert_eq!(slit(&description), [10, 20, 20, 10]);
+    }
+
+    #[test]
+    fn every_segment_has_configuration_space_a_root_and_slots() {
+        let mut description = description();
+        description.segments = segments(16);
+        let room = 0x1_f000;
+        let tables = walk(&build(&description, ADDRESS, room).unwrap());
+        let table = |name| &tables.iter().find(|(s, _)| s == name).unwrap().1;
+        let mcfg = table("MCFG");
+        for (entry, number) in mcfg[44..].chunks(16).zip(0u8..) {
+            assert_eq!(u64_at(entry, 0), 0xe800_0000 + (u64::from(number) << 20));
+            assert_eq!(entry[8..12], [number, 0, 0, 0], "segment, buses 0 to 0");
+        }
+        let dsdt = table("DSDT");
+        let count = |name: &[u8; 4]| dsdt.windows(4).filter(|at| at == name).count();
+        assert_eq!(mcfg.len(), 44 + 16 * 16);
+        assert_eq!(
+            (count(b"_SEG"), count(b"_SUN"), count(b"_EJ0")),
+            (16, 16 * 31, 16 * 31)
+        );
+        assert_eq!((count(b"_EVT"), count(b"PWRB")), (1, 2));
+        // Defined in its device, and called by the event device.
+        assert_eq!((count(b"PC0F"), count(b"SCAN")), (2, 32));
     }
 
     #[test]

@@ -58,5 +58,9 @@ pub const FIRMWARE_CORNER: [(u64, u64); 3] = [
     (ACPI, HIGH_MEMORY),
 ];
 
-/// PCI configuration space of segment 0, in the MMIO hole.
+/// The 32-bit windows of all PCI segments: from the start of the MMIO hole up to [`ECAM`].
+pub const PCI_MMIO32: u64 = 0xc000_0000;
+/// PCI configuration space, in the MMIO hole: 1 MiB for each segment, up to 16 of them.
 pub const ECAM: u64 = 0xe800_0000;
+/// The PCI hotplug registers, one page.
+pub const HOTPLUG: u64 = 0xe900_0000;

@@ -3,22 +3,24 @@
 use std::path::PathBuf;
 
 use clap::builder::PossibleValuesParser;
-use clap::{ArgAction, Parser, Subcommand};
+use clap::parser::ValueSource;
+use clap::{ArgAction, ArgMatches, CommandFactory, Parser, Subcommand};
 
+use super::endpoint::{ApiSocket, EventMonitor};
 use super::exit::ExitStatus;
 use super::unsupported;
-use crate::config::{CpusConfig, MemoryConfig, MemoryZoneConfig, NumaConfig};
+use crate::config::{
+    BalloonConfig, ConsoleConfig, CpusConfig, DiskConfig, MemoryConfig, MemoryZoneConfig,
+    NetConfig, NumaConfig, PlatformConfig, PmemConfig, RngConfig, VirtioConsoleConfig, VsockConfig,
+};
 
 const MACHINE: &str = "Machine";
 const MEMORY: &str = "Memory";
+const DEVICES: &str = "Devices";
 const PAYLOAD: &str = "Payload";
 const TERMINAL: &str = "Terminal";
+/// What is about the process; every other heading is about the guest.
 const VMM: &str = "VMM";
-
-const SERIAL_HELP: &str = "Serial port: off, null, tty, pty, file=PATH or socket=PATH";
-const SERIAL_LONG_HELP: &str = "Serial port: off, null, tty, pty, file=PATH or socket=PATH. \
-    It is tty by default, where Cloud Hypervisor has null, because the guest has no other console";
-const CONSOLE_HELP: &str = "Virtio console: off or null, no other mode yet";
 
 #[derive(Debug, Parser)]
 #[command(
@@ -45,6 +47,11 @@ pub(super) struct Args {
         action = ArgAction::Append, long_help = NumaConfig::WORD.help())]
     pub(super) numa: Vec<String>,
 
+    /// The machine as a whole
+    #[arg(long, value_name = "KEY=VALUE,..", help_heading = MACHINE,
+        long_help = PlatformConfig::WORD.help())]
+    pub(super) platform: Option<String>,
+
     /// RAM of the host's own memory [default: size=512M]
     #[arg(long, value_name = "KEY=VALUE,..", help_heading = MEMORY,
         long_help = MemoryConfig::WORD.help())]
@@ -54,6 +61,36 @@ pub(super) struct Args {
     #[arg(long, value_name = "KEY=VALUE,..", help_heading = MEMORY, num_args = 1..,
         action = ArgAction::Append, long_help = MemoryZoneConfig::WORD.help())]
     pub(super) memory_zone: Vec<String>,
+
+    /// Persistent memory of the guest; repeat for more
+    #[arg(long, value_name = "KEY=VALUE,..", help_heading = DEVICES, num_args = 1..,
+        action = ArgAction::Append, long_help = PmemConfig::WORD.help())]
+    pub(super) pmem: Vec<String>,
+
+    /// A disk of the guest; repeat for more
+    #[arg(long, value_name = "KEY=VALUE,..", help_heading = DEVICES, num_args = 1..,
+        action = ArgAction::Append, long_help = DiskConfig::WORD.help())]
+    pub(super) disk: Vec<String>,
+
+    /// A network interface of the guest; repeat for more
+    #[arg(long, value_name = "KEY=VALUE,..", help_heading = DEVICES, num_args = 1..,
+        action = ArgAction::Append, long_help = NetConfig::WORD.help())]
+    pub(super) net: Vec<String>,
+
+    /// Sockets between guest and host
+    #[arg(long, value_name = "KEY=VALUE,..", help_heading = DEVICES,
+        long_help = VsockConfig::WORD.help())]
+    pub(super) vsock: Option<String>,
+
+    /// Memory that the guest lends back to the host
+    #[arg(long, value_name = "KEY=VALUE,..", help_heading = DEVICES,
+        long_help = BalloonConfig::WORD.help())]
+    pub(super) balloon: Option<String>,
+
+    /// Where random numbers come from [default: src=/dev/urandom]
+    #[arg(long, value_name = "KEY=VALUE,..", help_heading = DEVICES,
+        long_help = RngConfig::WORD.help())]
+    pub(super) rng: Option<String>,
 
     /// Kernel to boot: a bzImage, or an ELF kernel with a PVH entry
     #[arg(long, value_name = "PATH", help_heading = PAYLOAD)]
@@ -67,13 +104,22 @@ pub(super) struct Args {
     #[arg(long, value_name = "TEXT", help_heading = PAYLOAD, allow_hyphen_values = true)]
     pub(super) cmdline: Option<String>,
 
-    #[arg(long, value_name = "MODE", help_heading = TERMINAL, default_value = "tty",
-        help = SERIAL_HELP, long_help = SERIAL_LONG_HELP)]
-    pub(super) serial: String,
+    /// Serial port: off, null, tty, pty, file=PATH or socket=PATH [default: tty]
+    #[arg(long, value_name = "MODE", help_heading = TERMINAL, long_help = ConsoleConfig::help())]
+    pub(super) serial: Option<String>,
 
-    #[arg(long, value_name = "MODE", help_heading = TERMINAL, default_value = "off",
-        help = CONSOLE_HELP)]
-    pub(super) console: String,
+    /// Virtio console: off, null, tty, pty, file=PATH or socket=PATH [default: off]
+    #[arg(long, value_name = "MODE", help_heading = TERMINAL,
+        long_help = VirtioConsoleConfig::help())]
+    pub(super) console: Option<String>,
+
+    /// Serve the REST API on a unix socket; the guest may come by it
+    #[arg(long, value_name = "PATH", help_heading = VMM, long_help = ApiSocket::help())]
+    pub(super) api_socket: Option<String>,
+
+    /// Write events as JSON to path=PATH or fd=N
+    #[arg(long, value_name = "KEY=VALUE", help_heading = VMM, long_help = EventMonitor::help())]
+    pub(super) event_monitor: Option<String>,
 
     /// System call filter; only false is supported yet
     #[arg(long, value_name = "MODE", help_heading = VMM, default_value = "false",
@@ -104,6 +150,15 @@ pub(super) enum Sub {
     },
 }
 
+/// A word about the guest that was given, with its dashes.
+pub(super) fn guest_word(matches: &ArgMatches) -> Option<String> {
+    Args::command()
+        .get_arguments()
+        .filter(|arg| arg.get_help_heading().is_some_and(|heading| heading != VMM))
+        .filter(|arg| matches.value_source(arg.get_id().as_str()) == Some(ValueSource::CommandLine))
+        .find_map(|arg| Some(format!("--{}", arg.get_long()?)))
+}
+
 fn after_long_help() -> String {
     let flags: Vec<String> = unsupported::FLAGS
         .iter()
@@ -118,6 +173,11 @@ fn after_long_help() -> String {
          daxhund --kernel vmlinuz --cpus boot=2 \\\n      \
          --memory-zone id=dax,file=/dev/dax0.0,offset=512M,size=1G \\\n      \
          --memory-zone id=huge,size=2G,hugepages=on\n  \
+         Persistent memory and a disk:\n    \
+         daxhund --kernel vmlinuz --cmdline \"console=ttyS0 root=/dev/vda\" \\\n      \
+         --pmem file=/dev/dax1.0 --disk path=root.img\n  \
+         Wait for a guest to come by the REST API:\n    \
+         daxhund --api-socket /run/daxhund.sock\n  \
          See what this host lacks:\n    \
          daxhund doctor\n\n\
          Exit status:\n{}\n\n\

@@ -2,13 +2,14 @@
 //! started here, so every outcome is a value that a test can look at.
 //!
 //! Invariants:
-//! - A [`Command::Run`] carries a checked configuration; what is wrong with a command line is known
-//!   before anything of the host is touched.
+//! - A guest in a [`Command::Run`] is checked; what is wrong with a command line is known before
+//!   anything of the host is touched. A run without a guest has a REST server, which brings one.
 //! - Words of the contract that are not built are refused by name, never ignored.
 
 #![forbid(unsafe_code)]
 
 mod args;
+mod endpoint;
 mod exit;
 #[cfg(test)]
 mod tests;
@@ -18,30 +19,36 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use clap::error::ErrorKind;
-use clap::{CommandFactory, FromArgMatches};
+use clap::{ArgMatches, CommandFactory, FromArgMatches};
 use thiserror::Error;
 
 use args::{Args, Sub};
+pub use endpoint::{ApiSocket, EventMonitor};
 pub use exit::ExitStatus;
 
 use crate::config::{
-    ConfigError, ConsoleConfig, CpusConfig, MemoryConfig, NumaConfig, PayloadConfig, ValidConfig,
-    VmConfig, WordError,
+    BalloonConfig, ConfigError, ConsoleConfig, CpusConfig, DiskConfig, MemoryConfig, NetConfig,
+    NumaConfig, PayloadConfig, PlatformConfig, PmemConfig, RngConfig, ValidConfig,
+    VirtioConsoleConfig, VmConfig, VsockConfig, WordError,
 };
 
 /// The release of the contract that is answered, for those who parse it from `--version`.
-const CONTRACT_VERSION: &str = "v53.0.0";
+pub(crate) const CONTRACT_VERSION: &str = "v53.0.0";
 const CONTRACT_NAME: &str = "cloud-hypervisor";
 
 /// What the command line asks for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Command {
-    /// Run a guest.
+    /// Run a guest, or wait for one.
     Run {
-        /// The guest.
-        config: Box<ValidConfig>,
+        /// The guest. `None` only with `api`: the guest comes by it.
+        config: Option<Box<ValidConfig>>,
         /// What to log and where.
         logging: Logging,
+        /// Where the REST server listens; `None` is no server.
+        api: Option<ApiSocket>,
+        /// Where events are written to.
+        events: Option<EventMonitor>,
     },
     /// Check the host.
     Doctor {
@@ -109,6 +116,15 @@ pub enum CliError {
         /// The word as given.
         word: String,
     },
+    /// A word about a guest that is not there.
+    #[error(
+        "{word} is about a guest, but there is no kernel to boot: give --kernel PATH, or leave {word} \
+         to the vm.create request"
+    )]
+    NoGuest {
+        /// The word.
+        word: String,
+    },
     /// The value of a word.
     #[error(transparent)]
     Word(#[from] WordError),
@@ -144,42 +160,78 @@ where
     }
     match words.subcommand {
         Some(Sub::Doctor { json }) => Ok(Command::Doctor { json }),
-        None => run(words),
+        None => run(words, &matches),
     }
 }
 
-fn run(args: Args) -> Result<Command, CliError> {
+fn run(args: Args, matches: &ArgMatches) -> Result<Command, CliError> {
     if args.seccomp != "false" {
         return Err(CliError::NotSupported {
             word: format!("--seccomp {}", args.seccomp),
         });
     }
-    let config = VmConfig {
-        cpus: match &args.cpus {
-            Some(text) => CpusConfig::parse(text)?,
-            None => CpusConfig::default(),
-        },
+    let logging = Logging {
+        level: LogLevel::from_count(args.verbose),
+        file: args.log_file.clone(),
+    };
+    let api = args
+        .api_socket
+        .as_deref()
+        .map(ApiSocket::parse)
+        .transpose()?;
+    let events = args.event_monitor.as_deref();
+    let events = events.map(EventMonitor::parse).transpose()?;
+    let config = if api.is_some() && args.kernel.is_none() {
+        if let Some(word) = args::guest_word(matches) {
+            return Err(CliError::NoGuest { word });
+        }
+        None
+    } else {
+        Some(Box::new(guest(args)?.validate()?))
+    };
+    Ok(Command::Run {
+        config,
+        logging,
+        api,
+        events,
+    })
+}
+
+fn guest(args: Args) -> Result<VmConfig, WordError> {
+    let console = one(args.console.as_deref(), VirtioConsoleConfig::parse)?.unwrap_or_default();
+    Ok(VmConfig {
+        cpus: one(args.cpus.as_deref(), CpusConfig::parse)?.unwrap_or_default(),
         memory: MemoryConfig::parse(args.memory.as_deref(), &args.memory_zone)?,
         payload: PayloadConfig {
             kernel: args.kernel,
             initramfs: args.initramfs,
             cmdline: args.cmdline,
         },
-        serial: ConsoleConfig::parse("--serial", &args.serial)?,
-        console: ConsoleConfig::parse("--console", &args.console)?,
-        numa: args
-            .numa
-            .iter()
-            .map(|text| NumaConfig::parse(text))
-            .collect::<Result<_, _>>()?,
-    };
-    Ok(Command::Run {
-        config: Box::new(config.validate()?),
-        logging: Logging {
-            level: LogLevel::from_count(args.verbose),
-            file: args.log_file,
-        },
+        serial: one(args.serial.as_deref(), ConsoleConfig::parse)?
+            .unwrap_or_else(|| ConsoleConfig::beside(&console)),
+        console: Some(console),
+        disks: each(&args.disk, DiskConfig::parse)?,
+        net: each(&args.net, NetConfig::parse)?,
+        rng: one(args.rng.as_deref(), RngConfig::parse)?.unwrap_or_default(),
+        pmem: each(&args.pmem, PmemConfig::parse)?,
+        vsock: one(args.vsock.as_deref(), VsockConfig::parse)?,
+        balloon: one(args.balloon.as_deref(), BalloonConfig::parse)?,
+        platform: one(args.platform.as_deref(), PlatformConfig::parse)?.unwrap_or_default(),
+        numa: each(&args.numa, NumaConfig::parse)?,
     })
+}
+
+/// Reads a word that may be there once.
+fn one<T>(
+    text: Option<&str>,
+    parse: fn(&str) -> Result<T, WordError>,
+) -> Result<Option<T>, WordError> {
+    text.map(parse).transpose()
+}
+
+/// Reads a word that may be there any number of times.
+fn each<T>(texts: &[String], parse: fn(&str) -> Result<T, WordError>) -> Result<Vec<T>, WordError> {
+    texts.iter().map(|text| parse(text)).collect()
 }
 
 /// clap's text without the prefix, which is the printer's to choose.

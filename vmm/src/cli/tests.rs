@@ -16,7 +16,12 @@ fn with_kernel(words: &[&str]) -> Result<Command, CliError> {
 
 fn running(words: &[&str]) -> (ValidConfig, Logging) {
     match with_kernel(words) {
-        Ok(Command::Run { config, logging }) => (*config, logging),
+        Ok(Command::Run {
+            config: Some(config),
+            logging,
+            api: None,
+            events: None,
+        }) => (*config, logging),
         other => panic!("{words:?}: {other:?}"),
     }
 }
@@ -28,7 +33,11 @@ fn a_kernel_alone_gets_the_defaults() {
     assert_eq!((config.cpus().boot_vcpus, config.cpus().max_vcpus), (1, 1));
     assert_eq!(config.zones().len(), 1);
     assert_eq!(config.serial(), &ConsoleConfig::Tty);
-    assert_eq!(config.config().console, ConsoleConfig::Off);
+    assert_eq!(config.console(), None);
+    assert_eq!(config.segments(), 1);
+    assert_eq!(config.rng().src, Path::new("/dev/urandom"));
+    assert!(config.disks().is_empty() && config.net().is_empty() && config.pmem().is_empty());
+    assert!(config.vsock().is_none() && config.balloon().is_none());
     assert_eq!(logging, Logging::default());
 }
 
@@ -55,6 +64,25 @@ fn every_word_reaches_the_configuration() {
         "file=/tmp/log",
         "--console",
         "null",
+        "--disk",
+        "path=/d,id=root",
+        "path=/e,readonly=on",
+        "--disk",
+        "path=/f",
+        "--net",
+        "tap=t0,id=n",
+        "--pmem",
+        "file=/dev/dax1.0,id=p",
+        "--pmem",
+        "file=/p",
+        "--vsock",
+        "cid=3,socket=/v,id=v",
+        "--balloon",
+        "size=1G",
+        "--rng",
+        "src=/dev/hwrng",
+        "--platform",
+        "num_pci_segments=2",
         "--seccomp",
         "false",
         "--log-file",
@@ -73,7 +101,20 @@ fn every_word_reaches_the_configuration() {
     ));
     assert_eq!(config.numa().len(), 2);
     assert_eq!(config.serial(), &ConsoleConfig::File("/tmp/log".into()));
-    assert_eq!(config.config().console, ConsoleConfig::Null);
+    let console = config.console().map(|console| &console.output);
+    assert_eq!(console, Some(&ConsoleConfig::Null));
+    let ids: Vec<&str> = config.disks().iter().map(|disk| disk.id.as_str()).collect();
+    assert_eq!(ids, ["root", "_disk0", "_disk1"]);
+    assert_eq!(config.pmem()[0].file, Path::new("/dev/dax1.0"));
+    assert_eq!(config.pmem()[1].id, "_pmem2");
+    assert_eq!(config.net().len(), 1);
+    assert_eq!(config.vsock().map(|vsock| vsock.cid), Some(3));
+    assert_eq!(
+        config.balloon().map(|balloon| balloon.size),
+        Some(ByteSize::from_mib(1024))
+    );
+    assert_eq!(config.rng().src, Path::new("/dev/hwrng"));
+    assert_eq!(config.segments(), 2);
     assert_eq!(logging.level, LogLevel::Debug);
     assert_eq!(logging.file.as_deref(), Some(Path::new("/tmp/vmm.log")));
 }
@@ -117,14 +158,15 @@ fn words_not_built_are_refused_with_the_exact_text() {
     for (line, words) in [
         (&["--seccomp", "true"][..], "--seccomp true"),
         (&["--seccomp", "log"], "--seccomp log"),
-        (&["--console", "tty"], "--console tty"),
-        (&["--console", "file=/tmp/x"], "--console file"),
+        (&["--disk", "path=d,vhost_user=on"], "--disk vhost_user"),
+        (&["--net", "socket=/s"], "--net socket"),
+        (&["--platform", "iommufd=on"], "--platform iommufd"),
         (
             &["--memory-zone", "id=a,size=1G,dma=off"],
             "--memory-zone dma",
         ),
         (&["--memory", "mergeable=on"], "--memory mergeable=on"),
-        (&["--vsock", "cid=3", "--disk", "path=d"], "--vsock"),
+        (&["--fs", "tag=t", "--device", "path=d"], "--fs"),
     ] {
         let error = with_kernel(line).unwrap_err();
         assert_eq!(
@@ -176,6 +218,168 @@ fn mistakes_are_named() {
     assert_eq!(error, CliError::Config(MemoryError::NoMemory.into()));
     let error = parse_line(&["daxhund", "--cpus", "boot=1"]).unwrap_err();
     assert_eq!(error, CliError::Config(PayloadError::NoKernel.into()));
+}
+
+/// A command line without a guest of its own.
+fn serving(words: &[&str]) -> (ApiSocket, Option<EventMonitor>) {
+    match parse_line(&[&["daxhund"], words].concat()) {
+        Ok(Command::Run {
+            config: None,
+            api: Some(api),
+            events,
+            ..
+        }) => (api, events),
+        other => panic!("{words:?}: {other:?}"),
+    }
+}
+
+#[test]
+fn with_an_api_socket_the_guest_may_come_later() {
+    let socket = || ApiSocket::Path("/run/s".into());
+    assert_eq!(serving(&["--api-socket", "/run/s"]), (socket(), None));
+    let line = ["--api-socket=path=/run/s", "-v", "--seccomp", "false"];
+    assert_eq!(serving(&line), (socket(), None));
+    let line = ["--api-socket", "fd=7", "--event-monitor", "path=/run/e"];
+    let events = EventMonitor::Path("/run/e".into());
+    assert_eq!(serving(&line), (ApiSocket::Descriptor(7), Some(events)));
+    match with_kernel(&["--api-socket", "/run/s", "--event-monitor", "fd=8"]) {
+        Ok(Command::Run {
+            config: Some(config),
+            api,
+            events,
+            ..
+        }) => {
+            assert_eq!(config.kernel(), Path::new("/k"));
+            assert_eq!(api, Some(socket()));
+            assert_eq!(events, Some(EventMonitor::Descriptor(8)));
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_guest_without_a_kernel_is_no_guest() {
+    for (word, value) in [
+        ("--cpus", "boot=2"),
+        ("--memory-zone", "id=a,size=1G"),
+        ("--disk", "path=/d"),
+        ("--pmem", "file=/p"),
+        ("--initramfs", "/i"),
+        ("--cmdline", "quiet"),
+        ("--serial", "tty"),
+        ("--console", "pty"),
+        ("--platform", "num_pci_segments=1"),
+    ] {
+        let line = ["daxhund", "--api-socket", "/run/s", word, value];
+        let error = parse_line(&line).unwrap_err();
+        let word = word.to_owned();
+        assert_eq!(error, CliError::NoGuest { word });
+        let error = parse_line(&["daxhund", line[3], value]).unwrap_err();
+        assert_eq!(error, CliError::Config(PayloadError::NoKernel.into()));
+    }
+    let error = parse_line(&["daxhund", "--event-monitor", "fd=8"]).unwrap_err();
+    assert_eq!(error, CliError::Config(PayloadError::NoKernel.into()));
+}
+
+#[test]
+fn the_console_takes_the_terminal_from_the_serial_port() {
+    let outputs = |words: &[&str]| {
+        let config = running(words).0;
+        let console = config.console().map(|console| console.output.clone());
+        (config.serial().clone(), console)
+    };
+    for (words, serial, console) in [
+        (&[][..], ConsoleConfig::Tty, None),
+        (
+            &["--console", "tty"],
+            ConsoleConfig::Null,
+            Some(ConsoleConfig::Tty),
+        ),
+        (
+            &["--console", "pty"],
+            ConsoleConfig::Tty,
+            Some(ConsoleConfig::Pty),
+        ),
+        (
+            &["--console", "file=/tmp/x", "--serial", "null"],
+            ConsoleConfig::Null,
+            Some(ConsoleConfig::File("/tmp/x".into())),
+        ),
+        (&["--serial", "pty"], ConsoleConfig::Pty, None),
+    ] {
+        assert_eq!(outputs(words), (serial, console), "{words:?}");
+    }
+    let error = with_kernel(&["--console", "tty", "--serial", "tty"]).unwrap_err();
+    assert!(
+        error
+            .to_string()
+            .contains("both want the VMM's one terminal")
+    );
+}
+
+#[test]
+fn bad_devices_are_named() {
+    for (line, words) in [
+        (
+            &["--disk", "readonly=on"][..],
+            "--disk: key \"path\" is missing",
+        ),
+        (
+            &["--disk", "path=/d,queue_size=7"],
+            "queue size out of range",
+        ),
+        (
+            &["--disk", "path=/d,image_type=qcow2"],
+            "image_type=qcow2 is not raw",
+        ),
+        (&["--disk", "path=/d", "path=/d"], "both use /d"),
+        (&["--net", "num_queues=3"], "an even number"),
+        (
+            &["--net", "mac=x"],
+            "--net: mac=x is not an Ethernet address",
+        ),
+        (&["--pmem", "size=1G"], "--pmem: key \"file\" is missing"),
+        (
+            &["--pmem", "file=/p,dma=maybe"],
+            "--pmem: dma=maybe is not on or off",
+        ),
+        (
+            &["--vsock", "cid=2,socket=/v"],
+            "--vsock cid=2 is not a guest's",
+        ),
+        (
+            &["--balloon", "size=512M"],
+            "leaves nothing of the guest's 512M",
+        ),
+        (&["--rng", "source=/r"], "--rng: unknown key \"source\""),
+        (&["--platform", "num_pci_segments=0"], "give 1 to 16"),
+        (&["--api-socket", "fd=1"], "--api-socket: fd=1 is not"),
+        (
+            &["--event-monitor", "/e"],
+            "--event-monitor: \"/e\" is not key=value",
+        ),
+        (
+            &["--disk", "path=/d,id=x", "--pmem", "file=/p,id=x"],
+            "id=x is used by",
+        ),
+        (
+            &["--disk", "path=/d,pci_device_id=0"],
+            "is the host bridge's",
+        ),
+    ] {
+        let error = with_kernel(line).unwrap_err().to_string();
+        assert!(error.contains(words), "{line:?}: {error}");
+    }
+    for word in [
+        "--vsock",
+        "--balloon",
+        "--rng",
+        "--platform",
+        "--api-socket",
+    ] {
+        let error = with_kernel(&[word, "a=b", word, "a=b"]).unwrap_err();
+        assert!(error.to_string().contains("multiple times"), "{error}");
+    }
 }
 
 #[test]
@@ -237,10 +441,13 @@ fn help_tells_keys_defaults_examples_and_statuses() {
         "--memory-zone",
         "offset=SIZE",
         "where in file it begins [default: 0]",
-        "[default: tty]",
+        "Devices:",
+        "discard_writes=on|off",
+        "The default is tty, or null with --console tty",
+        "an inherited one that listens already",
         "file=/dev/dax0.0",
         "130  ended by SIGINT",
-        "--vsock",
+        "--watchdog",
         "doctor",
     ] {
         assert!(text.contains(words), "{words} is not in:\n{text}");

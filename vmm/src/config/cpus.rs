@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use super::json::{JsonObject, NotBuilt, Shape};
 use super::{Key, Word, WordError};
 
 /// Most vCPUs a guest can have: xAPIC identifiers are 8 bits wide, 255 is the broadcast address
@@ -26,6 +27,22 @@ impl Default for CpusConfig {
             max_vcpus: 1,
         }
     }
+}
+
+impl JsonObject for CpusConfig {
+    const SHAPE: Shape = Shape {
+        not_built: &[
+            NotBuilt::empty("topology"),
+            NotBuilt::switch("kvm_hyperv", false),
+            NotBuilt::number("max_phys_bits", 46),
+            NotBuilt::empty("affinity"),
+            NotBuilt::object("features", &[NotBuilt::switch("amx", false)]),
+            NotBuilt::switch("nested", true),
+            NotBuilt::text("core_scheduling", "Vm"),
+            NotBuilt::text("profile", "Host"),
+        ],
+        ..Shape::WHOLE
+    };
 }
 
 /// A number of vCPUs that no guest can have.
@@ -90,6 +107,7 @@ impl CpusConfig {
             Key::not_built("features"),
             Key::not_built("nested"),
             Key::not_built("core_scheduling"),
+            Key::not_built("profile"),
         ],
     };
 

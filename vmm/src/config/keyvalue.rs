@@ -290,6 +290,19 @@ impl<'a> Value<'a> {
         Ok(PathBuf::from(text))
     }
 
+    /// What `T` reads from text; `expected` says what that is.
+    pub(crate) fn parsed<T: FromStr>(self, expected: &'static str) -> Result<T, Expected> {
+        self.unquoted().parse().map_err(|_| Expected(expected))
+    }
+
+    /// The number of an open file descriptor other than the standard streams.
+    pub(crate) fn descriptor(self) -> Result<i32, Expected> {
+        self.integer()
+            .ok()
+            .filter(|fd| *fd > 2)
+            .ok_or(Expected("the number of an open file descriptor, 3 or more"))
+    }
+
     /// The items of `[a,b]`; a single item may come without brackets.
     pub(crate) fn list(self) -> Result<Vec<Value<'a>>, Expected> {
         const EXPECTED: Expected = Expected("a list such as [a,b]");

@@ -3,9 +3,8 @@
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use super::{
-    ByteSize, HugePageSize, Key, MemoryZoneConfig, PAGE_SIZE, Word, WordError, null_as_default,
-};
+use super::json::{JsonObject, NotBuilt, Shape};
+use super::{ByteSize, HugePageSize, Key, MemoryZoneConfig, PAGE_SIZE, Word, WordError, on};
 
 /// Guest RAM when nobody says how much.
 pub const DEFAULT_MEMORY_SIZE: ByteSize = ByteSize::from_mib(512);
@@ -45,16 +44,19 @@ pub struct MemoryConfig {
     #[serde(default = "on")]
     pub thp: bool,
     /// User-defined zones (`--memory-zone`); empty when `size` says it all.
-    #[serde(
-        default,
-        deserialize_with = "null_as_default",
-        skip_serializing_if = "Vec::is_empty"
-    )]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub zones: Vec<MemoryZoneConfig>,
 }
 
-fn on() -> bool {
-    true
+impl JsonObject for MemoryConfig {
+    const SHAPE: Shape = Shape {
+        not_built: &[
+            NotBuilt::number("hotplugged_size", 0),
+            NotBuilt::switch("reserve", false),
+        ],
+        nested: &[("zones", MemoryZoneConfig::SHAPE)],
+        ..Shape::WHOLE
+    };
 }
 
 /// How RAM would grow.
@@ -358,6 +360,7 @@ pub(super) fn huge_pages(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::from_json;
 
     const NONE: [&str; 0] = [];
 
@@ -473,14 +476,41 @@ mod tests {
     #[test]
     fn json_needs_a_size_takes_null_zones_and_refuses_unknown_fields() {
         let memory: MemoryConfig =
-            serde_json::from_str(r#"{"size":1073741824,"zones":null}"#).unwrap();
+            from_json(br#"{"size":1073741824,"zones":null,"reserve":false}"#).unwrap();
         assert!(memory.thp && memory.zones.is_empty());
         for (json, words) in [
             ("{}", "missing field `size`"),
             (r#"{"size":1,"x":1}"#, "unknown field `x`"),
         ] {
-            let error = serde_json::from_str::<MemoryConfig>(json).unwrap_err();
+            let error = from_json::<MemoryConfig>(json.as_bytes()).unwrap_err();
             assert!(error.to_string().contains(words), "{error}");
+        }
+    }
+
+    #[test]
+    fn what_orchestrators_always_send_is_kept() {
+        let json = br#"{"size":0,"hotplug_size":1073741824,"hotplugged_size":0,"thp":true,
+            "hotplug_method":"Acpi","mergeable":false,"reserve":false,"hugepages":false,
+            "prefault":false,"shared":false,"zones":[{"id":"a","size":4096,"hotplug_size":0,
+            "hotplugged_size":null,"reserve":false,"dma":true}]}"#;
+        let memory: MemoryConfig = from_json(json).unwrap();
+        assert_eq!(memory.hotplug_size, Some(ByteSize::from_mib(1024)));
+        assert_eq!(memory.zones[0].id, "a");
+        for (json, name) in [
+            (r#"{"size":0,"reserve":true}"#, "reserve"),
+            (r#"{"size":0,"hotplugged_size":1}"#, "hotplugged_size"),
+            (
+                r#"{"size":0,"zones":[{"id":"a"},{"id":"b","hotplug_size":1}]}"#,
+                "zones[1].hotplug_size",
+            ),
+            (
+                r#"{"size":0,"zones":[{"id":"a","dma":false}]}"#,
+                "zones[0].dma",
+            ),
+        ] {
+            let error = from_json::<MemoryConfig>(json.as_bytes()).unwrap_err();
+            let words = format!("not supported by daxhund: {name}");
+            assert_eq!(error.to_string(), words);
         }
     }
 }

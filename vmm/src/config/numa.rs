@@ -8,7 +8,8 @@ use std::collections::HashMap;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use super::{CpusConfig, Key, MAX_VCPUS, MemoryConfig, Word, WordError, null_as_default};
+use super::json::{JsonObject, NotBuilt, Shape};
+use super::{CpusConfig, Key, MAX_VCPUS, MemoryConfig, Word, WordError};
 
 /// Node identifiers are below this: SLIT is a square table with a row for every number up to the
 /// highest, and a default x86-64 kernel knows this many nodes.
@@ -26,14 +27,24 @@ pub struct NumaConfig {
     /// The node's number in the guest.
     pub guest_numa_id: u32,
     /// vCPUs of the node.
-    #[serde(default, deserialize_with = "null_as_default")]
+    #[serde(default)]
     pub cpus: Vec<u32>,
     /// How far other nodes are.
-    #[serde(default, deserialize_with = "null_as_default")]
+    #[serde(default)]
     pub distances: Vec<NumaDistance>,
     /// Memory zones of the node, by id.
-    #[serde(default, deserialize_with = "null_as_default")]
+    #[serde(default)]
     pub memory_zones: Vec<String>,
+}
+
+impl JsonObject for NumaConfig {
+    const SHAPE: Shape = Shape {
+        not_built: &[
+            NotBuilt::empty("pci_segments"),
+            NotBuilt::empty("device_id"),
+        ],
+        ..Shape::WHOLE
+    };
 }
 
 /// How far a node is, in ACPI's units: 10 is local.
@@ -368,6 +379,7 @@ fn check_distances(nodes: &[NumaConfig]) -> Result<(), NumaError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::from_json;
 
     fn check_words(words: &[&str]) -> Result<(), NumaError> {
         let nodes: Vec<NumaConfig> = words
@@ -405,7 +417,8 @@ mod tests {
         );
         let json = serde_json::to_string(&node).unwrap();
         assert_eq!(serde_json::from_str::<NumaConfig>(&json).unwrap(), node);
-        let node: NumaConfig = serde_json::from_str(r#"{"guest_numa_id":1,"cpus":null}"#).unwrap();
+        let json = br#"{"guest_numa_id":1,"cpus":null,"pci_segments":[],"device_id":null}"#;
+        let node: NumaConfig = from_json(json).unwrap();
         assert!(node.cpus.is_empty());
     }
 

@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use super::json::{JsonObject, NotBuilt, Shape};
+
 /// What the guest boots.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -18,6 +20,17 @@ pub struct PayloadConfig {
     /// The kernel's command line (`--cmdline`).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cmdline: Option<String>,
+}
+
+impl JsonObject for PayloadConfig {
+    const SHAPE: Shape = Shape {
+        not_built: &[
+            NotBuilt::empty("firmware"),
+            NotBuilt::empty("igvm"),
+            NotBuilt::empty("host_data"),
+        ],
+        ..Shape::WHOLE
+    };
 }
 
 /// A payload that cannot be booted, whatever the files hold.

@@ -8,10 +8,16 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
+use super::device::check_places;
+use super::devices::Devices;
+use super::files;
 use super::memory::{check_pages, huge_pages};
 use super::{
-    ByteSize, ConsoleConfig, CpusConfig, CpusError, MemoryConfig, MemoryError, MemoryZoneConfig,
-    NumaConfig, NumaError, PayloadError, VmConfig, ZoneError, numa,
+    BalloonError, ByteSize, ConsoleConfig, ConsoleError, CpusConfig, CpusError, DiskError,
+    FileError, IdAllocator, IdError, MemoryConfig, MemoryError, MemoryZoneConfig, NetError,
+    NumaConfig, NumaError, PayloadError, PlaceError, PlatformError, PmemError, RngError,
+    ValidBalloon, ValidConsole, ValidDisk, ValidNet, ValidPmem, ValidRng, ValidVsock,
+    VirtioConsoleConfig, VmConfig, VsockError, ZoneError, numa,
 };
 
 /// Name of the zone that `--memory size=` stands for.
@@ -35,12 +41,45 @@ pub enum ConfigError {
     /// What to boot.
     #[error(transparent)]
     Payload(#[from] PayloadError),
-    /// A virtio console that would have to show something.
-    #[error("not supported by daxhund: --console {mode}")]
-    Console {
-        /// The mode asked for.
-        mode: &'static str,
-    },
+    /// The machine as a whole.
+    #[error(transparent)]
+    Platform(#[from] PlatformError),
+    /// The virtio console, or both consoles.
+    #[error(transparent)]
+    Console(#[from] ConsoleError),
+    /// A disk.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+    /// A network interface.
+    #[error(transparent)]
+    Net(#[from] NetError),
+    /// The random number generator.
+    #[error(transparent)]
+    Rng(#[from] RngError),
+    /// Persistent memory.
+    #[error(transparent)]
+    Pmem(#[from] PmemError),
+    /// Sockets between guest and host.
+    #[error(transparent)]
+    Vsock(#[from] VsockError),
+    /// The balloon.
+    #[error(transparent)]
+    Balloon(#[from] BalloonError),
+    /// A zone's name that something else has.
+    #[error(transparent)]
+    Id(#[from] IdError),
+    /// Two devices in one place.
+    #[error(transparent)]
+    Place(#[from] PlaceError),
+    /// Two users of the same bytes.
+    #[error(transparent)]
+    File(Box<FileError>),
+}
+
+impl From<FileError> for ConfigError {
+    fn from(error: FileError) -> Self {
+        Self::File(Box::new(error))
+    }
 }
 
 /// A checked configuration; made by [`VmConfig::validate`] only.
@@ -49,6 +88,8 @@ pub struct ValidConfig {
     config: VmConfig,
     kernel: PathBuf,
     zones: Vec<ZoneSpec>,
+    devices: Devices,
+    ids: IdAllocator,
 }
 
 /// One piece of guest RAM, resolved.
@@ -98,6 +139,16 @@ pub enum Backing {
     },
 }
 
+impl Backing {
+    /// Size in bytes; `None` is as much as the file has.
+    pub fn size(&self) -> Option<ByteSize> {
+        match self {
+            Self::Anonymous { size, .. } | Self::HugeTlb { size, .. } => Some(*size),
+            Self::File { size, .. } => *size,
+        }
+    }
+}
+
 /// Size of the host's huge pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum HugePageSize {
@@ -122,30 +173,50 @@ impl HugePageSize {
 
 impl VmConfig {
     /// Checks every rule that needs no host and resolves what was left to defaults.
-    pub fn validate(self) -> Result<ValidConfig, ConfigError> {
+    ///
+    /// The configuration that comes with the result names every device's id, and the console if none was named.
+    pub fn validate(mut self) -> Result<ValidConfig, ConfigError> {
         let kernel = self.payload.check()?;
         self.cpus.check()?;
         self.memory.check()?;
         let zones = zones(&self.memory)?;
         numa::check(&self.numa, &self.cpus, &self.memory)?;
-        match self.console {
-            ConsoleConfig::Off | ConsoleConfig::Null => {}
-            ref console => {
-                return Err(ConfigError::Console {
-                    mode: console.mode_name(),
-                });
-            }
+        self.platform.check()?;
+        self.console
+            .get_or_insert_with(|| VirtioConsoleConfig::beside(&self.serial));
+        let mut ids = IdAllocator::default();
+        ids.keep(self.ids_asked_for());
+        for zone in &self.memory.zones {
+            ids.take_named(&zone.flag(), &zone.id)?;
         }
+        let devices = self.devices(&mut ids)?;
+        if let (Some(balloon), Some(ram)) = (&self.balloon, total(&zones)) {
+            balloon.check_ram(ram)?;
+        }
+        check_places(devices.places())?;
+        files::check(&devices.file_uses(&zones))?;
+        self.name(&devices);
         Ok(ValidConfig {
             config: self,
             kernel,
             zones,
+            devices,
+            ids,
         })
     }
 }
 
+/// RAM of the guest; `None` when a zone is as big as its file.
+fn total(zones: &[ZoneSpec]) -> Option<ByteSize> {
+    let mut bytes = 0_u64;
+    for zone in zones {
+        bytes = bytes.saturating_add(zone.backing.size()?.bytes());
+    }
+    Some(ByteSize::from_bytes(bytes))
+}
+
 impl ValidConfig {
-    /// The configuration as asked for.
+    /// The configuration as asked for, with the ids that devices got.
     pub fn config(&self) -> &VmConfig {
         &self.config
     }
@@ -183,6 +254,51 @@ impl ValidConfig {
     /// The serial port.
     pub fn serial(&self) -> &ConsoleConfig {
         &self.config.serial
+    }
+
+    /// How many PCI segments there are: 1 to [`super::MAX_PCI_SEGMENTS`].
+    pub fn segments(&self) -> u16 {
+        self.config.platform.num_pci_segments
+    }
+
+    /// The virtio console, if there is one.
+    pub fn console(&self) -> Option<&ValidConsole> {
+        self.devices.console.as_ref()
+    }
+
+    /// The disks.
+    pub fn disks(&self) -> &[ValidDisk] {
+        &self.devices.disks
+    }
+
+    /// The network interfaces.
+    pub fn net(&self) -> &[ValidNet] {
+        &self.devices.net
+    }
+
+    /// The random number generator; every guest has it.
+    pub fn rng(&self) -> &ValidRng {
+        &self.devices.rng
+    }
+
+    /// Persistent memory.
+    pub fn pmem(&self) -> &[ValidPmem] {
+        &self.devices.pmem
+    }
+
+    /// Sockets between guest and host, if there are any.
+    pub fn vsock(&self) -> Option<&ValidVsock> {
+        self.devices.vsock.as_ref()
+    }
+
+    /// The balloon, if there is one.
+    pub fn balloon(&self) -> Option<&ValidBalloon> {
+        self.devices.balloon.as_ref()
+    }
+
+    /// The ids in use, for the devices that come and go later.
+    pub fn ids(&self) -> &IdAllocator {
+        &self.ids
     }
 }
 
@@ -433,48 +549,6 @@ mod tests {
             vm.validate(),
             Err(ConfigError::Numa(NumaError::NoZones))
         ));
-    }
-
-    #[test]
-    fn a_console_that_shows_something_is_not_supported() {
-        for (text, supported) in [
-            ("off", true),
-            ("null", true),
-            ("tty", false),
-            ("file=/l", false),
-        ] {
-            let mut vm = config(None, &[]);
-            vm.console = ConsoleConfig::parse("--console", text).unwrap();
-            let mode = vm.console.mode_name();
-            match vm.validate() {
-                Ok(_) => assert!(supported, "{text}"),
-                Err(error) => {
-                    assert!(!supported, "{text}");
-                    let words = format!("not supported by daxhund: --console {mode}");
-                    assert_eq!(error.to_string(), words);
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn json_round_trips_and_knows_the_defaults() {
-        let json = r#"{"payload":{"kernel":"/k"},"memory":{"size":0,"zones":[{"id":"a","file":"/dev/dax0.0"}]}}"#;
-        let vm: VmConfig = serde_json::from_str(json).unwrap();
-        assert_eq!(
-            (&vm.serial, &vm.console),
-            (&ConsoleConfig::Tty, &ConsoleConfig::Off)
-        );
-        let again: VmConfig = serde_json::from_str(&serde_json::to_string(&vm).unwrap()).unwrap();
-        assert_eq!(again, vm);
-        assert_eq!(vm.validate().unwrap().zones().len(), 1);
-        for (json, words) in [
-            ("{}", "missing field `payload`"),
-            (r#"{"payload":{},"x":1}"#, "unknown field `x`"),
-        ] {
-            let error = serde_json::from_str::<VmConfig>(json).unwrap_err();
-            assert!(error.to_string().contains(words), "{error}");
-        }
     }
 
     #[test]

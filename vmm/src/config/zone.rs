@@ -7,7 +7,8 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use super::{ByteSize, Key, Word, WordError};
+use super::json::{JsonObject, NotBuilt, Shape};
+use super::{ByteSize, Extent, Key, Word, WordError};
 
 /// One piece of guest RAM.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -116,7 +117,7 @@ pub enum ZoneError {
     #[error(
         "--memory-zone id={id} and id={other} overlap in {}: {id} has {}, {other} has {}; \
          give offset= and size= so that they do not",
-        file.display(), Range(range), Range(other_range)
+        file.display(), range, other_range
     )]
     Overlap {
         /// The later zone.
@@ -125,23 +126,28 @@ pub enum ZoneError {
         other: String,
         /// The file both name.
         file: PathBuf,
-        /// Offset and size of the later zone, the size absent for "to the end".
-        range: (ByteSize, Option<ByteSize>),
-        /// Offset and size of the zone before it.
-        other_range: (ByteSize, Option<ByteSize>),
+        /// What the later zone has of it.
+        range: Extent,
+        /// What the zone before it has.
+        other_range: Extent,
     },
 }
 
-struct Range<'a>(&'a (ByteSize, Option<ByteSize>));
-
-impl std::fmt::Display for Range<'_> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let (offset, size) = self.0;
-        match size {
-            Some(size) => write!(f, "{size} from offset {offset}"),
-            None => write!(f, "all from offset {offset}"),
-        }
-    }
+impl JsonObject for MemoryZoneConfig {
+    const SHAPE: Shape = Shape {
+        not_built: &[
+            NotBuilt::number("hotplug_size", 0),
+            NotBuilt::number("hotplugged_size", 0),
+            NotBuilt::switch("reserve", false),
+            NotBuilt::presence("align"),
+            NotBuilt::switch("dma", true),
+            NotBuilt::presence("on_removal"),
+            NotBuilt::presence("removal_timeout"),
+            NotBuilt::presence("on_loss"),
+            NotBuilt::presence("pool"),
+        ],
+        ..Shape::WHOLE
+    };
 }
 
 impl MemoryZoneConfig {
@@ -308,27 +314,24 @@ impl MemoryZoneConfig {
         let (Some(file), Some(other_file)) = (&self.file, &earlier.file) else {
             return Ok(());
         };
-        let (start, end) = self.extent();
-        let (other_start, other_end) = earlier.extent();
-        if file != other_file || start >= other_end || other_start >= end {
+        let (range, other_range) = (self.extent(), earlier.extent());
+        if file != other_file || !range.overlaps(other_range) {
             return Ok(());
         }
         Err(ZoneError::Overlap {
             id: self.id.clone(),
             other: earlier.id.clone(),
             file: file.clone(),
-            range: (self.offset.unwrap_or_default(), self.size),
-            other_range: (earlier.offset.unwrap_or_default(), earlier.size),
+            range,
+            other_range,
         })
     }
 
-    /// First byte and the byte after the last; without a size the range has no end.
-    fn extent(&self) -> (u64, u64) {
-        let start = self.offset.unwrap_or_default().bytes();
-        let end = self
-            .size
-            .map_or(u64::MAX, |size| start.saturating_add(size.bytes()));
-        (start, end)
+    fn extent(&self) -> Extent {
+        Extent {
+            offset: self.offset.unwrap_or_default(),
+            size: self.size,
+        }
     }
 }
 

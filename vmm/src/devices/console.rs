@@ -2,7 +2,8 @@
 //!
 //! Everything a console opens is closed, removed or restored when it is dropped: the terminal's mode, the socket's
 //! path. Output never blocks a guest on a reader that went away: pseudo terminal and socket take what they can and
-//! the rest is lost, as on a wire.
+//! the rest is lost, as on a wire. Standard output is waited for, as other programs do; a device with a thread of its
+//! own writes with [`ConsoleOutput::write_now`] and decides for how long.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, IsTerminal, Read, Write};
@@ -12,7 +13,9 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use rustix::fs::OFlags;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{FileType, Mode, OFlags};
+use rustix::io::{Errno, retry_on_intr};
 use rustix::pty::OpenptFlags;
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
 use thiserror::Error;
@@ -78,13 +81,47 @@ pub enum ConsoleOutput {
     /// Thrown away.
     Null,
     /// To standard output.
-    Stdout(io::Stdout),
+    Stdout(Stdout),
     /// To a file.
     File(File),
     /// To a pseudo terminal; what its reader does not take in time is lost.
     Pty(File),
     /// To whoever is connected.
     Socket(Peer),
+}
+
+/// Standard output, twice.
+#[derive(Debug)]
+pub struct Stdout {
+    /// As it came: writing waits.
+    blocking: io::Stdout,
+    /// The same terminal or pipe opened again, so that not waiting is not forced on all others who have it.
+    own: Option<OwnedFd>,
+}
+
+impl Stdout {
+    fn open() -> Self {
+        let flags = OFlags::WRONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+        let kind = rustix::fs::fstat(io::stdout()).map(|s| FileType::from_raw_mode(s.st_mode));
+        let own = match kind {
+            Ok(FileType::CharacterDevice | FileType::Fifo) => {
+                rustix::fs::open("/proc/self/fd/1", flags, Mode::empty()).ok()
+            }
+            // Nothing else can be opened again (a socket) or has need of it (a file).
+            _ => None,
+        };
+        Self {
+            blocking: io::stdout(),
+            own,
+        }
+    }
+
+    fn fd(&self) -> BorrowedFd<'_> {
+        match &self.own {
+            Some(fd) => fd.as_fd(),
+            None => self.blocking.as_fd(),
+        }
+    }
 }
 
 /// The one client of a console socket, if there is one.
@@ -116,6 +153,14 @@ pub enum ConsoleInput {
 }
 
 impl Console {
+    /// A console that leads nowhere.
+    pub fn nowhere() -> Self {
+        Self {
+            output: ConsoleOutput::Null,
+            input: ConsoleInput::None,
+        }
+    }
+
     /// Opens what the configuration names.
     pub fn open(mode: &ConsoleConfig) -> Result<Self, OpenConsoleError> {
         let (output, input) = match mode {
@@ -127,7 +172,7 @@ impl Console {
                     None
                 };
                 (
-                    ConsoleOutput::Stdout(io::stdout()),
+                    ConsoleOutput::Stdout(Stdout::open()),
                     ConsoleInput::Stdin(raw),
                 )
             }
@@ -191,7 +236,7 @@ fn open_pty() -> Result<(ConsoleOutput, ConsoleInput), OpenConsoleError> {
 /// The side that a terminal program opens, in raw mode: what the guest sends is not echoed back to it.
 fn open_other_side(name: &str) -> io::Result<OwnedFd> {
     let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC;
-    let other = rustix::fs::open(name, flags, rustix::fs::Mode::empty())?;
+    let other = rustix::fs::open(name, flags, Mode::empty())?;
     let mut mode = tcgetattr(&other)?;
     mode.make_raw();
     tcsetattr(&other, OptionalActions::Now, &mode)?;
@@ -202,7 +247,7 @@ impl Write for ConsoleOutput {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         match self {
             Self::Null => Ok(bytes.len()),
-            Self::Stdout(stdout) => stdout.write(bytes),
+            Self::Stdout(stdout) => stdout.blocking.write(bytes),
             Self::File(file) => file.write(bytes),
             Self::Pty(file) => lossy(file.write(bytes), bytes.len()),
             Self::Socket(peer) => {
@@ -218,10 +263,58 @@ impl Write for ConsoleOutput {
     fn flush(&mut self) -> io::Result<()> {
         match self {
             // The others have no buffer in this process.
-            Self::Stdout(stdout) => stdout.flush(),
+            Self::Stdout(stdout) => stdout.blocking.flush(),
             _ => Ok(()),
         }
     }
+}
+
+/// What became of bytes given to [`ConsoleOutput::write_now`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Written {
+    /// This many are taken, or lost for good.
+    Bytes(usize),
+    /// None: the other end takes nothing now. Wait for [`ConsoleOutput::fd`] to be writable.
+    Later,
+}
+
+/// What a pipe takes in one piece when it says that it is writable: more might wait.
+const ATOMIC: usize = 4096;
+
+impl ConsoleOutput {
+    /// Writes what can be written without waiting for a reader. What fails for good is lost, as on a wire.
+    pub fn write_now(&mut self, bytes: &[u8]) -> Written {
+        let result = match self {
+            Self::Stdout(stdout) => write_if_ready(stdout.fd(), bytes),
+            Self::File(file) => write_if_ready(file.as_fd(), bytes),
+            // These never wait by themselves.
+            other => return Written::Bytes(other.write(bytes).unwrap_or(bytes.len())),
+        };
+        match result {
+            Ok(n) if n > 0 => Written::Bytes(n),
+            Err(Errno::AGAIN) => Written::Later,
+            Ok(_) | Err(_) => Written::Bytes(bytes.len()),
+        }
+    }
+
+    /// The descriptor to wait on when [`ConsoleOutput::write_now`] says [`Written::Later`].
+    pub fn fd(&self) -> Option<RawFd> {
+        match self {
+            Self::Stdout(stdout) => Some(stdout.fd().as_raw_fd()),
+            Self::File(file) => Some(file.as_raw_fd()),
+            Self::Null | Self::Pty(_) | Self::Socket(_) => None,
+        }
+    }
+}
+
+fn write_if_ready(fd: BorrowedFd<'_>, bytes: &[u8]) -> rustix::io::Result<usize> {
+    let now = Timespec::default();
+    let mut fds = [PollFd::new(&fd, PollFlags::OUT)];
+    if retry_on_intr(|| poll(&mut fds, Some(&now)))? == 0 {
+        return Err(Errno::AGAIN);
+    }
+    let bytes = bytes.get(..ATOMIC).unwrap_or(bytes);
+    retry_on_intr(|| rustix::io::write(fd, bytes))
 }
 
 /// Bytes that nobody takes are gone, and that is no error.
@@ -272,6 +365,15 @@ impl ConsoleInput {
         match self {
             Self::Socket { listener, .. } => Some(listener.listener.as_raw_fd()),
             _ => None,
+        }
+    }
+
+    /// The terminal whose window the guest's output is seen in, as a descriptor of its own: its size is the console's.
+    pub fn terminal(&self) -> Option<OwnedFd> {
+        match self {
+            Self::Stdin(Some(_)) => io::stdin().as_fd().try_clone_to_owned().ok(),
+            Self::Pty { main, .. } => main.as_fd().try_clone_to_owned().ok(),
+            Self::None | Self::Stdin(None) | Self::Socket { .. } => None,
         }
     }
 

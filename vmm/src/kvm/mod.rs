@@ -9,6 +9,7 @@
 
 mod cpuid;
 mod hypervisor;
+mod interrupts;
 mod kick;
 mod slots;
 mod topology;
@@ -17,8 +18,9 @@ mod vm;
 
 pub use cpuid::{CpuidError, CpuidTemplate};
 pub use hypervisor::{Hypervisor, OpenError};
+pub use interrupts::{Interrupts, Message, Vectors, VectorsError};
 pub use kick::{KickError, KickTarget};
 pub use slots::{MemorySlots, SlotError, SlotLease, SlotRange};
 pub use topology::{Topology, TopologyError};
 pub use vcpu::{BootRegisters, BoundVcpu, Exit, Io, SetupError, Vcpu, VcpuFault};
-pub use vm::{CreateVmError, Vm};
+pub use vm::{CreateVmError, Doorbells, Vm};

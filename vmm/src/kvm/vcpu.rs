@@ -457,6 +457,14 @@ impl BoundVcpu {
         self.kick.acknowledge();
     }
 
+    /// Tells the guest that it was paused, so that its watchdogs do not take the pause for a lock-up
+    /// (`KVM_KVMCLOCK_CTRL`). A guest without the paravirtual clock has nothing to be told.
+    pub fn forgive_pause(&self) {
+        if let Err(error) = self.fd.kvmclock_ctrl() {
+            tracing::debug!(vcpu = self.id, %error, "the guest is not told of its pause");
+        }
+    }
+
     /// Runs the guest until it is kicked, ends or can't go on; serves its accesses through `io` meanwhile.
     pub fn run(&mut self, io: &impl Io) -> Result<Exit, VcpuFault> {
         loop {

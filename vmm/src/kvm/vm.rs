@@ -3,11 +3,12 @@
 use std::io;
 use std::sync::Arc;
 
-use kvm_ioctls::VmFd;
+use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
 use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::hypervisor::Hypervisor;
+use super::interrupts::Interrupts;
 use super::kick;
 use super::slots::MemorySlots;
 use super::topology::Topology;
@@ -99,8 +100,38 @@ impl Vm {
             })
     }
 
+    /// The table of message-signalled interrupts; one per VM.
+    pub fn interrupts(&self) -> Interrupts {
+        Interrupts::new(Arc::clone(&self.fd))
+    }
+
+    /// Doorbells of devices: guest stores that write an event without an exit to user space.
+    pub fn doorbells(&self) -> Doorbells {
+        Doorbells(Arc::clone(&self.fd))
+    }
+
     /// Number of owners of the VM fd in this process: one when all vCPUs and slots are gone.
     pub fn holders(&self) -> usize {
         Arc::strong_count(&self.fd)
+    }
+}
+
+/// Addresses at which a guest's store of any width writes an event (`KVM_IOEVENTFD`).
+#[derive(Debug, Clone)]
+pub struct Doorbells(Arc<VmFd>);
+
+impl Doorbells {
+    /// From now on a store to `address` writes `event` and is not seen otherwise.
+    pub fn connect(&self, address: u64, event: &EventFd) -> io::Result<()> {
+        self.0
+            .register_ioevent(event, &IoEventAddress::Mmio(address), NoDatamatch)
+            .map_err(io::Error::from)
+    }
+
+    /// The undo of [`Doorbells::connect`].
+    pub fn disconnect(&self, address: u64, event: &EventFd) -> io::Result<()> {
+        self.0
+            .unregister_ioevent(event, &IoEventAddress::Mmio(address), NoDatamatch)
+            .map_err(io::Error::from)
     }
 }

@@ -2,16 +2,19 @@
 
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use thiserror::Error;
-use tracing::{info, warn};
+use tracing::warn;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::consumers::KvmSlots;
+use super::consumers;
+use super::devices::{Devices, PlugError};
 use super::events::{Event, EventSender, Events};
-use super::owner::{Owner, OwnerError, Signals, Stop};
 use super::resources::HostResources;
 use super::vcpus::{GuestIo, SpawnError, Vcpus};
-use crate::acpi::{self, Ecam, TablesTooLarge};
+use super::wiring::KvmDoorbells;
+use crate::acpi::{self, TablesTooLarge};
 use crate::boot::{self, LoadError, MemoryMap, place};
 use crate::bus::{Bus, Overlap};
 use crate::config::{ConsoleConfig, ValidConfig};
@@ -21,13 +24,10 @@ use crate::devices::serial::{self, SerialParts, SerialPort};
 use crate::kvm::{CreateVmError, SetupError, Vcpu, Vm};
 use crate::memory::ram::{AttachFailure, DetachError, Ram};
 use crate::memory::region::Region;
-use crate::pci::{self, ConfigPorts, RootBus};
+use crate::pci::{self, ConfigPorts, Hotplug, Segment};
 
-/// Configuration space of PCI segment 0: one bus.
-const ECAM: Ecam = Ecam {
-    base: place::ECAM,
-    last_bus: 0,
-};
+/// Global interrupt of the hotplug registers: the first pin of the I/O APIC that no PC device has.
+const HOTPLUG_GSI: u32 = 16;
 
 /// A machine can't be built.
 #[derive(Debug, Error)]
@@ -44,6 +44,9 @@ pub enum BuildError {
     /// Guest memory.
     #[error(transparent)]
     Attach(#[from] Box<AttachFailure>),
+    /// A device in its slot.
+    #[error(transparent)]
+    Plug(#[from] PlugError),
     /// Two devices on one address.
     #[error(transparent)]
     Bus(#[from] Overlap),
@@ -62,42 +65,55 @@ pub enum BuildError {
 pub struct Machine {
     vcpus: Vcpus,
     io: Arc<GuestIo>,
-    serial: Option<SerialParts>,
-    events: Events,
-    ram: Ram,
+    pub(super) devices: Devices,
+    hotplug: Arc<Hotplug>,
+    pub(super) serial: Option<SerialParts>,
+    pub(super) events: Events,
+    pub(super) ram: Ram,
     vm: Vm,
 }
 
 impl Machine {
     /// Builds a machine in which `regions` are the memory. On failure everything is let go.
-    pub fn build(
+    pub(super) fn build(
         config: &ValidConfig,
         host: &mut HostResources,
         regions: Vec<Region>,
     ) -> Result<Self, BuildError> {
         let vm = Vm::create(&host.hypervisor)?;
-        let mut ram = Ram::new(vec![Box::new(KvmSlots(vm.memory_slots()))]);
+        let mut ram = Ram::new(consumers::all(&vm, host));
         for region in regions {
             ram.attach(region)?;
         }
         let (sender, events) = Events::channel().map_err(BuildError::Event)?;
         let serial = serial_port(&vm, host)?;
-        let root_bus = Arc::new(RootBus::new());
-        let ports = ports(&sender, serial.as_ref(), &root_bus)?;
-        let mut mmio = Bus::default();
-        let ecam = Arc::new(pci::Ecam::new(root_bus));
-        mmio.insert(ECAM.base, ECAM.size(), ecam)?;
+        let segments = segments(host);
+        let hotplug = hotplug_registers(&vm, &segments, &sender)?;
+        let mut devices = Devices::new(
+            &segments,
+            Arc::clone(&hotplug),
+            vm.interrupts(),
+            KvmDoorbells(vm.doorbells()),
+            ram.view().clone(),
+        );
+        for device in &mut host.devices {
+            devices.plug(device)?;
+        }
+        let ports = ports(&sender, serial.as_ref(), &segments)?;
+        let mmio = mmio(host, &segments, &hotplug)?;
         let registers = load(config, host, &ram)?;
         let vcpus = vcpus(&vm, host, config.cpus().boot_vcpus, &registers)?;
         let io = Arc::new(GuestIo {
             ports,
             mmio,
-            layout: host.layout.clone(),
+            memory: ram.view().clone(),
         });
         let vcpus = Vcpus::spawn(vcpus, &io, &sender)?;
         Ok(Self {
             vcpus,
             io,
+            devices,
+            hotplug,
             serial,
             events,
             ram,
@@ -105,55 +121,47 @@ impl Machine {
         })
     }
 
-    /// Lets the guest run until something ends it.
-    pub(super) fn run(
+    /// Lets the vCPUs run.
+    pub(super) fn release(&self) {
+        self.vcpus.release();
+    }
+
+    /// The undo of [`Machine::release`]; `false` when a vCPU did not leave the guest by then.
+    pub(super) fn hold_vcpus(&self, at_most: Duration) -> bool {
+        self.vcpus.hold(at_most)
+    }
+
+    /// The guest sees its power button pressed; what it does then is its own affair.
+    pub(super) fn power_button(&self) {
+        self.hotplug.press_power_button();
+    }
+
+    /// The undo of [`Machine::build`], in reverse: the regions are the caller's again, except those that are stuck.
+    pub(super) fn take_apart(
         mut self,
         host: &mut HostResources,
-        signals: &mut Signals,
-    ) -> (StoppedMachine, Result<Stop, OwnerError>) {
-        info!(
-            ram_bytes = host.layout.size(),
-            regions = host.layout.ranges().len(),
-            "guest starts"
-        );
-        self.vcpus.release();
-        let why = Owner::new(
-            &self.events,
-            self.serial.as_ref(),
-            &mut host.serial_input,
-            signals,
-        )
-        .run();
+    ) -> (Vec<Region>, Vec<DetachError>) {
         self.vcpus.stop();
         let Self {
             vcpus,
             io,
+            mut devices,
+            hotplug,
             serial,
             events,
-            ram,
+            mut ram,
             vm,
         } = self;
-        // In the reverse order of building; the vCPUs are closed already.
         drop(vcpus);
         drop(io);
+        devices.unplug_all();
+        drop(devices);
+        drop(hotplug);
         host.serial = serial.and_then(SerialParts::into_output);
         drop(events);
-        (StoppedMachine { ram, vm }, why)
-    }
-}
-
-/// A machine without vCPUs and devices.
-pub(super) struct StoppedMachine {
-    ram: Ram,
-    vm: Vm,
-}
-
-impl StoppedMachine {
-    /// The undo of [`Machine::build`]: the regions are the caller's again, except those that are stuck.
-    pub(super) fn take_apart(mut self) -> (Vec<Region>, Vec<DetachError>) {
-        let (regions, stuck) = self.ram.detach_all();
-        drop(self.ram);
-        let holders = self.vm.holders();
+        let (regions, stuck) = ram.detach_all();
+        drop(ram);
+        let holders = vm.holders();
         if holders != 1 {
             warn!(
                 holders,
@@ -173,10 +181,36 @@ fn serial_port(vm: &Vm, host: &mut HostResources) -> Result<Option<SerialParts>,
     Ok(Some(parts))
 }
 
+fn segments(host: &HostResources) -> Vec<Arc<Segment>> {
+    host.pci
+        .segments
+        .iter()
+        .map(|segment| Arc::new(Segment::new(segment.windows())))
+        .collect()
+}
+
+/// The registers through which guest and owner talk of slots that fill and empty.
+fn hotplug_registers(
+    vm: &Vm,
+    segments: &[Arc<Segment>],
+    events: &EventSender,
+) -> Result<Arc<Hotplug>, BuildError> {
+    let interrupt = EventFd::new(EFD_NONBLOCK).map_err(BuildError::Event)?;
+    vm.connect_interrupt(&interrupt, HOTPLUG_GSI)?;
+    let events = events.clone();
+    let count = u16::try_from(segments.len()).expect("at most 16 segments");
+    Ok(Arc::new(Hotplug::new(
+        count,
+        Arc::new(move |ejected| events.send(Event::Ejected(ejected))),
+        // Only a full counter gives an error, and then the interrupt is under way.
+        Arc::new(move || drop(interrupt.write(1))),
+    )))
+}
+
 fn ports(
     events: &EventSender,
     serial: Option<&SerialParts>,
-    root_bus: &Arc<RootBus>,
+    segments: &[Arc<Segment>],
 ) -> Result<Bus, BuildError> {
     let on_power: OnPowerRequest = {
         let events = events.clone();
@@ -205,12 +239,36 @@ fn ports(
         1,
         Arc::new(KeyboardReset::new(on_power)),
     )?;
-    ports.insert(
-        pci::CONFIG_PORTS.into(),
-        pci::CONFIG_PORT_COUNT.into(),
-        Arc::new(ConfigPorts::new(Arc::clone(root_bus))),
-    )?;
+    if let Some(first) = segments.first() {
+        ports.insert(
+            pci::CONFIG_PORTS.into(),
+            pci::CONFIG_PORT_COUNT.into(),
+            Arc::new(ConfigPorts::new(Arc::clone(first))),
+        )?;
+    }
     Ok(ports)
+}
+
+fn mmio(
+    host: &HostResources,
+    segments: &[Arc<Segment>],
+    hotplug: &Arc<Hotplug>,
+) -> Result<Bus, BuildError> {
+    let mut mmio = Bus::default();
+    for (segment, place) in segments.iter().zip(&host.pci.segments) {
+        let ecam = Arc::new(pci::Ecam::new(Arc::clone(segment)));
+        mmio.insert(place.ecam.base(), place.ecam.size(), ecam)?;
+        for aperture in segment.apertures() {
+            let window = aperture.window();
+            mmio.insert(window.base(), window.size(), aperture)?;
+        }
+    }
+    mmio.insert(
+        place::HOTPLUG,
+        pci::HOTPLUG_SIZE,
+        Arc::clone(hotplug) as Arc<_>,
+    )?;
+    Ok(mmio)
 }
 
 fn load(
@@ -224,7 +282,11 @@ fn load(
         apic_ids: (0..topology.cpus())
             .map(|cpu| topology.apic_id(cpu))
             .collect(),
-        ecam: ECAM,
+        segments: host.pci.segments.clone(),
+        hotplug: acpi::HotplugDescription {
+            registers: place::HOTPLUG,
+            gsi: HOTPLUG_GSI,
+        },
         serial_port: *config.serial() != ConsoleConfig::Off,
         nodes: nodes(config, host),
     };
@@ -235,7 +297,11 @@ fn load(
         .ranges()
         .iter()
         .map(|range| (range.gpa.0, range.size));
-    let map = MemoryMap::new(ranges, vec![(ECAM.base, ECAM.size())]);
+    let ecams = host.pci.segments.iter();
+    let reserved = ecams
+        .map(|segment| (segment.ecam.base(), segment.ecam.size()))
+        .collect();
+    let map = MemoryMap::new(ranges, reserved);
     let memory = vm_memory::GuestAddressSpace::memory(ram.view());
     Ok(boot::load(&mut host.payload, &memory, &map, &tables)?)
 }

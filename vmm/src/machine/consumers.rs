@@ -1,11 +1,20 @@
 //! Introduces those who reach guest memory to [`crate::memory::ram`].
 
-use crate::kvm::{MemorySlots, SlotLease, SlotRange};
+use super::resources::HostResources;
+use crate::kvm::{MemorySlots, SlotLease, SlotRange, Vm};
 use crate::memory::ram::{Consumer, Lease, Reason};
 use crate::memory::region::Region;
 
+/// Everyone, in the order in which they are visited.
+pub(super) fn all(vm: &Vm, host: &HostResources) -> Vec<Box<dyn Consumer>> {
+    vec![
+        Box::new(KvmSlots(vm.memory_slots())),
+        host.discard.consumer(),
+    ]
+}
+
 /// The guest's own view: KVM memory slots. First to attach, last to let go.
-pub(super) struct KvmSlots(pub(super) MemorySlots);
+struct KvmSlots(MemorySlots);
 
 impl Consumer for KvmSlots {
     fn name(&self) -> &'static str {

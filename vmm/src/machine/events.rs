@@ -9,6 +9,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::devices::power::PowerRequest;
 use crate::kvm::VcpuFault;
+use crate::pci::Ejected;
 
 /// Every cause of a change that comes from a vCPU thread.
 #[derive(Debug)]
@@ -21,6 +22,8 @@ pub enum Event {
     VcpuFailed(VcpuFault),
     /// The thread of a vCPU panicked: a defect of the VMM.
     VcpuPanicked(u8),
+    /// The guest has let go of the device in a slot.
+    Ejected(Ejected),
 }
 
 /// Posts events; never blocks.

@@ -1,35 +1,49 @@
 //! The machine: what it is made of, and the one thread that changes it.
 //!
 //! ```text
-//!   HostResources ──build──▶ Machine ──run──▶ Ending
+//!   HostResources ──build──▶ Machine ──▶ the owner's loop
 //!        ▲                      │
-//!        └──────take apart──────┘   (reset: the same memory, a new VM)
+//!        └──────take apart──────┘   (reset: the same memory and devices, a new VM)
 //! ```
 //! [`HostResources`] is everything taken from the host before a VM exists: `/dev/kvm`, the kernel file, the locked
-//! and mapped memory, the console. A [`Machine`] is a VM built on them. Power-off, reset and failure take it apart in
-//! the reverse order of building; after a reset it is built again on the same memory, whose contents nobody touched.
+//! and mapped memory, devices' files, the console. A [`Machine`] is a VM built on them. Power-off, reset and failure
+//! take it apart in the reverse order of building; after a reset it is built again on the same memory, whose contents
+//! nobody touched.
 //!
-//! The thread that calls [`run`] owns the machine. vCPU threads only post events to it.
+//! The thread that calls [`run`] owns the machine. vCPU threads, workers of devices and the API only post events to it.
 
+mod answers;
 mod build;
+mod calls;
 mod consumers;
+mod devices;
 mod events;
+mod host_devices;
 mod owner;
 mod resources;
+mod serial_feed;
+mod timer;
 mod vcpus;
+mod vm;
+mod wiring;
 
 use thiserror::Error;
-use tracing::{error, info};
 
 pub use build::{BuildError, Machine};
+pub use devices::{PlugError, RemoveError};
 pub use events::{Event, EventSender, Events};
+pub use host_devices::OpenDeviceError;
 pub use owner::OwnerError;
 pub use resources::{HostResources, PrepareError};
+pub use vm::{AddError, BalloonResizeError, BootError, PauseError, ResetError};
 
+use crate::api::{ListenError, Listener, Server, StartError};
 use crate::config::ValidConfig;
 use crate::kvm::VcpuFault;
-use crate::memory::ram::DetachError;
-use crate::memory::region::Region;
+use crate::monitor::{Event as Happened, Monitor};
+use calls::Calls;
+use owner::Owner;
+use vm::RunningVm;
 
 /// How a guest ended.
 #[derive(Debug)]
@@ -44,69 +58,72 @@ pub enum Ending {
     VcpuPanicked(u8),
     /// The VMM was told to end by this signal.
     Signal(i32),
+    /// A client of the API ended the VMM.
+    Asked,
 }
 
 /// The guest could not be run to an end.
 #[derive(Debug, Error)]
 pub enum RunError {
-    /// Something of the host is missing, in use or not what was asked for.
-    #[error("can't start the guest")]
-    Prepare(#[source] Box<PrepareError>),
-    /// The VM can't be built.
-    #[error("can't build the machine")]
-    Build(#[source] Box<BuildError>),
+    /// It can't be started.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// It can't be started again.
+    #[error(transparent)]
+    Reset(#[from] ResetError),
     /// The owner's event loop.
     #[error("the machine's event loop failed")]
     Owner(#[from] OwnerError),
-    /// Memory that a consumer does not let go of: it is neither unmapped nor used again.
-    #[error("guest memory could not be taken back for a reset")]
-    TakeApart(#[source] DetachError),
+    /// The API's socket.
+    #[error("--api-socket")]
+    Listen(#[from] ListenError),
+    /// The API's thread.
+    #[error("--api-socket")]
+    Api(#[from] StartError),
 }
 
-impl From<PrepareError> for RunError {
-    fn from(error: PrepareError) -> Self {
-        Self::Prepare(Box::new(error))
-    }
+/// What a process is to do.
+#[derive(Debug)]
+pub struct Options {
+    /// The guest to start with; without it one comes by the API.
+    pub config: Option<ValidConfig>,
+    /// Where the API listens.
+    pub api: Option<Listener>,
+    /// Where events go.
+    pub monitor: Monitor,
 }
 
-impl From<BuildError> for RunError {
-    fn from(error: BuildError) -> Self {
-        Self::Build(Box::new(error))
-    }
-}
-
-/// Runs a guest until it ends.
-pub fn run(config: &ValidConfig) -> Result<Ending, RunError> {
+/// Runs guests until one of them, a signal or a client ends the process.
+pub fn run(options: Options) -> Result<Ending, RunError> {
+    let Options {
+        config,
+        api,
+        monitor,
+    } = options;
+    monitor.send(&Happened::VmmStarting);
     // Before anything that must be undone: from here on a signal ends the guest in order.
-    let mut signals = owner::Signals::install()?;
-    let (mut resources, mut regions) = HostResources::open(config)?;
-    let ending = loop {
-        let machine = Machine::build(config, &mut resources, regions)?;
-        let (stopped, why) = machine.run(&mut resources, &mut signals);
-        let (left, stuck) = stopped.take_apart();
-        regions = left;
-        for error in &stuck {
-            error!(error = %error, "memory is not given back");
-        }
-        match why? {
-            owner::Stop::Reset => {
-                if let Some(first) = stuck.into_iter().next() {
-                    return Err(RunError::TakeApart(first));
-                }
-                info!("reset");
-            }
-            owner::Stop::End(ending) => break ending,
+    let signals = owner::Signals::install()?;
+    let (sender, calls) = Calls::channel().map_err(|source| OwnerError::Descriptor {
+        what: "event descriptor",
+        source,
+    })?;
+    let server = api
+        .map(|listener| Server::start(listener, sender))
+        .transpose()?;
+    let running = match config {
+        None => None,
+        Some(valid) => {
+            monitor.send(&Happened::Booting);
+            let vm = RunningVm::boot(valid)?;
+            monitor.send(&Happened::Booted);
+            Some(vm)
         }
     };
-    release(regions);
-    Ok(ending)
-}
-
-/// The last step of each page's walk.
-fn release(regions: Vec<Region>) {
-    for region in regions.into_iter().rev() {
-        if let Err(failure) = region.release() {
-            error!(error = %failure.1, "guest memory is not given back before the process ends");
-        }
+    let ended = Owner::new(calls, signals, monitor.clone(), running)?.run();
+    // Every call was answered or dropped with the owner, so that this waits for nobody.
+    if let Some(server) = server {
+        server.stop();
     }
+    monitor.send(&Happened::VmmShutdown);
+    ended
 }

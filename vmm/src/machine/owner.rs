@@ -1,18 +1,34 @@
 //! The owner's event loop: every cause of work is a [`Token`], and every one is matched in one place.
+//!
+//! ```text
+//!            create                boot                    pause
+//!   NoVm ───────────▶ Created ───────────▶ Running ◀──────────────▶ Paused
+//!     ▲                │   ▲                 │        resume           │
+//!     │     delete     │   └─────shutdown────┴─────────────────────────┘
+//!     └────────────────┴── (from any state)
+//! ```
+//! A guest that powers itself off, and a fault, end the process; a guest that resets is built anew on the same memory.
 
 use std::io::{self, Read};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
+use std::time::Duration;
 
-use event_manager::{EventManager, EventOps, EventSet, MutEventSubscriber, SubscriberOps};
+use event_manager::{EventManager, EventOps, MutEventSubscriber, SubscriberOps};
 use thiserror::Error;
-use tracing::{debug, info, warn};
+use tracing::{debug, info};
 
-use super::Ending;
-use super::events::{Event, Events};
-use crate::devices::console::{ConsoleInput, Input};
+use super::calls::Calls;
+use super::devices::Settled;
+use super::events::Event;
+use super::serial_feed::{SerialFeed, add, remove};
+use super::timer::Timer;
+use super::vm::RunningVm;
+use super::{Ending, RunError};
+use crate::api::Call;
+use crate::config::VmConfig;
 use crate::devices::power::PowerRequest;
-use crate::devices::serial::SerialParts;
+use crate::monitor::{Event as Happened, Monitor};
 
 /// The owner can't wait for events.
 #[derive(Debug, Error)]
@@ -26,18 +42,18 @@ pub enum OwnerError {
         #[source]
         source: io::Error,
     },
+    /// A descriptor to wait on.
+    #[error("no {what} could be made; `ulimit -n` raises how many descriptors a process may have")]
+    Descriptor {
+        /// What it is for.
+        what: &'static str,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
     /// The event manager.
     #[error("the event manager failed")]
     EventManager(#[source] event_manager::Error),
-}
-
-/// Why the vCPUs are to stop.
-#[derive(Debug)]
-pub(super) enum Stop {
-    /// Build the machine anew.
-    Reset,
-    /// The guest has ended.
-    End(Ending),
 }
 
 const ENDING_SIGNALS: [i32; 3] = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP];
@@ -78,7 +94,7 @@ impl Drop for Signals {
 
 /// Every cause of work.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Token {
+pub(super) enum Token {
     /// A vCPU thread posted something.
     Machine,
     /// The console has input.
@@ -87,18 +103,24 @@ enum Token {
     SerialSpace,
     /// A client waits at the console's socket.
     ConsoleClient,
+    /// The API has a call.
+    Calls,
+    /// A removal has to be looked at again.
+    Timer,
     /// A signal; the index into [`Signals`].
     Signal(u32),
 }
 
 impl Token {
-    fn data(self) -> u32 {
+    pub(super) fn data(self) -> u32 {
         match self {
             Self::Machine => 0,
             Self::ConsoleInput => 1,
             Self::SerialSpace => 2,
             Self::ConsoleClient => 3,
-            Self::Signal(index) => 4 + index,
+            Self::Calls => 4,
+            Self::Timer => 5,
+            Self::Signal(index) => 6 + index,
         }
     }
 
@@ -108,41 +130,64 @@ impl Token {
             1 => Self::ConsoleInput,
             2 => Self::SerialSpace,
             3 => Self::ConsoleClient,
-            signal => Self::Signal(signal - 4),
+            4 => Self::Calls,
+            5 => Self::Timer,
+            signal => Self::Signal(signal - 6),
         }
     }
 }
 
-/// The loop's state while a machine runs.
-pub(super) struct Owner<'a> {
-    events: &'a Events,
-    serial: Option<&'a SerialParts>,
-    input: &'a mut ConsoleInput,
-    signals: &'a mut Signals,
-    /// The descriptor that is waited on for input, when it is.
-    waiting: Option<RawFd>,
-    stop: Option<Stop>,
+/// What the owner has.
+pub(super) enum State {
+    /// Nothing.
+    NoVm,
+    /// A definition; nothing of the host is open.
+    Created(Box<VmConfig>),
+    /// A machine.
+    Up(Box<RunningVm>),
 }
 
-impl<'a> Owner<'a> {
+/// While a removal waits for guest or host, it is looked at this often.
+const SETTLE_INTERVAL: Duration = Duration::from_millis(20);
+
+/// The loop's state.
+pub(super) struct Owner {
+    calls: Calls,
+    signals: Signals,
+    timer: Timer,
+    pub(super) monitor: Monitor,
+    pub(super) state: State,
+    feed: SerialFeed,
+    /// The descriptor of the machine's events that is waited on.
+    machine_fd: Option<RawFd>,
+    ended: Option<Result<Ending, RunError>>,
+}
+
+impl Owner {
     pub(super) fn new(
-        events: &'a Events,
-        serial: Option<&'a SerialParts>,
-        input: &'a mut ConsoleInput,
-        signals: &'a mut Signals,
-    ) -> Self {
-        Self {
-            events,
-            serial,
-            input,
+        calls: Calls,
+        signals: Signals,
+        monitor: Monitor,
+        running: Option<RunningVm>,
+    ) -> Result<Self, OwnerError> {
+        let timer = Timer::new().map_err(|source| OwnerError::Descriptor {
+            what: "timer",
+            source,
+        })?;
+        Ok(Self {
+            calls,
             signals,
-            waiting: None,
-            stop: None,
-        }
+            timer,
+            monitor,
+            state: running.map_or(State::NoVm, |vm| State::Up(Box::new(vm))),
+            feed: SerialFeed::default(),
+            machine_fd: None,
+            ended: None,
+        })
     }
 
-    /// Serves events until one of them ends or resets the guest.
-    pub(super) fn run(self) -> Result<Stop, OwnerError> {
+    /// Serves events until one of them ends the process.
+    pub(super) fn run(self) -> Result<Ending, RunError> {
         let mut manager = EventManager::new().map_err(OwnerError::EventManager)?;
         let owner = manager.add_subscriber(self);
         loop {
@@ -150,29 +195,94 @@ impl<'a> Owner<'a> {
             let owner = manager
                 .subscriber_mut(owner)
                 .map_err(OwnerError::EventManager)?;
-            if let Some(stop) = owner.stop.take() {
-                return Ok(stop);
+            if let Some(ended) = owner.ended.take() {
+                return ended;
             }
         }
     }
 
-    /// The first cause to stop wins: a reset that follows a power-off of the same instant is no reset.
-    fn stop(&mut self, stop: Stop) {
-        self.stop.get_or_insert(stop);
+    /// The first cause to end wins.
+    pub(super) fn end(&mut self, ended: Result<Ending, RunError>) {
+        self.ended.get_or_insert(ended);
     }
 
-    fn on_machine(&mut self) {
-        for event in self.events.drain() {
-            debug!(?event, "machine");
-            let stop = match event {
-                Event::Power(PowerRequest::PowerOff) => Stop::End(Ending::PowerOff),
-                Event::Power(PowerRequest::Reset) => Stop::Reset,
-                Event::TripleFault => Stop::End(Ending::TripleFault),
-                Event::VcpuFailed(fault) => Stop::End(Ending::VcpuFailed(fault)),
-                Event::VcpuPanicked(id) => Stop::End(Ending::VcpuPanicked(id)),
-            };
-            self.stop.get_or_insert(stop);
+    /// Begins to wait on a machine's descriptors.
+    pub(super) fn watch(&mut self, ops: &mut EventOps<'_>) {
+        let State::Up(vm) = &mut self.state else {
+            return;
+        };
+        let fd = vm.machine.events.as_raw_fd();
+        if add(ops, fd, Token::Machine) {
+            self.machine_fd = Some(fd);
         }
+        let serial = vm.machine.serial.as_ref();
+        self.feed.start(ops, serial, &mut vm.host.serial_input);
+    }
+
+    /// The undo of [`Owner::watch`]; before the machine goes.
+    fn unwatch(&mut self, ops: &mut EventOps<'_>) {
+        if let Some(fd) = self.machine_fd.take() {
+            remove(ops, fd, Token::Machine);
+        }
+        self.feed.stop(ops);
+        self.timer.set(None);
+    }
+
+    fn on_machine(&mut self, ops: &mut EventOps<'_>) {
+        let State::Up(vm) = &mut self.state else {
+            return;
+        };
+        let events: Vec<Event> = vm.machine.events.drain().collect();
+        let mut reset = false;
+        for event in events {
+            debug!(?event, "machine");
+            match event {
+                Event::Power(PowerRequest::PowerOff) => self.end(Ok(Ending::PowerOff)),
+                Event::Power(PowerRequest::Reset) => reset = true,
+                Event::TripleFault => self.end(Ok(Ending::TripleFault)),
+                Event::VcpuFailed(fault) => self.end(Ok(Ending::VcpuFailed(fault))),
+                Event::VcpuPanicked(id) => self.end(Ok(Ending::VcpuPanicked(id))),
+                Event::Ejected(ejected) => {
+                    if let State::Up(vm) = &mut self.state {
+                        vm.machine.devices.ejected(ejected);
+                    }
+                }
+            }
+        }
+        // A reset that comes with an end of the same instant is no reset.
+        if self.ended.is_some() {
+            return;
+        }
+        if reset {
+            if let Err(error) = self.reset(ops) {
+                self.end(Err(error));
+            }
+            return;
+        }
+        self.settle();
+    }
+
+    /// Looks at removals, and arms the timer while there are any.
+    pub(super) fn settle(&mut self) {
+        let State::Up(vm) = &mut self.state else {
+            self.timer.set(None);
+            return;
+        };
+        for settled in vm.settle() {
+            match settled {
+                Settled::Gone { id, bdf, .. } => {
+                    info!(id, bdf, "device removed");
+                    self.monitor
+                        .send(&Happened::DeviceRemoved { id: &id, bdf: &bdf });
+                }
+                Settled::Unanswered { id } => {
+                    self.monitor
+                        .send(&Happened::DeviceRemovalUnanswered { id: &id });
+                }
+            }
+        }
+        let settling = vm.machine.devices.is_settling();
+        self.timer.set(settling.then_some(SETTLE_INTERVAL));
     }
 
     fn on_signal(&mut self, index: u32) {
@@ -183,129 +293,95 @@ impl<'a> Owner<'a> {
         if matches!(pipe.read(&mut bytes), Ok(n) if n > 0) {
             info!(signal = *signal, "told to end");
             let signal = *signal;
-            self.stop(Stop::End(Ending::Signal(signal)));
+            self.end(Ok(Ending::Signal(signal)));
         }
     }
 
-    /// Moves input to the serial port as far as it has room; without room, waits for it instead of for input.
-    fn on_input(&mut self, ops: &mut EventOps<'_>) {
-        let Some(serial) = self.serial else { return };
-        loop {
-            let mut buffer = [0; 64];
-            let room = serial.port.room().min(buffer.len());
-            if room == 0 {
-                self.stop_waiting(ops);
+    /// Serves the serial port of the machine that runs.
+    fn on_serial(&mut self, token: Token, ops: &mut EventOps<'_>) {
+        let State::Up(vm) = &mut self.state else {
+            return;
+        };
+        let Some(serial) = vm.machine.serial.as_ref() else {
+            return;
+        };
+        let input = &mut vm.host.serial_input;
+        match token {
+            Token::ConsoleInput => self.feed.on_input(ops, serial, input),
+            Token::SerialSpace => self.feed.on_space(ops, serial, input),
+            _ => self.feed.on_client(ops, input),
+        }
+    }
+
+    fn on_calls(&mut self, ops: &mut EventOps<'_>) {
+        self.calls.acknowledge();
+        while let Some(Call { request, reply }) = self.calls.next() {
+            debug!(?request, "call");
+            let answer = self.answer(request, ops);
+            // A client that has gone needs none.
+            let _ = reply.send(answer);
+            if self.ended.is_some() {
                 return;
             }
-            match self.input.read(&mut buffer[..room]) {
-                Input::Bytes(n) => {
-                    serial.port.input(&buffer[..n]);
-                    // Standard input may be blocking: one read for each time it is readable.
-                    if n < room || matches!(self.input, ConsoleInput::Stdin(_)) {
-                        return;
-                    }
-                }
-                Input::Nothing => return,
-                Input::End => {
-                    self.stop_waiting(ops);
-                    self.input.hang_up();
-                    self.wait_for_client(ops);
-                    return;
-                }
+        }
+    }
+
+    pub(super) fn reset(&mut self, ops: &mut EventOps<'_>) -> Result<(), RunError> {
+        self.unwatch(ops);
+        match std::mem::replace(&mut self.state, State::NoVm) {
+            State::Up(vm) => {
+                self.monitor.send(&Happened::Rebooting);
+                self.state = State::Up(Box::new(vm.reset()?));
+                self.monitor.send(&Happened::Rebooted);
             }
+            other => self.state = other,
         }
+        self.watch(ops);
+        Ok(())
     }
 
-    fn on_space(&mut self, ops: &mut EventOps<'_>) {
-        if let Some(serial) = self.serial {
-            // Only the wake-up counts.
-            let _ = serial.space.read();
-        }
-        self.wait_for_input(ops);
-    }
-
-    fn on_client(&mut self, ops: &mut EventOps<'_>) {
-        match self.input.accept() {
-            Ok(true) => {
-                // One at a time: the next waits in the socket's backlog until this one is gone.
-                if let Some(fd) = self.input.listener_fd() {
-                    remove(ops, fd, Token::ConsoleClient);
-                }
-                self.wait_for_input(ops);
+    /// Takes the machine down; its definition stays.
+    pub(super) fn shut_down(&mut self, ops: &mut EventOps<'_>) {
+        self.unwatch(ops);
+        match std::mem::replace(&mut self.state, State::NoVm) {
+            State::Up(vm) => {
+                let config = Box::new(vm.config().clone());
+                vm.shut_down();
+                self.state = State::Created(config);
+                self.monitor.send(&Happened::Shutdown);
             }
-            Ok(false) => {}
-            Err(error) => warn!(%error, "console client not accepted"),
-        }
-    }
-
-    fn wait_for_input(&mut self, ops: &mut EventOps<'_>) {
-        if self.serial.is_none() || self.waiting.is_some() {
-            return;
-        }
-        if let Some(fd) = self.input.fd()
-            && add(ops, fd, Token::ConsoleInput)
-        {
-            self.waiting = Some(fd);
-        }
-    }
-
-    fn stop_waiting(&mut self, ops: &mut EventOps<'_>) {
-        if let Some(fd) = self.waiting.take() {
-            remove(ops, fd, Token::ConsoleInput);
-        }
-    }
-
-    fn wait_for_client(&mut self, ops: &mut EventOps<'_>) {
-        if let Some(fd) = self.input.listener_fd() {
-            add(ops, fd, Token::ConsoleClient);
+            other => self.state = other,
         }
     }
 }
 
-impl MutEventSubscriber for Owner<'_> {
+impl MutEventSubscriber for Owner {
     fn init(&mut self, ops: &mut EventOps<'_>) {
-        add(ops, self.events.as_raw_fd(), Token::Machine);
+        add(ops, self.calls.as_raw_fd(), Token::Calls);
+        add(ops, self.timer.as_raw_fd(), Token::Timer);
         for (index, (_, pipe)) in (0u32..).zip(&self.signals.pipes) {
             add(ops, pipe.as_raw_fd(), Token::Signal(index));
         }
-        if let Some(serial) = self.serial {
-            add(ops, serial.space.as_raw_fd(), Token::SerialSpace);
-        }
-        self.wait_for_input(ops);
-        if self.waiting.is_none() {
-            self.wait_for_client(ops);
-        }
+        self.watch(ops);
     }
 
     fn process(&mut self, events: event_manager::Events, ops: &mut EventOps<'_>) {
         match Token::from_data(events.data()) {
-            Token::Machine => self.on_machine(),
-            Token::ConsoleInput => self.on_input(ops),
-            Token::SerialSpace => self.on_space(ops),
-            Token::ConsoleClient => self.on_client(ops),
+            Token::Machine => self.on_machine(ops),
+            token @ (Token::ConsoleInput | Token::SerialSpace | Token::ConsoleClient) => {
+                self.on_serial(token, ops);
+            }
+            Token::Calls => self.on_calls(ops),
+            Token::Timer => {
+                self.timer.acknowledge();
+                self.settle();
+            }
             Token::Signal(index) => self.on_signal(index),
         }
-    }
-}
-
-fn event(fd: RawFd, token: Token) -> event_manager::Events {
-    event_manager::Events::with_data_raw(fd, token.data(), EventSet::IN)
-}
-
-/// A descriptor that can't be waited on (a regular file as standard input) gives no input.
-fn add(ops: &mut EventOps<'_>, fd: RawFd, token: Token) -> bool {
-    match ops.add(event(fd, token)) {
-        Ok(()) => true,
-        Err(error) => {
-            debug!(?token, %error, "not waited on");
-            false
+        if self.ended.is_some() {
+            // In the reverse order of building, before the loop is left.
+            self.shut_down(ops);
         }
-    }
-}
-
-fn remove(ops: &mut EventOps<'_>, fd: RawFd, token: Token) {
-    if let Err(error) = ops.remove(event(fd, token)) {
-        warn!(?token, %error, "still waited on");
     }
 }
 
@@ -320,6 +396,8 @@ mod tests {
             Token::ConsoleInput,
             Token::SerialSpace,
             Token::ConsoleClient,
+            Token::Calls,
+            Token::Timer,
             Token::Signal(0),
             Token::Signal(2),
         ];

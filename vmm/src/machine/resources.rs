@@ -3,17 +3,24 @@
 //! Nothing here is changed by the guest; a reset builds the next VM on the same resources. Whatever fails, everything
 //! taken so far is given back by going out of scope: locks, mappings, terminal mode, socket path.
 
+use std::sync::Arc;
+
 use daxhund_dax::Host;
 use thiserror::Error;
 use tracing::info;
 
+use super::devices::HostDevice;
+use super::host_devices::{self, OpenDeviceError, OpenedDevice};
 use crate::boot::{Initramfs, InitramfsError, Kernel, KernelError, Payload};
 use crate::config::{ConsoleConfig, ValidConfig};
 use crate::devices::console::{Console, ConsoleInput, ConsoleOutput, OpenConsoleError};
 use crate::kvm::{CpuidError, CpuidTemplate, Hypervisor, OpenError, Topology, TopologyError};
+use crate::memory::discard::DiscardTable;
 use crate::memory::layout::{LayoutError, RamLayout};
 use crate::memory::region::Region;
 use crate::memory::zone::{Zone, ZoneMapError, ZoneOpenError};
+use crate::pci::{self, LayoutRequest, MemoryArea, PciLayout};
+use crate::virtio::balloon::BalloonDevice;
 
 /// Something of the host is not there, not permitted, in use or not what was asked for.
 #[derive(Debug, Error)]
@@ -50,14 +57,27 @@ pub enum PrepareError {
     /// A zone's memory.
     #[error(transparent)]
     ZoneMap(#[from] ZoneMapError),
+    /// Addresses of PCI.
+    #[error(transparent)]
+    Pci(#[from] pci::LayoutError),
+    /// A device.
+    #[error(transparent)]
+    Device(Box<OpenDeviceError>),
     /// The serial port's other end.
     #[error("serial port")]
     Serial(#[source] OpenConsoleError),
 }
 
+impl From<OpenDeviceError> for PrepareError {
+    fn from(error: OpenDeviceError) -> Self {
+        Self::Device(Box::new(error))
+    }
+}
+
 /// What machines are built on.
-#[derive(Debug)]
 pub struct HostResources {
+    /// Where device-dax devices are looked for.
+    pub(super) dax: Host,
     pub(super) hypervisor: Hypervisor,
     pub(super) cpuid: CpuidTemplate,
     pub(super) payload: Payload,
@@ -67,6 +87,16 @@ pub struct HostResources {
     /// `None`: the guest has no serial port.
     pub(super) serial: Option<ConsoleOutput>,
     pub(super) serial_input: ConsoleInput,
+    /// Addresses of PCI segments and device memory.
+    pub(super) pci: PciLayout,
+    /// Guest addresses for memory that devices bring.
+    pub(super) device_memory: MemoryArea,
+    /// Which guest memory can be given back to the host.
+    pub(super) discard: Arc<DiscardTable>,
+    /// By when they were opened.
+    pub(super) devices: Vec<HostDevice>,
+    /// The balloon among them.
+    pub(super) balloon: Option<Arc<BalloonDevice>>,
 }
 
 impl HostResources {
@@ -115,22 +145,75 @@ impl HostResources {
             regions.push(region);
         }
 
+        let pci = PciLayout::new(LayoutRequest {
+            segments: config.segments(),
+            address_bits: cpuid.address_bits(),
+            ram_end: layout.ram_end().0,
+        })?;
+        let mut resources = Self {
+            dax: host,
+            hypervisor,
+            cpuid,
+            payload,
+            layout,
+            zone_ids: requests.into_iter().map(|request| request.id).collect(),
+            serial: None,
+            serial_input: ConsoleInput::None,
+            device_memory: MemoryArea::new(pci.device_memory),
+            pci,
+            discard: DiscardTable::new(),
+            devices: Vec::new(),
+            balloon: None,
+        };
+        resources.open_devices(config, &mut regions)?;
         // Last, so that no other error is printed on a terminal in raw mode.
         let console = Console::open(config.serial()).map_err(PrepareError::Serial)?;
         if let Some(name) = console.input.pty_name() {
             eprintln!("serial port: {name}");
         }
-        let zone_ids = requests.into_iter().map(|request| request.id).collect();
-        let serial = (*config.serial() != ConsoleConfig::Off).then_some(console.output);
-        let resources = Self {
-            hypervisor,
-            cpuid,
-            payload,
-            layout,
-            zone_ids,
-            serial,
-            serial_input: console.input,
-        };
+        resources.serial = (*config.serial() != ConsoleConfig::Off).then_some(console.output);
+        resources.serial_input = console.input;
         Ok((resources, regions))
+    }
+
+    /// The devices a guest starts with; the memory that they bring joins the other regions.
+    fn open_devices(
+        &mut self,
+        config: &ValidConfig,
+        regions: &mut Vec<Region>,
+    ) -> Result<(), OpenDeviceError> {
+        let mut take = |this: &mut Self, opened: OpenedDevice| {
+            this.devices.push(opened.device);
+            regions.extend(opened.region);
+        };
+        for disk in config.disks() {
+            let opened = host_devices::open_disk(disk)?;
+            take(self, opened);
+        }
+        for net in config.net() {
+            let opened = host_devices::open_net(net, Vec::new())?;
+            take(self, opened);
+        }
+        for pmem in config.pmem() {
+            let opened = self.open_pmem(pmem)?;
+            take(self, opened);
+        }
+        if let Some(vsock) = config.vsock() {
+            let opened = host_devices::open_vsock(vsock)?;
+            take(self, opened);
+        }
+        let opened = host_devices::open_rng(config.rng())?;
+        take(self, opened);
+        if let Some(balloon) = config.balloon() {
+            let opened = self.open_balloon(balloon)?;
+            take(self, opened);
+        }
+        if let Some(console) = config.console() {
+            let opened = host_devices::open_console(console)?;
+            take(self, opened);
+        }
+        // Those that want a certain slot come first.
+        self.devices.sort_by_key(|device| device.slot.is_none());
+        Ok(())
     }
 }

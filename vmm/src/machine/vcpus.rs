@@ -3,23 +3,27 @@
 //! ```text
 //!            release                stop
 //!   Held ─────────────▶ Running ───────────▶ Stopped (thread ends)
-//!     └───────────────────stop─────────────────▲
+//!     ▲                    │                    ▲
+//!     ├───────hold─────────┘                    │
+//!     └───────────────────stop──────────────────┘
 //! ```
 //! All vCPUs of a machine want the same. Threads are created held, so that a machine whose last thread can't be
 //! created never ran an instruction. To stop, the wish is written first and each thread kicked once afterwards; see
 //! [`crate::kvm`] for why once is enough.
 
 use std::io;
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{Builder, JoinHandle};
+use std::time::Duration;
 
 use thiserror::Error;
 use tracing::{debug, error};
+use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryBackend};
 
 use super::events::{Event, EventSender};
 use crate::bus::Bus;
 use crate::kvm::{Exit, Io, KickTarget, Vcpu};
-use crate::memory::layout::{Gpa, RamLayout};
+use crate::memory::ram::GuestView;
 
 /// A thread could not be created.
 #[derive(Debug, Error)]
@@ -40,33 +44,59 @@ enum Wish {
 }
 
 #[derive(Debug)]
+struct State {
+    wish: Wish,
+    /// Threads that wait out a hold.
+    held: usize,
+    /// Threads whose vCPU has ended by itself.
+    ended: usize,
+}
+
+#[derive(Debug)]
 struct Control {
-    wish: Mutex<Wish>,
+    state: Mutex<State>,
     changed: Condvar,
 }
 
 impl Control {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn set(&self, wish: Wish) {
-        *self.wish.lock().unwrap_or_else(PoisonError::into_inner) = wish;
+        self.lock().wish = wish;
         self.changed.notify_all();
     }
 
-    /// Waits out a hold; the wait ends when the owner releases or stops the machine, which it always does.
-    fn wanted(&self) -> Wish {
-        let wish = self.wish.lock().unwrap_or_else(PoisonError::into_inner);
-        *self
-            .changed
-            .wait_while(wish, |wish| *wish == Wish::Hold)
-            .unwrap_or_else(PoisonError::into_inner)
+    /// Waits out a hold; the wait ends when the owner releases or stops the machine, which it always does. Tells
+    /// whether it waited.
+    fn wanted(&self) -> (Wish, bool) {
+        let mut state = self.lock();
+        let waits = state.wish == Wish::Hold;
+        if waits {
+            state.held += 1;
+            self.changed.notify_all();
+            state = self
+                .changed
+                .wait_while(state, |state| state.wish == Wish::Hold)
+                .unwrap_or_else(PoisonError::into_inner);
+            state.held -= 1;
+        }
+        (state.wish, waits)
+    }
+
+    fn end(&self) {
+        self.lock().ended += 1;
+        self.changed.notify_all();
     }
 }
 
 /// What a vCPU reaches without the owner.
-#[derive(Debug)]
 pub(super) struct GuestIo {
     pub(super) ports: Bus,
     pub(super) mmio: Bus,
-    pub(super) layout: RamLayout,
+    /// RAM and other memory: it comes and goes with regions.
+    pub(super) memory: GuestView,
 }
 
 impl Io for GuestIo {
@@ -87,7 +117,10 @@ impl Io for GuestIo {
     }
 
     fn is_memory(&self, address: u64) -> bool {
-        self.layout.is_ram(Gpa(address))
+        self.memory
+            .memory()
+            .find_region(GuestAddress(address))
+            .is_some()
     }
 }
 
@@ -106,7 +139,11 @@ impl Vcpus {
         events: &EventSender,
     ) -> Result<Self, SpawnError> {
         let control = Arc::new(Control {
-            wish: Mutex::new(Wish::Hold),
+            state: Mutex::new(State {
+                wish: Wish::Hold,
+                held: 0,
+                ended: 0,
+            }),
             changed: Condvar::new(),
         });
         let mut spawned = Self {
@@ -119,9 +156,10 @@ impl Vcpus {
             let thread = Builder::new()
                 .name(format!("vcpu{id}"))
                 .spawn(move || {
-                    let _tell = TellOfPanic {
+                    let _tell = TellOfEnd {
                         id,
                         events: &events,
+                        control: &control,
                     };
                     run(vcpu, &control, io.as_ref(), &events);
                 })
@@ -136,14 +174,34 @@ impl Vcpus {
         self.control.set(Wish::Run);
     }
 
-    /// Takes every vCPU out of the guest and ends its thread; its KVM descriptor is closed when this returns.
-    pub(super) fn stop(&mut self) {
-        self.control.set(Wish::Stop);
+    /// Takes every vCPU out of the guest and keeps it out; `false` when one is still in the guest by then (then it
+    /// leaves as soon as the host lets it).
+    pub(super) fn hold(&self, at_most: Duration) -> bool {
+        self.control.set(Wish::Hold);
+        self.kick();
+        let threads = self.threads.len();
+        let (_state, timeout) = self
+            .control
+            .changed
+            .wait_timeout_while(self.control.lock(), at_most, |state| {
+                state.held + state.ended < threads
+            })
+            .unwrap_or_else(PoisonError::into_inner);
+        !timeout.timed_out()
+    }
+
+    fn kick(&self) {
         for thread in &self.threads {
             if let Err(error) = thread.kick() {
                 error!(error = %error, "a vCPU may not stop");
             }
         }
+    }
+
+    /// Takes every vCPU out of the guest and ends its thread; its KVM descriptor is closed when this returns.
+    pub(super) fn stop(&mut self) {
+        self.control.set(Wish::Stop);
+        self.kick();
         for thread in self.threads.drain(..) {
             let name = thread.thread().name().unwrap_or_default().to_owned();
             if thread.join().is_err() {
@@ -160,13 +218,15 @@ impl Drop for Vcpus {
 }
 
 /// A thread that panics must not leave a guest that hangs for ever.
-struct TellOfPanic<'a> {
+struct TellOfEnd<'a> {
     id: u8,
     events: &'a EventSender,
+    control: &'a Control,
 }
 
-impl Drop for TellOfPanic<'_> {
+impl Drop for TellOfEnd<'_> {
     fn drop(&mut self) {
+        self.control.end();
         if std::thread::panicking() {
             self.events.send(Event::VcpuPanicked(self.id));
         }
@@ -176,11 +236,17 @@ impl Drop for TellOfPanic<'_> {
 /// The whole life of a vCPU thread.
 fn run(vcpu: Vcpu, control: &Control, io: &GuestIo, events: &EventSender) {
     let mut vcpu = vcpu.bind();
+    let mut has_run = false;
     loop {
         vcpu.acknowledge_kick();
-        if control.wanted() == Wish::Stop {
+        let (wish, waited) = control.wanted();
+        if wish == Wish::Stop {
             return;
         }
+        if waited && has_run {
+            vcpu.forgive_pause();
+        }
+        has_run = true;
         let event = match vcpu.run(io) {
             Ok(Exit::Kicked) => continue,
             Ok(Exit::TripleFault) => Event::TripleFault,

@@ -31,6 +31,14 @@ pub enum Source {
         /// Whether stores reach the file.
         shared: bool,
     },
+    /// A range of a file on an fs-dax file system, shared, with `MAP_SYNC` where the file system has it: a block is
+    /// the file's for good before the first store to it.
+    DaxFile {
+        /// The file; kept open while the mapping lives.
+        file: Arc<File>,
+        /// Offset of the range in bytes.
+        offset: u64,
+    },
 }
 
 /// Memory could not be mapped, populated or unmapped.
@@ -130,6 +138,17 @@ impl HostMapping {
                     )
                 }?;
             }
+            Source::DaxFile { file, offset } => {
+                let sync = MapFlags::SHARED_VALIDATE | MapFlags::SYNC;
+                let map = |visibility| {
+                    // SAFETY: as above.
+                    unsafe {
+                        let flags = visibility | MapFlags::FIXED;
+                        rustix::mm::mmap(address, len, prot, flags, file, *offset)
+                    }
+                };
+                map(sync).or_else(|_| map(MapFlags::SHARED))?;
+            }
         }
         Ok(())
     }
@@ -149,10 +168,17 @@ impl HostMapping {
         self.pages.len() == 0
     }
 
+    /// What it is a mapping of.
+    pub fn source(&self) -> &Source {
+        &self.source
+    }
+
     /// The file and offset behind the range, where there is one that others can map too.
     pub fn file(&self) -> Option<(&Arc<File>, u64)> {
         match &self.source {
-            Source::File { file, offset, .. } => Some((file, *offset)),
+            Source::File { file, offset, .. } | Source::DaxFile { file, offset } => {
+                Some((file, *offset))
+            }
             Source::Anonymous { .. } => None,
         }
     }
@@ -229,6 +255,7 @@ impl Source {
             } => "anonymous huge page",
             Self::File { shared: true, .. } => "shared file",
             Self::File { shared: false, .. } => "private file",
+            Self::DaxFile { .. } => "fs-dax file",
         }
     }
 }
@@ -303,6 +330,23 @@ mod tests {
         assert_eq!(Arc::strong_count(&file), 4);
         first.unmap().unwrap();
         assert_eq!(Arc::strong_count(&file), 3);
+    }
+
+    #[test]
+    fn a_dax_file_is_shared_even_where_the_file_system_has_no_sync() {
+        let file = Arc::new(memfd(2 * MIB, None).unwrap());
+        let map = || {
+            let source = Source::DaxFile {
+                file: Arc::clone(&file),
+                offset: 0,
+            };
+            HostMapping::new(source, 2 * MIB, 2 * MIB).unwrap()
+        };
+        let (first, again) = (map(), map());
+        // SAFETY: mapped, at least one byte long, and nobody else accesses it.
+        unsafe { first.as_ptr().write_volatile(0x5a) };
+        // SAFETY: as above.
+        assert_eq!(unsafe { again.as_ptr().read_volatile() }, 0x5a);
     }
 
     #[test]

@@ -6,10 +6,16 @@
 //! 3. [`mapping`] and `daxhund-dax`: each range is locked and mapped at an address with the alignment it needs.
 //! 4. [`region`]: mapping and guest-physical address become one thing.
 //! 5. [`ram`]: the region is attached to every consumer in order, detached in reverse, and released.
+//!
+//! Persistent memory walks the same way from step 3 on; [`pmem`] is its step 1.
+//! [`discard`] gives pages back that the guest does not use, where nothing is lost by it.
 
+#[allow(unsafe_code, reason = "wraps madvise")]
+pub mod discard;
 pub mod layout;
 #[allow(unsafe_code, reason = "wraps mmap and its kin")]
 pub mod mapping;
+pub mod pmem;
 pub mod ram;
 #[allow(unsafe_code, reason = "hands a mapping to vm-memory")]
 pub mod region;

@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::{ConfigAddress, RootBus};
+use super::{ConfigAddress, Segment};
 use crate::bus::BusDevice;
 
 /// First port.
@@ -11,6 +11,7 @@ pub const CONFIG_PORTS: u16 = 0xcf8;
 pub const CONFIG_PORT_COUNT: u16 = 8;
 
 const DATA: u64 = 4;
+const DATA_SIZE: usize = 4;
 const ENABLE: u32 = 1 << 31;
 /// Bits of the address register that hold something: enable, bus, device, function, register.
 const IMPLEMENTED: u32 = 0x80ff_fffc;
@@ -18,15 +19,15 @@ const IMPLEMENTED: u32 = 0x80ff_fffc;
 /// The two registers.
 #[derive(Debug)]
 pub struct ConfigPorts {
-    bus: Arc<RootBus>,
+    segment: Arc<Segment>,
     address: Mutex<u32>,
 }
 
 impl ConfigPorts {
-    /// Onto this bus.
-    pub fn new(bus: Arc<RootBus>) -> Self {
+    /// Into this segment, which is number 0: the mechanism knows no other.
+    pub fn new(segment: Arc<Segment>) -> Self {
         Self {
-            bus,
+            segment,
             address: Mutex::new(0),
         }
     }
@@ -34,25 +35,29 @@ impl ConfigPorts {
     fn address(&self) -> u32 {
         *self.address.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    /// What an access to the data bytes means now. `None`: it leaves them, or they are switched off.
+    fn target(&self, offset: u64, len: usize) -> Option<ConfigAddress> {
+        let within = usize::try_from(offset.checked_sub(DATA)?).ok()?;
+        let address = self.address();
+        if within + len > DATA_SIZE || address & ENABLE == 0 {
+            return None;
+        }
+        let [register, devfn, bus, _] = address.to_le_bytes();
+        Some(ConfigAddress {
+            bus,
+            devfn,
+            register: u16::from(register) + u16::try_from(within).ok()?,
+        })
+    }
 }
 
 impl BusDevice for ConfigPorts {
     fn read(&self, offset: u64, data: &mut [u8]) {
-        let address = self.address();
         if offset == 0 && data.len() == 4 {
-            data.copy_from_slice(&address.to_le_bytes());
-        } else if offset >= DATA && address & ENABLE != 0 {
-            let [register, devfn, bus, _] = address.to_le_bytes();
-            let within = u8::try_from(offset - DATA).unwrap_or(0);
-            let register = u16::from(register) + u16::from(within);
-            self.bus.read(
-                ConfigAddress {
-                    bus,
-                    devfn,
-                    register,
-                },
-                data,
-            );
+            data.copy_from_slice(&self.address().to_le_bytes());
+        } else if let Some(address) = self.target(offset, data.len()) {
+            self.segment.config_read(address, data);
         }
     }
 
@@ -61,6 +66,8 @@ impl BusDevice for ConfigPorts {
         if let (0, Ok(bytes)) = (offset, <[u8; 4]>::try_from(data)) {
             let address = u32::from_le_bytes(bytes) & IMPLEMENTED;
             *self.address.lock().unwrap_or_else(PoisonError::into_inner) = address;
+        } else if let Some(address) = self.target(offset, data.len()) {
+            self.segment.config_write(address, data);
         }
     }
 }
@@ -70,9 +77,10 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::pci::testing::windows;
 
     fn ports() -> ConfigPorts {
-        ConfigPorts::new(Arc::default())
+        ConfigPorts::new(Arc::new(Segment::new(windows())))
     }
 
     fn read(ports: &ConfigPorts, offset: u64, len: usize) -> Vec<u8> {

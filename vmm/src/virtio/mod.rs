@@ -19,10 +19,18 @@
 //!   that memory can be taken away from the guest; never by a Rust reference.
 //! - A reset at any moment is answered: the status register reads 0 only when no worker touches guest memory any more.
 
+pub mod balloon;
+pub mod blk;
+pub mod console;
 pub mod device;
+pub mod net;
+pub mod pmem;
 pub mod queue;
+pub mod rng;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod testing;
+pub mod transport;
+pub mod vsock;
 pub mod worker;
 
 pub use device::{ActivateError, Activation, Device, Kind, Signals};

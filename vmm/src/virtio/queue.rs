@@ -4,10 +4,11 @@ use std::fmt;
 use std::ops::Deref;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
 
 use thiserror::Error;
 use virtio_queue::{DescriptorChain, QueueOwnedT, QueueT};
-use vm_memory::GuestMemoryBackend as GuestMemory;
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend as GuestMemory};
 use vmm_sys_util::eventfd::EventFd;
 
 /// The rings make no sense: the driver broke the rules, or their memory is gone.
@@ -33,6 +34,11 @@ pub struct Queue {
     rings: virtio_queue::Queue,
     kick: EventFd,
     interrupt: Arc<dyn Interrupt>,
+    interrupts: u64,
+    /// Something was pushed since the last [`Queue::notify`].
+    pushed: bool,
+    /// The driver waits for an entry that [`Queue::push_all`] wrote and `virtio-queue` does not know of.
+    owed: bool,
 }
 
 impl Queue {
@@ -48,6 +54,9 @@ impl Queue {
             rings,
             kick,
             interrupt,
+            interrupts: 0,
+            pushed: false,
+            owed: false,
         }
     }
 
@@ -72,6 +81,13 @@ impl Queue {
         let _ = self.kick.read();
     }
 
+    /// Rings the doorbell from this side. For a worker that has served its share: its event loop looks at other things
+    /// first (a stop, above all), and a driver that is never done can't keep it from them.
+    pub fn kick_again(&self) {
+        // Only a full counter gives an error, and then it rings anyway.
+        let _ = self.kick.write(1);
+    }
+
     /// The next chain the driver made available; `None` when there is none at the moment.
     ///
     /// `memory` is a snapshot, cheap to clone (`GuestView::memory()`). The chain has at most as many descriptors as the
@@ -81,13 +97,23 @@ impl Queue {
         M: Clone + Deref,
         M::Target: GuestMemory,
     {
-        // `pop_descriptor_chain` of the crate takes a broken index for an empty ring.
         let index = self.index;
         let failed = |source| QueueError { index, source };
-        self.rings
-            .iter(memory)
-            .map_err(failed)
-            .map(|mut i| i.next())
+        let next = self.rings.next_avail();
+        let available = self
+            .rings
+            .avail_idx(&*memory, Ordering::Acquire)
+            .map_err(failed)?;
+        if available.0 == next {
+            return Ok(None);
+        }
+        // The crate's iterator ends both at the end of the ring and where the ring can't be read. Taken for the end,
+        // the latter would make `enable_kick` promise chains for ever.
+        let chain = self.rings.iter(memory).map_err(failed)?.next();
+        match chain {
+            Some(chain) => Ok(Some(chain)),
+            None => Err(failed(virtio_queue::Error::InvalidAvailRingIndex)),
+        }
     }
 
     /// Puts the chain last popped back: it is the next one again. For a device that can't take it yet.
@@ -104,22 +130,80 @@ impl Queue {
         len: u32,
     ) -> Result<(), QueueError> {
         let index = self.index;
+        self.pushed = true;
         self.rings
             .add_used(memory, head, len)
             .map_err(|source| QueueError { index, source })
     }
 
+    /// Gives several chains back in one step: the driver sees all of them or none. For what is in pieces that only
+    /// make sense together, like a frame in mergeable buffers.
+    pub fn push_all<M: GuestMemory>(
+        &mut self,
+        memory: &M,
+        chains: &[(u16, u32)],
+    ) -> Result<(), QueueError> {
+        let Some(((head, len), earlier)) = chains.split_last() else {
+            return Ok(());
+        };
+        let index = self.index;
+        let failed = |source| QueueError { index, source };
+        let (first, size) = (self.rings.next_used(), self.rings.size());
+        let mut next = first;
+        for (head, len) in earlier {
+            if *head >= size {
+                return Err(failed(virtio_queue::Error::InvalidDescriptorIndex));
+            }
+            // The used ring: flags, index, then entries of eight bytes.
+            let entry = self
+                .rings
+                .used_ring()
+                .checked_add(4 + 8 * u64::from(next % size))
+                .ok_or(failed(virtio_queue::Error::AddressOverflow))?;
+            memory
+                .write_obj([u32::from(*head).to_le(), len.to_le()], GuestAddress(entry))
+                .map_err(|e| failed(virtio_queue::Error::GuestMemory(e)))?;
+            next = next.wrapping_add(1);
+        }
+        // The index is written with the last one, by this.
+        self.rings.set_next_used(next);
+        self.push(memory, *head, *len)?;
+        if self.rings.event_idx_enabled() && next != first {
+            // The index before the event: a driver that asks for an interrupt looks at the index after it has asked.
+            fence(Ordering::SeqCst);
+            let event = GuestAddress(self.rings.avail_ring())
+                .checked_add(4 + 2 * u64::from(size))
+                .ok_or(failed(virtio_queue::Error::AddressOverflow))?;
+            let event: u16 = memory
+                .load(event, Ordering::Relaxed)
+                .map_err(|e| failed(virtio_queue::Error::GuestMemory(e)))?;
+            let event = u16::from_le(event);
+            self.owed |= event.wrapping_sub(first) < next.wrapping_sub(first);
+        }
+        Ok(())
+    }
+
     /// Raises the interrupt if the driver wants one for what was pushed. Once for a batch.
     pub fn notify<M: GuestMemory>(&mut self, memory: &M) -> Result<(), QueueError> {
+        // Without the event index, `virtio-queue` wants an interrupt for nothing too.
+        if !std::mem::take(&mut self.pushed) {
+            return Ok(());
+        }
         let index = self.index;
         let wanted = self
             .rings
             .needs_notification(memory)
             .map_err(|source| QueueError { index, source })?;
-        if wanted {
+        if wanted | std::mem::take(&mut self.owed) {
+            self.interrupts += 1;
             self.interrupt.signal();
         }
         Ok(())
+    }
+
+    /// How often [`Queue::notify`] has raised the interrupt.
+    pub fn interrupts(&self) -> u64 {
+        self.interrupts
     }
 
     /// Asks for a doorbell at the next available chain. `true`: chains came meanwhile, pop again.
@@ -145,5 +229,97 @@ impl fmt::Debug for Queue {
             .field("index", &self.index)
             .field("size", &self.size())
             .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicUsize;
+
+    use vm_memory::GuestMemoryMmap;
+    use vmm_sys_util::eventfd::EFD_NONBLOCK;
+
+    use super::*;
+
+    const AVAILABLE: u64 = 0x1000;
+    const USED: u64 = 0x2000;
+
+    #[derive(Default)]
+    struct Count(AtomicUsize);
+
+    impl Interrupt for Count {
+        fn signal(&self) {
+            self.0.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+
+    fn queue(memory: &GuestMemoryMmap, event_index: bool) -> (Queue, Arc<Count>) {
+        let mut rings = virtio_queue::Queue::new(4).unwrap();
+        rings
+            .try_set_avail_ring_address(GuestAddress(AVAILABLE))
+            .unwrap();
+        rings.try_set_used_ring_address(GuestAddress(USED)).unwrap();
+        rings.set_event_idx(event_index);
+        rings.set_ready(true);
+        assert!(rings.is_valid(memory));
+        let count = Arc::<Count>::default();
+        let kick = EventFd::new(EFD_NONBLOCK).unwrap();
+        let queue = Queue::new(0, rings, kick, Arc::clone(&count) as Arc<_>);
+        (queue, count)
+    }
+
+    fn index(memory: &GuestMemoryMmap) -> u16 {
+        memory.read_obj(GuestAddress(USED + 2)).unwrap()
+    }
+
+    fn entry(memory: &GuestMemoryMmap, slot: u64) -> [u32; 2] {
+        memory.read_obj(GuestAddress(USED + 4 + slot * 8)).unwrap()
+    }
+
+    #[test]
+    fn chains_pushed_together_are_entries_in_order() {
+        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x4000)]).unwrap();
+        let (mut queue, _) = queue(&memory, true);
+        queue.push_all(&memory, &[]).unwrap();
+        assert_eq!(index(&memory), 0);
+        queue.push_all(&memory, &[(3, 30)]).unwrap();
+        queue
+            .push_all(&memory, &[(0, 1), (1, 2), (2, 3), (3, 4)])
+            .unwrap();
+        assert_eq!(index(&memory), 5);
+        let entries = [0, 1, 2, 3].map(|slot| entry(&memory, slot));
+        assert_eq!(entries, [[3, 4], [0, 1], [1, 2], [2, 3]]);
+        for chains in [[(4, 0), (0, 0)], [(0, 0), (4, 0)]] {
+            assert!(queue.push_all(&memory, &chains).is_err(), "{chains:?}");
+        }
+    }
+
+    #[test]
+    fn an_event_at_any_entry_pushed_together_is_signalled() {
+        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x4000)]).unwrap();
+        for (event, wanted) in [(0u16, 1), (1, 1), (2, 1), (3, 0), (u16::MAX, 0)] {
+            let (mut queue, count) = queue(&memory, true);
+            let at = GuestAddress(AVAILABLE + 4 + 2 * 4);
+            memory.write_obj(event, at).unwrap();
+            queue.push_all(&memory, &[(0, 1), (1, 1), (2, 1)]).unwrap();
+            queue.notify(&memory).unwrap();
+            queue.notify(&memory).unwrap();
+            assert_eq!(count.0.load(Ordering::SeqCst), wanted, "event {event}");
+        }
+    }
+
+    #[test]
+    fn nothing_pushed_is_nothing_to_tell() {
+        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x4000)]).unwrap();
+        for event_index in [false, true] {
+            let (mut queue, count) = queue(&memory, event_index);
+            for told in [0, 1, 1] {
+                queue.notify(&memory).unwrap();
+                assert_eq!(count.0.load(Ordering::SeqCst), told);
+                if told == 0 {
+                    queue.push(&memory, 0, 0).unwrap();
+                }
+            }
+        }
     }
 }

@@ -7,9 +7,10 @@
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering, fence};
 use std::time::{Duration, Instant};
 
+use event_manager::{EventManager, SubscriberId, SubscriberOps};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use virtio_queue::QueueT;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryMmap};
@@ -17,13 +18,15 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::device::{ActivateError, Activation, Device, Signals};
 use super::queue::{Interrupt, Queue};
-use super::worker::Crew;
+use super::worker::{Crew, Worker};
 use crate::memory::ram::GuestView;
 
 /// Size of the memory.
 pub const MEMORY: u64 = 64 << 20;
 const QUEUES: u64 = 0x10_0000;
 const BUFFERS: u64 = 0x100_0000;
+/// `VIRTIO_F_RING_EVENT_IDX`, for [`Driver::start`].
+pub const EVENT_IDX: u64 = 1 << 29;
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
 const DEADLINE: Duration = Duration::from_secs(20);
@@ -82,6 +85,20 @@ struct Ring {
     next_descriptor: u16,
     next_available: u16,
     next_used: u16,
+    /// The ring's index when [`Driver::ring_if_asked`] last looked.
+    rung: u16,
+    /// Interrupts that were taken while waiting.
+    seen: AtomicU64,
+}
+
+impl Ring {
+    fn take_interrupts(&self) {
+        let mut count = [0; 8];
+        if rustix::io::read(&self.interrupt.0, &mut count).is_ok() {
+            let count = u64::from_ne_bytes(count);
+            self.seen.fetch_add(count, Ordering::SeqCst);
+        }
+    }
 }
 
 /// Drives one device.
@@ -93,6 +110,23 @@ pub struct Driver {
     /// What the device has said.
     pub said: Arc<Said>,
     crew: Option<Crew>,
+    here: Option<Here>,
+}
+
+/// Workers without threads.
+struct Here {
+    manager: EventManager<Box<dyn Worker>>,
+    workers: Vec<SubscriberId>,
+}
+
+impl Drop for Here {
+    fn drop(&mut self) {
+        for worker in self.workers.drain(..) {
+            if let Ok(mut worker) = self.manager.remove_subscriber(worker) {
+                worker.drain();
+            }
+        }
+    }
 }
 
 impl Driver {
@@ -115,6 +149,8 @@ impl Driver {
                 next_descriptor: 0,
                 next_available: 0,
                 next_used: 0,
+                rung: 0,
+                seen: AtomicU64::new(0),
             })
             .collect();
         Self {
@@ -124,6 +160,7 @@ impl Driver {
             next_buffer: BUFFERS,
             said: Arc::default(),
             crew: None,
+            here: None,
         }
     }
 
@@ -149,6 +186,7 @@ impl Driver {
                 rings
                     .try_set_used_ring_address(GuestAddress(base + 0xc000))
                     .expect("aligned");
+                rings.set_event_idx(features & EVENT_IDX != 0);
                 rings.set_ready(true);
                 let kick = ring.kick.try_clone().expect("an eventfd");
                 Some(Queue::new(
@@ -174,9 +212,33 @@ impl Driver {
         Ok(())
     }
 
+    /// As [`Driver::start`], but nothing happens except in [`Driver::turn`]: the same steps every time, for fuzzing.
+    pub fn start_here(&mut self, device: &dyn Device, features: u64) -> Result<(), ActivateError> {
+        let workers = device.activate(self.activation(features))?;
+        let mut manager = EventManager::new().expect("an event manager");
+        let workers = workers
+            .into_iter()
+            .map(|worker| manager.add_subscriber(worker))
+            .collect();
+        self.here = Some(Here { manager, workers });
+        Ok(())
+    }
+
+    /// Lets the workers do what there is to do now, at most `rounds` times: some is never done.
+    pub fn turn(&mut self, rounds: usize) {
+        let Some(here) = &mut self.here else { return };
+        for _ in 0..rounds {
+            let events = here.manager.run_with_timeout(0);
+            if events.expect("an event manager") == 0 {
+                break;
+            }
+        }
+    }
+
     /// Resets the device: when it returns, no worker is left.
     pub fn stop(&mut self) {
         self.crew = None;
+        self.here = None;
     }
 
     /// Room in guest memory.
@@ -256,10 +318,36 @@ impl Driver {
             .expect("a counter of 64 bits");
     }
 
+    /// Rings the doorbell if the device asked for it at what was made available since the last time, as a driver with
+    /// the event index does. Tells whether it did.
+    pub fn ring_if_asked(&mut self, queue: usize) -> bool {
+        // The index before the event: the device looks at the index after it has asked.
+        fence(Ordering::SeqCst);
+        let ring = &mut self.rings[queue];
+        let used = QUEUES + queue as u64 * 0x1_0000 + 0xc000;
+        let asked = GuestAddress(used + 4 + u64::from(ring.size) * 8);
+        let asked: u16 = self
+            .memory
+            .load(asked, Ordering::Relaxed)
+            .expect("the ring");
+        let (old, new) = (ring.rung, ring.next_available);
+        ring.rung = new;
+        let wanted = new.wrapping_sub(asked).wrapping_sub(1) < new.wrapping_sub(old);
+        if wanted {
+            self.ring(queue);
+        }
+        wanted
+    }
+
     /// The next chain the device has given back: head and written length. Waits for it; panics when none comes.
     pub fn used(&mut self, queue: usize) -> (u16, u32) {
         let end = Instant::now() + DEADLINE;
         loop {
+            if let Some(used) = self.used_now(queue) {
+                return used;
+            }
+            // With the event index: an interrupt for the next one.
+            self.ask_for_interrupt(queue);
             if let Some(used) = self.used_now(queue) {
                 return used;
             }
@@ -292,11 +380,9 @@ impl Driver {
 
     /// Interrupts of a queue since the last time.
     pub fn interrupts(&self, queue: usize) -> u64 {
-        let mut count = [0; 8];
-        match rustix::io::read(&self.rings[queue].interrupt.0, &mut count) {
-            Ok(_) => u64::from_ne_bytes(count),
-            Err(_) => 0,
-        }
+        let ring = &self.rings[queue];
+        ring.take_interrupts();
+        ring.seen.swap(0, Ordering::SeqCst)
     }
 
     /// Bytes of a buffer.
@@ -308,11 +394,25 @@ impl Driver {
         bytes
     }
 
-    /// Waits until the doorbell of the driver's side rings, without taking its count.
+    fn ask_for_interrupt(&self, queue: usize) {
+        let ring = &self.rings[queue];
+        let available = QUEUES + queue as u64 * 0x1_0000 + 0x8000;
+        let event = GuestAddress(available + 4 + u64::from(ring.size) * 2);
+        self.memory
+            .store(ring.next_used, event, Ordering::SeqCst)
+            .expect("the ring");
+        fence(Ordering::SeqCst);
+    }
+
+    /// Waits for an interrupt. One of before makes this return at once, and the caller looks again.
     fn wait(&self, queue: usize, at_most: Duration) {
-        let mut fds = [PollFd::new(&self.rings[queue].interrupt.0, PollFlags::IN)];
-        // A count of before makes this return at once, and the caller looks again.
+        let ring = &self.rings[queue];
+        let mut fds = [PollFd::new(&ring.interrupt.0, PollFlags::IN)];
         let at_most = Timespec::try_from(at_most.min(DEADLINE)).expect("seconds");
         let _ = poll(&mut fds, Some(&at_most));
+        ring.take_interrupts();
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,731 @@
+//! `--net`: a network interface of the guest and the tap that is its other end.
+//!
+//! File descriptors never come by JSON: a number there would name any file of the VMM that a client likes. They come
+//! from the command line, or beside an API request (`SCM_RIGHTS`), and whoever received them fills
+//! [`NetConfig::fds`].
+
+use std::net::{IpAddr, Ipv4Addr};
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use super::device::{
+    IdAllocator, IdError, Naming, OnPci, PciFields, Place, PlaceError, id_key, number_key,
+    segment_key,
+};
+use super::json::{JsonObject, NotBuilt, Shape};
+use super::queues::{self, QueuesError};
+use super::{Key, MacAddr, Word, WordError, on};
+
+/// Smallest MTU: the one IPv6 needs, as in the contract.
+pub const MIN_MTU: u16 = 1280;
+
+/// Longest name of a host interface, in bytes (`IFNAMSIZ` without the NUL).
+pub const MAX_INTERFACE_NAME: usize = 15;
+
+const DEFAULT_NUM_QUEUES: u32 = 2;
+const DEFAULT_QUEUE_SIZE: u32 = 256;
+
+/// What the contract's schema gives as the defaults of `ip` and `mask`. Client libraries fill them in by themselves.
+const SCHEMA_ADDRESS: (IpAddr, IpAddr) = (
+    IpAddr::V4(Ipv4Addr::new(192, 168, 249, 1)),
+    IpAddr::V4(Ipv4Addr::new(255, 255, 255, 0)),
+);
+
+/// One virtio-net device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetConfig {
+    /// The tap by name; it is made when it is not there. Absent, together with `fds`, means a new one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tap: Option<String>,
+    /// Address of the host's end.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ip: Option<IpAddr>,
+    /// Network mask that goes with `ip`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mask: Option<IpAddr>,
+    /// Ethernet address of the guest's end; a random one when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mac: Option<MacAddr>,
+    /// Ethernet address of the host's end; left as it is when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host_mac: Option<MacAddr>,
+    /// Longest packet; left to both ends when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mtu: Option<u16>,
+    /// Open descriptors of the tap, one for each pair of queues.
+    #[serde(skip)]
+    pub fds: Vec<i32>,
+    /// How many queues: receive and transmit together.
+    #[serde(default = "default_num_queues")]
+    pub num_queues: u32,
+    /// How long each of them is.
+    #[serde(default = "default_queue_size")]
+    pub queue_size: u32,
+    /// Whether TCP segments may be longer than the MTU.
+    #[serde(default = "on")]
+    pub offload_tso: bool,
+    /// Whether UDP datagrams may be longer than the MTU.
+    #[serde(default = "on")]
+    pub offload_ufo: bool,
+    /// Whether checksums may be left to the other end.
+    #[serde(default = "on")]
+    pub offload_csum: bool,
+    /// Name of the device, unique in the guest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
+    /// The PCI segment.
+    #[serde(default)]
+    pub pci_segment: u16,
+    /// The device number on the segment.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pci_device_id: Option<u8>,
+}
+
+fn default_num_queues() -> u32 {
+    DEFAULT_NUM_QUEUES
+}
+
+fn default_queue_size() -> u32 {
+    DEFAULT_QUEUE_SIZE
+}
+
+impl Default for NetConfig {
+    fn default() -> Self {
+        Self {
+            tap: None,
+            ip: None,
+            mask: None,
+            mac: None,
+            host_mac: None,
+            mtu: None,
+            fds: Vec::new(),
+            num_queues: DEFAULT_NUM_QUEUES,
+            queue_size: DEFAULT_QUEUE_SIZE,
+            offload_tso: true,
+            offload_ufo: true,
+            offload_csum: true,
+            id: None,
+            pci_segment: 0,
+            pci_device_id: None,
+        }
+    }
+}
+
+/// A virtio-net device, checked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ValidNet {
+    /// Its name.
+    pub id: String,
+    /// The host's end.
+    pub tap: Tap,
+    /// Ethernet address of the guest's end, unicast; `None` is a random one.
+    pub mac: Option<MacAddr>,
+    /// Longest packet, at least [`MIN_MTU`].
+    pub mtu: Option<u16>,
+    /// How many pairs of queues: 1 to half of [`super::MAX_QUEUES`].
+    pub queue_pairs: u16,
+    /// How long each queue is: a power of two from 2 to [`super::MAX_QUEUE_SIZE`].
+    pub queue_size: u16,
+    /// What one end may leave to the other.
+    pub offloads: Offloads,
+    /// Where it sits.
+    pub place: Place,
+}
+
+/// The host's end of a network interface.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Tap {
+    /// A tap that the VMM opens, or makes.
+    Interface {
+        /// Its name, at most [`MAX_INTERFACE_NAME`] bytes; `None` is a new one that the kernel names.
+        name: Option<String>,
+        /// Address and network mask to give it, of one family.
+        address: Option<(IpAddr, IpAddr)>,
+        /// Ethernet address to give it, unicast.
+        mac: Option<MacAddr>,
+    },
+    /// A tap that somebody else opened and configured: as many descriptors as pairs of queues, all different, none of
+    /// them a standard stream.
+    Descriptors(Vec<i32>),
+}
+
+/// What one end of a network interface may leave to the other. Without `csum` there is none of the others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Offloads {
+    /// Cutting TCP segments to the MTU.
+    pub tso: bool,
+    /// Cutting UDP datagrams to the MTU.
+    pub ufo: bool,
+    /// Checksums.
+    pub csum: bool,
+}
+
+/// A network interface that no guest can have.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum NetError {
+    /// A name no interface can have.
+    #[error(
+        "{device}: tap={name:?} can't be the name of an interface: give 1 to {MAX_INTERFACE_NAME} \
+         bytes without spaces, slashes and colons"
+    )]
+    Name {
+        /// The device.
+        device: String,
+        /// The name given.
+        name: String,
+    },
+    /// An address without a mask, or the other way round.
+    #[error("{device} has {given}= but no {missing}=; give both or neither")]
+    HalfAnAddress {
+        /// The device.
+        device: String,
+        /// The key that is there.
+        given: &'static str,
+        /// The key that is not.
+        missing: &'static str,
+    },
+    /// The mask does not go with the address.
+    #[error(
+        "{device}: mask={mask} is no network mask for ip={ip}: give one such as 255.255.255.0 for IPv4, \
+         ffff:ffff:ffff:ffff:: for IPv6"
+    )]
+    Mask {
+        /// The device.
+        device: String,
+        /// The address given.
+        ip: IpAddr,
+        /// The mask given.
+        mask: IpAddr,
+    },
+    /// Zero or a group's.
+    #[error("{device}: {key}={mac} is not the address of one interface; give a unicast one")]
+    NotUnicast {
+        /// The device.
+        device: String,
+        /// The key.
+        key: &'static str,
+        /// The address given.
+        mac: MacAddr,
+    },
+    /// Too short for IP.
+    #[error("{device}: mtu={mtu} is too small: give {MIN_MTU} or more")]
+    Mtu {
+        /// The device.
+        device: String,
+        /// The MTU given.
+        mtu: u16,
+    },
+    /// Segments that one end is to cut without computing their checksums.
+    #[error(
+        "{device}: offload_csum=off leaves offload_tso and offload_ufo without checksums; add \
+         offload_tso=off,offload_ufo=off"
+    )]
+    OffloadsWithoutChecksum {
+        /// The device.
+        device: String,
+    },
+    /// A tap given twice over.
+    #[error(
+        "{device}: {key}= together with fd=: who opened the tap has named and configured it; \
+         remove one of the two"
+    )]
+    KeyWithDescriptors {
+        /// The device.
+        device: String,
+        /// The key.
+        key: &'static str,
+    },
+    /// More or fewer descriptors than pairs of queues.
+    #[error(
+        "{device}: {given} file descriptors for num_queues={queues}; each pair of queues has one: \
+         give num_queues={}", given * 2
+    )]
+    DescriptorCount {
+        /// The device.
+        device: String,
+        /// How many there are.
+        given: usize,
+        /// How many queues there are.
+        queues: u32,
+    },
+    /// A descriptor that is no tap's.
+    #[error("{device}: fd={fd} is a standard stream or no descriptor at all; give that of a tap")]
+    Descriptor {
+        /// The device.
+        device: String,
+        /// The descriptor given.
+        fd: i32,
+    },
+    /// One descriptor for two pairs of queues.
+    #[error("{device}: fd={fd} is given twice; each pair of queues has a descriptor of its own")]
+    DescriptorTwice {
+        /// The device.
+        device: String,
+        /// The descriptor given.
+        fd: i32,
+    },
+    /// Its queues.
+    #[error(transparent)]
+    Queues(#[from] QueuesError),
+    /// Where it sits.
+    #[error(transparent)]
+    Place(#[from] PlaceError),
+    /// Its name.
+    #[error(transparent)]
+    Id(#[from] IdError),
+}
+
+impl JsonObject for NetConfig {
+    const SHAPE: Shape = Shape {
+        not_built: &[
+            NotBuilt::switch("iommu", false),
+            NotBuilt::switch("vhost_user", false),
+            NotBuilt::empty("vhost_socket"),
+            NotBuilt::text("vhost_mode", "Client"),
+            NotBuilt::empty("fds"),
+            NotBuilt::object(
+                "rate_limiter_config",
+                &[NotBuilt::empty("bandwidth"), NotBuilt::empty("ops")],
+            ),
+        ],
+        ..Shape::WHOLE
+    };
+}
+
+impl OnPci for NetConfig {
+    fn pci(&mut self) -> PciFields<'_> {
+        PciFields {
+            id: &mut self.id,
+            segment: &mut self.pci_segment,
+            number: &mut self.pci_device_id,
+        }
+    }
+}
+
+impl NetConfig {
+    pub(crate) const WORD: Word<Self> = Word {
+        flag: "--net",
+        about: "A network interface of the guest; repeat for more",
+        keys: &[
+            Key::new(
+                "tap",
+                "NAME",
+                "the host's end, made if missing [default: a new one]",
+                |net, value| {
+                    net.tap = Some(value.text()?);
+                    Ok(())
+                },
+            ),
+            Key::new(
+                "fd",
+                "[N,..]",
+                "open descriptors of a tap instead",
+                |net, value| {
+                    net.fds = value
+                        .list()?
+                        .into_iter()
+                        .map(super::Value::descriptor)
+                        .collect::<Result<_, _>>()?;
+                    Ok(())
+                },
+            ),
+            Key::new(
+                "ip",
+                "ADDRESS",
+                "address of the host's end",
+                |net, value| {
+                    net.ip = Some(value.parsed("an IPv4 or IPv6 address")?);
+                    Ok(())
+                },
+            ),
+            Key::new(
+                "mask",
+                "MASK",
+                "its network mask, such as 255.255.255.0",
+                |net, value| {
+                    net.mask = Some(value.parsed("a network mask such as 255.255.255.0")?);
+                    Ok(())
+                },
+            ),
+            Key::new(
+                "mac",
+                "ADDRESS",
+                "Ethernet address of the guest's end [default: random]",
+                |net, value| {
+                    net.mac = Some(value.parsed(MacAddr::EXPECTED)?);
+                    Ok(())
+                },
+            ),
+            Key::new(
+                "host_mac",
+                "ADDRESS",
+                "Ethernet address of the host's end",
+                |net, value| {
+                    net.host_mac = Some(value.parsed(MacAddr::EXPECTED)?);
+                    Ok(())
+                },
+            ),
+            Key::new("mtu", "N", "longest packet, 1280 or more", |net, value| {
+                net.mtu = Some(value.integer()?);
+                Ok(())
+            }),
+            Key::new(
+                "num_queues",
+                "N",
+                "queues, two for each pair [default: 2]",
+                |net, value| {
+                    net.num_queues = value.integer()?;
+                    Ok(())
+                },
+            ),
+            Key::new(
+                "queue_size",
+                "N",
+                "packets in a queue, a power of two [default: 256]",
+                |net, value| {
+                    net.queue_size = value.integer()?;
+                    Ok(())
+                },
+            ),
+            Key::new(
+                "offload_tso",
+                "on|off",
+                "TCP segments beyond the MTU [default: on]",
+                |net, value| {
+                    net.offload_tso = value.switch()?;
+                    Ok(())
+                },
+            ),
+            Key::new(
+                "offload_ufo",
+                "on|off",
+                "UDP datagrams beyond the MTU [default: on]",
+                |net, value| {
+                    net.offload_ufo = value.switch()?;
+                    Ok(())
+                },
+            ),
+            Key::new(
+                "offload_csum",
+                "on|off",
+                "checksums left to the other end [default: on]",
+                |net, value| {
+                    net.offload_csum = value.switch()?;
+                    Ok(())
+                },
+            ),
+            id_key(),
+            segment_key(),
+            number_key(),
+            Key::not_built("iommu"),
+            Key::not_built("vhost_user"),
+            Key::not_built("socket"),
+            Key::not_built("vhost_mode"),
+            Key::not_built("bw_size"),
+            Key::not_built("bw_one_time_burst"),
+            Key::not_built("bw_refill_time"),
+            Key::not_built("ops_size"),
+            Key::not_built("ops_one_time_burst"),
+            Key::not_built("ops_refill_time"),
+        ],
+    };
+
+    const NAMING: Naming = Naming::Numbered("_net");
+
+    /// Reads the value of one `--net`.
+    pub fn parse(text: &str) -> Result<Self, WordError> {
+        let mut net = Self::default();
+        Self::WORD.fill(text, &mut net)?;
+        Ok(net)
+    }
+
+    /// The device as errors name it.
+    fn label(&self) -> String {
+        let flag = Self::WORD.flag;
+        match (&self.id, &self.tap, &self.mac) {
+            (Some(id), ..) => format!("{flag} id={id}"),
+            (None, Some(tap), _) => format!("{flag} tap={tap}"),
+            (None, None, Some(mac)) => format!("{flag} mac={mac}"),
+            (None, None, None) => flag.to_owned(),
+        }
+    }
+
+    /// Checks what can be told of this device by itself in a guest with `segments` PCI segments, and takes its id.
+    pub fn validate(&self, segments: u16, ids: &mut IdAllocator) -> Result<ValidNet, NetError> {
+        let device = self.label();
+        for (key, mac) in [("mac", self.mac), ("host_mac", self.host_mac)] {
+            if let Some(mac) = mac
+                && !mac.is_unicast()
+            {
+                return Err(NetError::NotUnicast { device, key, mac });
+            }
+        }
+        if let Some(mtu) = self.mtu
+            && mtu < MIN_MTU
+        {
+            return Err(NetError::Mtu { device, mtu });
+        }
+        if !self.offload_csum && (self.offload_tso || self.offload_ufo) {
+            return Err(NetError::OffloadsWithoutChecksum { device });
+        }
+        let queue_pairs = queues::pairs(&device, self.num_queues)?;
+        let queue_size = queues::size(&device, self.queue_size)?;
+        let tap = if self.fds.is_empty() {
+            self.interface(&device)?
+        } else {
+            self.descriptors(&device, queue_pairs)?
+        };
+        let place = Place::check(&device, self.pci_segment, self.pci_device_id, segments)?;
+        Ok(ValidNet {
+            id: ids.take(&device, self.id.as_deref(), Self::NAMING)?,
+            tap,
+            mac: self.mac,
+            mtu: self.mtu,
+            queue_pairs,
+            queue_size,
+            offloads: Offloads {
+                tso: self.offload_tso,
+                ufo: self.offload_ufo,
+                csum: self.offload_csum,
+            },
+            place,
+        })
+    }
+
+    fn interface(&self, device: &str) -> Result<Tap, NetError> {
+        let device = device.to_owned();
+        if let Some(name) = self.tap.clone()
+            && !is_interface_name(&name)
+        {
+            return Err(NetError::Name { device, name });
+        }
+        let address = match (self.ip, self.mask) {
+            (None, None) => None,
+            (Some(ip), Some(mask)) if is_mask_for(mask, ip) => Some((ip, mask)),
+            (Some(ip), Some(mask)) => return Err(NetError::Mask { device, ip, mask }),
+            (Some(_), None) => {
+                return Err(NetError::HalfAnAddress {
+                    device,
+                    given: "ip",
+                    missing: "mask",
+                });
+            }
+            (None, Some(_)) => {
+                return Err(NetError::HalfAnAddress {
+                    device,
+                    given: "mask",
+                    missing: "ip",
+                });
+            }
+        };
+        Ok(Tap::Interface {
+            name: self.tap.clone(),
+            address,
+            mac: self.host_mac,
+        })
+    }
+
+    fn descriptors(&self, device: &str, queue_pairs: u16) -> Result<Tap, NetError> {
+        let device = device.to_owned();
+        // At the schema's defaults nobody asked for an address.
+        let (ip, mask) = SCHEMA_ADDRESS;
+        let misplaced = [
+            ("tap", self.tap.is_some()),
+            ("ip", self.ip.is_some_and(|given| given != ip)),
+            ("mask", self.mask.is_some_and(|given| given != mask)),
+            ("host_mac", self.host_mac.is_some()),
+        ];
+        if let Some((key, _)) = misplaced.into_iter().find(|(_, given)| *given) {
+            return Err(NetError::KeyWithDescriptors { device, key });
+        }
+        if self.fds.len() != usize::from(queue_pairs) {
+            return Err(NetError::DescriptorCount {
+                device,
+                given: self.fds.len(),
+                queues: self.num_queues,
+            });
+        }
+        for (at, &fd) in self.fds.iter().enumerate() {
+            if fd <= 2 {
+                return Err(NetError::Descriptor { device, fd });
+            }
+            if self.fds[..at].contains(&fd) {
+                return Err(NetError::DescriptorTwice { device, fd });
+            }
+        }
+        Ok(Tap::Descriptors(self.fds.clone()))
+    }
+}
+
+/// What the kernel takes as the name of an interface (`dev_valid_name`).
+fn is_interface_name(name: &str) -> bool {
+    (1..=MAX_INTERFACE_NAME).contains(&name.len())
+        && name != "."
+        && name != ".."
+        && !name
+            .chars()
+            .any(|c| c == '/' || c == ':' || c == '\0' || c.is_whitespace())
+}
+
+fn is_mask_for(mask: IpAddr, ip: IpAddr) -> bool {
+    match (mask, ip) {
+        (IpAddr::V4(mask), IpAddr::V4(_)) => {
+            mask.to_bits().leading_ones() + mask.to_bits().trailing_zeros() == u32::BITS
+        }
+        (IpAddr::V6(mask), IpAddr::V6(_)) => {
+            mask.to_bits().leading_ones() + mask.to_bits().trailing_zeros() == u128::BITS
+        }
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::from_json;
+
+    fn validate(text: &str) -> Result<ValidNet, NetError> {
+        NetConfig::parse(text)
+            .unwrap()
+            .validate(2, &mut IdAllocator::default())
+    }
+
+    #[test]
+    fn every_key_is_stored_and_reaches_the_checked_form() {
+        let text = "tap=tap0,ip=10.0.0.1,mask=255.0.0.0,mac=52:54:00:12:34:56,\
+                    host_mac=52:54:00:12:34:57,mtu=9000,num_queues=4,queue_size=512,\
+                    offload_tso=off,offload_ufo=off,offload_csum=off,id=n,pci_segment=1,pci_device_id=7";
+        let json = r#"{"tap":"tap0","ip":"10.0.0.1","mask":"255.0.0.0",
+            "mac":"52:54:00:12:34:56","host_mac":"52:54:00:12:34:57","mtu":9000,"num_queues":4,
+            "queue_size":512,"offload_tso":false,"offload_ufo":false,"offload_csum":false,
+            "id":"n","pci_segment":1,"pci_device_id":7}"#;
+        assert_eq!(
+            NetConfig::parse(text).unwrap(),
+            from_json::<NetConfig>(json.as_bytes()).unwrap()
+        );
+        assert_eq!(
+            validate(text),
+            Ok(ValidNet {
+                id: "n".into(),
+                tap: Tap::Interface {
+                    name: Some("tap0".into()),
+                    address: Some((
+                        Ipv4Addr::new(10, 0, 0, 1).into(),
+                        Ipv4Addr::new(255, 0, 0, 0).into()
+                    )),
+                    mac: Some(MacAddr([0x52, 0x54, 0, 0x12, 0x34, 0x57])),
+                },
+                mac: Some(MacAddr([0x52, 0x54, 0, 0x12, 0x34, 0x56])),
+                mtu: Some(9000),
+                queue_pairs: 2,
+                queue_size: 512,
+                offloads: Offloads {
+                    tso: false,
+                    ufo: false,
+                    csum: false
+                },
+                place: Place {
+                    segment: 1,
+                    device: Some(7)
+                },
+            })
+        );
+        let plain = from_json::<NetConfig>(b"{}").unwrap();
+        assert_eq!(plain, NetConfig::default());
+        let plain = plain.validate(1, &mut IdAllocator::default()).unwrap();
+        assert_eq!((plain.queue_pairs, plain.queue_size), (1, 256));
+        assert_eq!(plain.id, "_net0");
+    }
+
+    #[test]
+    fn descriptors_come_from_the_command_line_only() {
+        let net = validate("fd=[5,6],num_queues=4").unwrap();
+        assert_eq!(net.tap, Tap::Descriptors(vec![5, 6]));
+        assert_eq!(validate("fd=7").unwrap().tap, Tap::Descriptors(vec![7]));
+        let error = from_json::<NetConfig>(br#"{"fds":[5]}"#).unwrap_err();
+        assert_eq!(error.to_string(), "not supported by daxhund: fds");
+        let json = serde_json::to_string(&NetConfig::parse("fd=[5]").unwrap()).unwrap();
+        assert!(!json.contains("fd"), "{json}");
+    }
+
+    #[test]
+    fn what_client_libraries_fill_in_goes_with_descriptors() {
+        let json = r#"{"ip":"192.168.249.1","mask":"255.255.255.0","iommu":false,
+            "mac":"52:54:00:12:34:56","num_queues":2,"queue_size":256,"vhost_user":false,
+            "vhost_mode":"Client","offload_tso":true,"offload_ufo":true,"offload_csum":true}"#;
+        let mut net: NetConfig = from_json(json.as_bytes()).unwrap();
+        net.fds = vec![9];
+        let valid = net.validate(1, &mut IdAllocator::default()).unwrap();
+        assert_eq!(valid.tap, Tap::Descriptors(vec![9]));
+    }
+
+    #[test]
+    fn malformed_words_are_named() {
+        for (text, words) in [
+            ("mac=52", "mac=52 is not an Ethernet address"),
+            ("ip=10.0.0", "ip=10.0.0 is not an IPv4 or IPv6 address"),
+            ("mask=x", "a network mask such as"),
+            ("fd=[x]", "an open file descriptor"),
+            ("fd=[1]", "an open file descriptor"),
+            ("mtu=70000", "a whole number in range"),
+            (
+                "vhost_user=on",
+                "not supported by daxhund: --net vhost_user",
+            ),
+            ("socket=/s", "not supported by daxhund: --net socket"),
+            ("bw_size=1", "not supported by daxhund: --net bw_size"),
+        ] {
+            let error = NetConfig::parse(text).unwrap_err();
+            assert!(error.to_string().contains(words), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn what_no_guest_can_have_is_refused() {
+        for (text, words) in [
+            ("tap=0123456789abcdef", "can't be the name of an interface"),
+            ("tap=a/b", "--net tap=a/b: tap=\"a/b\" can't be"),
+            ("tap=..", "can't be the name"),
+            ("ip=10.0.0.1", "has ip= but no mask=; give both or neither"),
+            ("mask=255.0.0.0", "has mask= but no ip="),
+            ("ip=10.0.0.1,mask=255.0.255.0", "is no network mask for ip="),
+            ("ip=10.0.0.1,mask=ffff::", "mask=ffff:: is no network mask"),
+            ("mac=01:00:5e:00:00:01", "mac=01:00:5e:00:00:01 is not the"),
+            ("host_mac=00:00:00:00:00:00", "host_mac="),
+            ("mtu=1279", "mtu=1279 is too small: give 1280 or more"),
+            ("offload_csum=off", "add offload_tso=off,offload_ufo=off"),
+            ("num_queues=3", "give an even number from 2 to 256"),
+            ("num_queues=0", "give an even number"),
+            ("queue_size=300", "queue size out of range"),
+            ("fd=[5],tap=t", "tap= together with fd="),
+            ("fd=[5],ip=10.0.0.1", "ip= together with fd="),
+            ("fd=[5],host_mac=52:54:00:12:34:56", "host_mac= together"),
+            (
+                "fd=[5,6]",
+                "2 file descriptors for num_queues=2; each pair of queues has one: give num_queues=4",
+            ),
+            ("fd=[5,5],num_queues=4", "fd=5 is given twice"),
+            ("pci_segment=2", "--net: pci_segment=2"),
+            ("id=__n", "two underscores"),
+        ] {
+            let error = validate(text).unwrap_err();
+            assert!(error.to_string().contains(words), "{text}: {error}");
+        }
+        let net = NetConfig {
+            fds: vec![-1],
+            ..NetConfig::default()
+        };
+        let error = net.validate(1, &mut IdAllocator::default()).unwrap_err();
+        assert!(error.to_string().contains("fd=-1 is"), "{error}");
+        for text in [
+            "ip=10.0.0.1,mask=0.0.0.0",
+            "ip=10.0.0.1,mask=255.255.255.255",
+            "ip=fd00::1,mask=ffff:ffff:ffff:ffff::",
+            "tap=vmtap%d",
+        ] {
+            assert!(validate(text).is_ok(), "{text}");
+        }
+    }
+}

@@ -1,0 +1,368 @@
+//! `--pmem`: persistent memory of the guest and the file or device that is it.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use super::device::{
+    IdAllocator, IdError, Naming, OnPci, PciFields, Place, PlaceError, id_key, number_key,
+    segment_key,
+};
+use super::json::{JsonObject, NotBuilt, Shape};
+use super::{ByteSize, Key, PAGE_SIZE, Word, WordError, is_on, on};
+
+/// One virtio-pmem device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PmemConfig {
+    /// What the bytes are: a device-dax device or a file.
+    pub file: PathBuf,
+    /// Size in bytes; absent means from `offset` to the end of `file`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub size: Option<ByteSize>,
+    /// Where in `file` the memory begins, in bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub offset: Option<ByteSize>,
+    /// Whether what the guest writes is its own and forgotten in the end.
+    #[serde(default)]
+    pub discard_writes: bool,
+    /// Whether passed-through devices can reach the memory.
+    #[serde(default = "on", skip_serializing_if = "is_on")]
+    pub dma: bool,
+    /// Name of the device, unique in the guest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
+    /// The PCI segment.
+    #[serde(default)]
+    pub pci_segment: u16,
+    /// The device number on the segment.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pci_device_id: Option<u8>,
+}
+
+/// A virtio-pmem device, checked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ValidPmem {
+    /// Its name.
+    pub id: String,
+    /// What the bytes are.
+    pub file: PathBuf,
+    /// Size in bytes, whole pages; `None` is up to the end.
+    pub size: Option<ByteSize>,
+    /// Where it begins in `file`, whole pages.
+    pub offset: ByteSize,
+    /// Whether what the guest writes is its own and forgotten in the end.
+    pub discard_writes: bool,
+    /// Whether passed-through devices can reach the memory.
+    pub dma: bool,
+    /// Where it sits.
+    pub place: Place,
+}
+
+/// Persistent memory that no guest can have.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum PmemError {
+    /// The path is the empty text.
+    #[error("--pmem file= is empty: give file=PATH, a device such as /dev/dax1.0 or a file")]
+    EmptyFile,
+    /// `size=0`.
+    #[error("{device}: size=0: it cannot be empty; give a size, or leave it out for all of file")]
+    ZeroSize {
+        /// The device.
+        device: String,
+    },
+    /// Not whole pages.
+    #[error("{device}: {key}={size} is not a multiple of 4K; use a multiple of 4K")]
+    NotPages {
+        /// The device.
+        device: String,
+        /// The key.
+        key: &'static str,
+        /// The size given.
+        size: ByteSize,
+    },
+    /// The end of the range does not fit 64 bits.
+    #[error("{device}: offset={offset} plus size={size} exceeds 64 bits; give smaller ones")]
+    RangeOverflow {
+        /// The device.
+        device: String,
+        /// The offset given.
+        offset: ByteSize,
+        /// The size given.
+        size: ByteSize,
+    },
+    /// Where it sits.
+    #[error(transparent)]
+    Place(#[from] PlaceError),
+    /// Its name.
+    #[error(transparent)]
+    Id(#[from] IdError),
+}
+
+impl JsonObject for PmemConfig {
+    const SHAPE: Shape = Shape {
+        not_built: &[
+            NotBuilt::switch("iommu", false),
+            NotBuilt::presence("align"),
+            NotBuilt::presence("on_removal"),
+            NotBuilt::presence("removal_timeout"),
+            NotBuilt::presence("on_loss"),
+            NotBuilt::presence("pool"),
+        ],
+        ..Shape::WHOLE
+    };
+}
+
+impl OnPci for PmemConfig {
+    fn pci(&mut self) -> PciFields<'_> {
+        PciFields {
+            id: &mut self.id,
+            segment: &mut self.pci_segment,
+            number: &mut self.pci_device_id,
+        }
+    }
+}
+
+impl PmemConfig {
+    pub(crate) const WORD: Word<Self> = Word {
+        flag: "--pmem",
+        about: "Persistent memory of the guest; repeat for more",
+        keys: &[
+            Key::new(
+                "file",
+                "PATH",
+                "a device such as /dev/dax1.0, or a file (required)",
+                |pmem, value| {
+                    pmem.file = value.path()?;
+                    Ok(())
+                },
+            ),
+            Key::new(
+                "size",
+                "SIZE",
+                "how much [default: to the end of file]",
+                |pmem, value| {
+                    pmem.size = Some(value.size()?);
+                    Ok(())
+                },
+            ),
+            Key::new(
+                "offset",
+                "SIZE",
+                "where in file it begins [default: 0]",
+                |pmem, value| {
+                    pmem.offset = Some(value.size()?);
+                    Ok(())
+                },
+            ),
+            Key::new(
+                "discard_writes",
+                "on|off",
+                "writes are the guest's own and forgotten [default: off]",
+                |pmem, value| {
+                    pmem.discard_writes = value.switch()?;
+                    Ok(())
+                },
+            ),
+            Key::new(
+                "dma",
+                "on|off",
+                "passed-through devices can reach it [default: on]",
+                |pmem, value| {
+                    pmem.dma = value.switch()?;
+                    Ok(())
+                },
+            ),
+            id_key(),
+            segment_key(),
+            number_key(),
+            Key::not_built("iommu"),
+            Key::not_built("align"),
+            Key::not_built("on_removal"),
+            Key::not_built("removal_timeout"),
+            Key::not_built("on_loss"),
+            Key::not_built("pool"),
+        ],
+    };
+
+    const NAMING: Naming = Naming::Numbered("_pmem");
+
+    /// Persistent memory that is all of `file`.
+    pub fn new(file: impl Into<PathBuf>) -> Self {
+        Self {
+            file: file.into(),
+            size: None,
+            offset: None,
+            discard_writes: false,
+            dma: true,
+            id: None,
+            pci_segment: 0,
+            pci_device_id: None,
+        }
+    }
+
+    /// Reads the value of one `--pmem`.
+    pub fn parse(text: &str) -> Result<Self, WordError> {
+        let mut pmem = Self::new("");
+        Self::WORD.fill(text, &mut pmem)?;
+        if pmem.file.as_os_str().is_empty() {
+            // The setter refuses an empty path, so the key was not there.
+            return Err(WordError::MissingKey {
+                flag: Self::WORD.flag,
+                key: "file",
+            });
+        }
+        Ok(pmem)
+    }
+
+    /// The device as errors name it.
+    fn label(&self) -> String {
+        match &self.id {
+            Some(id) => format!("{} id={id}", Self::WORD.flag),
+            None => format!("{} file={}", Self::WORD.flag, self.file.display()),
+        }
+    }
+
+    /// Checks what can be told of this device by itself in a guest with `segments` PCI segments, and takes its id.
+    pub fn validate(&self, segments: u16, ids: &mut IdAllocator) -> Result<ValidPmem, PmemError> {
+        let device = self.label();
+        if self.file.as_os_str().is_empty() {
+            return Err(PmemError::EmptyFile);
+        }
+        if self.size == Some(ByteSize::ZERO) {
+            return Err(PmemError::ZeroSize { device });
+        }
+        let offset = self.offset.unwrap_or_default();
+        for (key, size) in [("size", self.size.unwrap_or_default()), ("offset", offset)] {
+            if !size.bytes().is_multiple_of(PAGE_SIZE) {
+                return Err(PmemError::NotPages { device, key, size });
+            }
+        }
+        if let Some(size) = self.size
+            && offset.bytes().checked_add(size.bytes()).is_none()
+        {
+            return Err(PmemError::RangeOverflow {
+                device,
+                offset,
+                size,
+            });
+        }
+        let place = Place::check(&device, self.pci_segment, self.pci_device_id, segments)?;
+        Ok(ValidPmem {
+            id: ids.take(&device, self.id.as_deref(), Self::NAMING)?,
+            file: self.file.clone(),
+            size: self.size,
+            offset,
+            discard_writes: self.discard_writes,
+            dma: self.dma,
+            place,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::from_json;
+
+    fn validate(text: &str) -> Result<ValidPmem, PmemError> {
+        PmemConfig::parse(text)
+            .unwrap()
+            .validate(2, &mut IdAllocator::default())
+    }
+
+    #[test]
+    fn every_key_is_stored_and_reaches_the_checked_form() {
+        let text = "file=/dev/dax1.0,size=1G,offset=512M,discard_writes=on,dma=off,id=p,\
+                    pci_segment=1,pci_device_id=7";
+        let json = r#"{"file":"/dev/dax1.0","size":1073741824,"offset":536870912,
+            "discard_writes":true,"dma":false,"id":"p","pci_segment":1,"pci_device_id":7,
+            "iommu":false}"#;
+        assert_eq!(
+            PmemConfig::parse(text).unwrap(),
+            from_json::<PmemConfig>(json.as_bytes()).unwrap()
+        );
+        assert_eq!(
+            validate(text),
+            Ok(ValidPmem {
+                id: "p".into(),
+                file: "/dev/dax1.0".into(),
+                size: Some(ByteSize::from_mib(1024)),
+                offset: ByteSize::from_mib(512),
+                discard_writes: true,
+                dma: false,
+                place: Place {
+                    segment: 1,
+                    device: Some(7)
+                },
+            })
+        );
+        let plain = validate("file=/f").unwrap();
+        assert_eq!((plain.id.as_str(), plain.size), ("_pmem0", None));
+        assert!(plain.dma && !plain.discard_writes);
+        let json = serde_json::to_string(&PmemConfig::new("/f")).unwrap();
+        assert_eq!(
+            json,
+            r#"{"file":"/f","discard_writes":false,"pci_segment":0}"#
+        );
+    }
+
+    #[test]
+    fn a_file_is_required_and_keys_not_built_are_named() {
+        let error = PmemConfig::parse("size=1G").unwrap_err();
+        assert!(error.to_string().contains("add file=VALUE"), "{error}");
+        for key in [
+            "iommu",
+            "align",
+            "on_removal",
+            "removal_timeout",
+            "on_loss",
+            "pool",
+        ] {
+            let words = format!("not supported by daxhund: --pmem {key}");
+            let error = PmemConfig::parse(&format!("file=/f,{key}=on")).unwrap_err();
+            assert_eq!(error.to_string(), words);
+            let json = format!(r#"{{"file":"/f","{key}":"on"}}"#);
+            let error = from_json::<PmemConfig>(json.as_bytes()).unwrap_err();
+            assert_eq!(
+                error.to_string(),
+                format!("not supported by daxhund: {key}")
+            );
+        }
+        let error = from_json::<PmemConfig>(b"{}").unwrap_err();
+        assert!(error.to_string().contains("missing field `file`"));
+    }
+
+    #[test]
+    fn what_no_guest_can_have_is_refused() {
+        for (text, words) in [
+            (
+                "file=/f,size=0",
+                "--pmem file=/f: size=0: it cannot be empty",
+            ),
+            ("file=/f,size=4097", "size=4097 is not a multiple of 4K"),
+            ("file=/f,offset=1", "offset=1 is not a multiple of 4K"),
+            (
+                "file=/f,size=8K,offset=18446744073709547520",
+                "exceeds 64 bits",
+            ),
+            ("file=/f,id=a,pci_segment=2", "--pmem id=a: pci_segment=2"),
+            ("file=/f,pci_device_id=0", "is the host bridge's"),
+            ("file=/f,id=__a", "two underscores"),
+        ] {
+            let error = validate(text).unwrap_err();
+            assert!(error.to_string().contains(words), "{text}: {error}");
+        }
+        let error = PmemConfig::new("").validate(1, &mut IdAllocator::default());
+        assert_eq!(error, Err(PmemError::EmptyFile));
+    }
+
+    #[test]
+    fn a_refused_device_takes_no_id() {
+        let mut ids = IdAllocator::default();
+        let pmem = PmemConfig::parse("file=/f,id=a,pci_device_id=0").unwrap();
+        assert!(pmem.validate(1, &mut ids).is_err());
+        assert!(!ids.is_taken("a"));
+    }
+}

@@ -1,0 +1,5 @@
+//! Pure state machines: events in, actions out. No descriptor, no clock, no thread; time is passed in.
+
+#![forbid(unsafe_code)]
+
+pub mod slot;

@@ -1,0 +1,248 @@
+//! What the owner answers to the API: each request in each state.
+//!
+//! A request that does not fit the state is refused and changes nothing. What a client asked for is checked again here
+//! like a word of the command line; nothing is trusted because it came through the socket.
+
+use event_manager::EventOps;
+use serde_json::{Value, json};
+
+use super::Ending;
+use super::owner::{Owner, State};
+use super::vm::{AddError, NewDevice, RunningVm};
+use crate::api::{Answer, ApiError, DeviceAdded, ErrorKind, Reply, Request};
+use crate::config::VmConfig;
+use crate::monitor::Event;
+
+/// Done, and nothing to say.
+const DONE: Answer = Ok(Reply::Empty);
+
+impl Owner {
+    /// Does what was asked and says how it went.
+    pub(super) fn answer(&mut self, request: Request, ops: &mut EventOps<'_>) -> Answer {
+        match request {
+            Request::Info => self.info(),
+            Request::Counters => self.counters(),
+            Request::VmmShutdown => {
+                self.end(Ok(Ending::Asked));
+                DONE
+            }
+            Request::Create(config) => self.create(config),
+            Request::Boot => self.boot(ops),
+            Request::Shutdown => {
+                self.up()?;
+                self.shut_down(ops);
+                DONE
+            }
+            Request::Delete => {
+                self.defined()?;
+                self.shut_down(ops);
+                self.state = State::NoVm;
+                self.monitor.send(&Event::Deleted);
+                DONE
+            }
+            Request::Reboot => {
+                self.up()?;
+                self.reset(ops).map_err(|error| {
+                    let answer = ApiError::from_error(ErrorKind::Internal, &error);
+                    // The machine is gone; what is left to say goes with the process.
+                    self.end(Err(error));
+                    answer
+                })?;
+                DONE
+            }
+            Request::Pause => self.pause(),
+            Request::Resume => self.resume(),
+            Request::PowerButton => {
+                self.up()?.machine.power_button();
+                DONE
+            }
+            Request::AddPmem(word) => self.add(NewDevice::Pmem(*word)),
+            Request::AddDisk(word) => self.add(NewDevice::Disk(*word)),
+            Request::AddNet(word, fds) => self.add(NewDevice::Net(*word, fds)),
+            Request::AddVsock(word) => self.add(NewDevice::Vsock(*word)),
+            Request::RemoveDevice { id } => self.remove_device(&id),
+            Request::Resize {
+                vcpus,
+                ram,
+                balloon,
+            } => self.resize(vcpus, ram, balloon),
+        }
+    }
+
+    /// The machine that is up, running or paused.
+    fn up(&mut self) -> Result<&mut RunningVm, ApiError> {
+        match &mut self.state {
+            State::Up(vm) => Ok(vm),
+            State::Created(_) => Err(wrong_state("the VM is not booted; vm.boot starts it")),
+            State::NoVm => Err(no_vm()),
+        }
+    }
+
+    fn defined(&self) -> Result<(), ApiError> {
+        match self.state {
+            State::NoVm => Err(no_vm()),
+            State::Created(_) | State::Up(_) => Ok(()),
+        }
+    }
+
+    fn create(&mut self, config: Box<VmConfig>) -> Answer {
+        if !matches!(self.state, State::NoVm) {
+            return Err(wrong_state("a VM exists already; vm.delete removes it"));
+        }
+        // Kept as it was sent, ids and all; checked now so that the client learns of it now.
+        let valid = config
+            .validate()
+            .map_err(|error| ApiError::from_error(ErrorKind::BadRequest, &error))?;
+        self.state = State::Created(Box::new(valid.config().clone()));
+        DONE
+    }
+
+    fn boot(&mut self, ops: &mut EventOps<'_>) -> Answer {
+        let config = match &self.state {
+            State::Created(config) => config.as_ref().clone(),
+            State::Up(_) => return Err(wrong_state("the VM is booted already")),
+            State::NoVm => return Err(no_vm()),
+        };
+        self.monitor.send(&Event::Booting);
+        let valid = config
+            .validate()
+            .map_err(|error| ApiError::from_error(ErrorKind::Internal, &error))?;
+        let vm = RunningVm::boot(valid)
+            .map_err(|error| ApiError::from_error(ErrorKind::Internal, &error))?;
+        self.state = State::Up(Box::new(vm));
+        self.watch(ops);
+        self.monitor.send(&Event::Booted);
+        DONE
+    }
+
+    fn pause(&mut self) -> Answer {
+        let vm = self.up()?;
+        if vm.is_paused() {
+            return Err(wrong_state("the VM is paused already"));
+        }
+        self.monitor.send(&Event::Pausing);
+        self.up()?
+            .pause()
+            .map_err(|error| ApiError::from_error(ErrorKind::Internal, &error))?;
+        self.monitor.send(&Event::Paused);
+        DONE
+    }
+
+    fn resume(&mut self) -> Answer {
+        let vm = self.up()?;
+        if !vm.is_paused() {
+            return Err(wrong_state("the VM is not paused"));
+        }
+        self.monitor.send(&Event::Resuming);
+        self.up()?.resume();
+        self.monitor.send(&Event::Resumed);
+        DONE
+    }
+
+    /// A running guest gets the device now, a defined one when it boots.
+    fn add(&mut self, new: NewDevice) -> Answer {
+        match &mut self.state {
+            State::NoVm => Err(no_vm()),
+            State::Created(config) => {
+                let mut changed = config.as_ref().clone();
+                new.put_into(&mut changed)?;
+                let valid = changed
+                    .validate()
+                    .map_err(|error| ApiError::from_error(ErrorKind::BadRequest, &error))?;
+                **config = valid.config().clone();
+                DONE
+            }
+            State::Up(vm) => {
+                let (id, bdf) = vm.add(new).map_err(|error| {
+                    let kind = match error {
+                        AddError::Config(_) | AddError::Second { .. } => ErrorKind::BadRequest,
+                        _ => ErrorKind::Internal,
+                    };
+                    ApiError::from_error(kind, &error)
+                })?;
+                Reply::json(&DeviceAdded {
+                    id,
+                    bdf: bdf.to_string(),
+                })
+            }
+        }
+    }
+
+    fn remove_device(&mut self, id: &str) -> Answer {
+        match &mut self.state {
+            State::NoVm => Err(no_vm()),
+            State::Created(config) => {
+                if config.remove_device(id) {
+                    DONE
+                } else {
+                    Err(ApiError::new(
+                        ErrorKind::NotFound,
+                        format!("the VM has no device with id {id}; vm.info lists them"),
+                    ))
+                }
+            }
+            State::Up(vm) => {
+                vm.request_removal(id).map_err(|error| {
+                    let kind = match error {
+                        super::devices::RemoveError::Unknown { .. } => ErrorKind::NotFound,
+                        super::devices::RemoveError::Leaving { .. } => ErrorKind::WrongState,
+                    };
+                    ApiError::from_error(kind, &error)
+                })?;
+                self.settle();
+                DONE
+            }
+        }
+    }
+
+    fn resize(&mut self, vcpus: Option<u32>, ram: Option<u64>, balloon: Option<u64>) -> Answer {
+        let vm = self.up()?;
+        if vcpus.is_some_and(|asked| asked != vm.config().cpus.boot_vcpus) {
+            return Err(ApiError::not_supported("vm.resize desired_vcpus"));
+        }
+        if ram.is_some_and(|asked| asked != vm.ram_bytes()) {
+            return Err(ApiError::not_supported("vm.resize desired_ram"));
+        }
+        match balloon {
+            None => DONE,
+            Some(bytes) => vm
+                .resize_balloon(bytes)
+                .map(|()| Reply::Empty)
+                .map_err(|error| ApiError::from_error(ErrorKind::BadRequest, &error)),
+        }
+    }
+
+    fn info(&self) -> Answer {
+        let (config, state, actual, tree) = match &self.state {
+            State::NoVm => return Err(no_vm()),
+            State::Created(config) => (config.as_ref(), "Created", None, Value::Null),
+            State::Up(vm) => {
+                let state = if vm.is_paused() { "Paused" } else { "Running" };
+                (
+                    vm.config(),
+                    state,
+                    Some(vm.memory_actual_bytes()),
+                    vm.device_tree(),
+                )
+            }
+        };
+        Reply::json(&json!({
+            "config": config,
+            "state": state,
+            "memory_actual_size": actual.unwrap_or(0),
+            "device_tree": tree,
+        }))
+    }
+
+    fn counters(&mut self) -> Answer {
+        Reply::json(&self.up()?.counters())
+    }
+}
+
+fn no_vm() -> ApiError {
+    ApiError::new(ErrorKind::NotFound, "there is no VM; vm.create defines one")
+}
+
+fn wrong_state(message: &str) -> ApiError {
+    ApiError::new(ErrorKind::WrongState, message)
+}

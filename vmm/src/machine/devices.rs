@@ -1,0 +1,416 @@
+//! The walk of one device: from the host into a slot of the guest, and back.
+//!
+//! ```text
+//!   HostDevice ─plug─▶ slot ▶ interrupts ▶ function ▶ bus ▶ (guest told) ─ Plugged
+//!       ▲                                                                     │
+//!       └──────────────── the same in reverse, the slot last ◀────── withdraw, settle
+//! ```
+//! A [`HostDevice`] is what was taken from the host: it outlives resets of the guest. What the machine adds is a
+//! [`Plugged`], one field for each step. Memory that a device brings (persistent memory) goes through
+//! [`crate::memory::ram`] like RAM, before the device is plugged and after it is gone.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Instant;
+
+use thiserror::Error;
+use tracing::{debug, info, warn};
+
+use super::wiring::{KvmDoorbells, KvmRoutes};
+use crate::kvm::{Interrupts, VectorsError};
+use crate::lifecycle::slot::{self, SlotAction, SlotEvent, SlotState};
+use crate::memory::layout::Gpa;
+use crate::memory::ram::GuestView;
+use crate::pci::{Ejected, Hotplug, InsertError, Segment, Slot, SlotError, Slots};
+use crate::virtio::Device;
+use crate::virtio::transport::{Parts, VirtioPci, vectors_for};
+
+/// A device as it was taken from the host.
+pub(super) struct HostDevice {
+    /// Its name in the configuration.
+    pub(super) id: String,
+    /// PCI segment.
+    pub(super) segment: u16,
+    /// The slot it has to be in: as configured, or where it was before a reset.
+    pub(super) slot: Option<u8>,
+    /// The device itself.
+    pub(super) device: Arc<dyn Device>,
+    /// Where the memory that it brings begins in the guest.
+    pub(super) memory: Option<Gpa>,
+}
+
+/// Where a function sits, as orchestrators write it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Bdf {
+    pub(super) segment: u16,
+    pub(super) slot: u8,
+}
+
+impl std::fmt::Display for Bdf {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:04x}:00:{:02x}.0", self.segment, self.slot)
+    }
+}
+
+/// A device can't be plugged.
+#[derive(Debug, Error)]
+pub enum PlugError {
+    /// No such segment.
+    #[error(
+        "device {id}: the guest has no PCI segment {segment}; --platform num_pci_segments= gives it more"
+    )]
+    NoSegment {
+        /// Which device.
+        id: String,
+        /// Asked for.
+        segment: u16,
+    },
+    /// No slot.
+    #[error("device {id}")]
+    Slot {
+        /// Which device.
+        id: String,
+        /// Why.
+        #[source]
+        source: SlotError,
+    },
+    /// No interrupts.
+    #[error("device {id}")]
+    Vectors {
+        /// Which device.
+        id: String,
+        /// Why.
+        #[source]
+        source: VectorsError,
+    },
+    /// No event descriptors.
+    #[error(
+        "device {id}: no event descriptor could be made; `ulimit -n` raises how many a process may have"
+    )]
+    Event {
+        /// Which device.
+        id: String,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// No addresses.
+    #[error("device {id}")]
+    Insert {
+        /// Which device.
+        id: String,
+        /// Why.
+        #[source]
+        source: InsertError,
+    },
+}
+
+/// A device in its slot. Fields in the order in which they are acquired.
+struct Plugged {
+    id: String,
+    bdf: Bdf,
+    slot: Slot,
+    transport: Arc<VirtioPci>,
+    memory: Option<Gpa>,
+    state: SlotState,
+}
+
+/// One PCI segment and who sits in it.
+struct Board {
+    segment: Arc<Segment>,
+    slots: Slots,
+}
+
+/// What is to be done after a removal was looked at.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Settled {
+    /// The device is gone from the machine; its memory, host resources and configuration can go.
+    Gone {
+        id: String,
+        bdf: String,
+        memory: Option<Gpa>,
+    },
+    /// The guest did not answer in time.
+    Unanswered { id: String },
+}
+
+/// A removal can't be asked for.
+#[derive(Debug, Error)]
+pub enum RemoveError {
+    /// No such device.
+    #[error("the guest has no device with id {id}; vm.info lists them")]
+    Unknown {
+        /// Asked for.
+        id: String,
+    },
+    /// It has let go of it already.
+    #[error(
+        "device {id} is on its way out already: the guest has let go of it, the host is still finishing its work"
+    )]
+    Leaving {
+        /// Asked for.
+        id: String,
+    },
+}
+
+/// All devices of one machine.
+pub(super) struct Devices {
+    boards: Vec<Board>,
+    hotplug: Arc<Hotplug>,
+    interrupts: Interrupts,
+    doorbells: Arc<KvmDoorbells>,
+    memory: GuestView,
+    plugged: Vec<Plugged>,
+}
+
+impl Devices {
+    pub(super) fn new(
+        segments: &[Arc<Segment>],
+        hotplug: Arc<Hotplug>,
+        interrupts: Interrupts,
+        doorbells: KvmDoorbells,
+        memory: GuestView,
+    ) -> Self {
+        Self {
+            boards: segments
+                .iter()
+                .map(|segment| Board {
+                    segment: Arc::clone(segment),
+                    slots: Slots::new(segment.number()),
+                })
+                .collect(),
+            hotplug,
+            interrupts,
+            doorbells: Arc::new(doorbells),
+            memory,
+            plugged: Vec::new(),
+        }
+    }
+
+    /// Puts a device into a slot, where it stays over resets. The guest is told with [`Devices::announce`]; a guest that
+    /// has not started yet finds it by itself.
+    pub(super) fn plug(&mut self, host: &mut HostDevice) -> Result<Bdf, PlugError> {
+        let id = || host.id.clone();
+        let board = self
+            .boards
+            .get_mut(usize::from(host.segment))
+            .ok_or_else(|| PlugError::NoSegment {
+                id: id(),
+                segment: host.segment,
+            })?;
+        let slot = board
+            .slots
+            .reserve(host.slot, &host.id)
+            .map_err(|source| PlugError::Slot { id: id(), source })?;
+        let transport = match self.transport(host) {
+            Ok(transport) => transport,
+            Err(error) => {
+                self.free(host.segment, slot);
+                return Err(error);
+            }
+        };
+        let function = Arc::clone(&transport) as Arc<_>;
+        let board = &self.boards[usize::from(host.segment)];
+        if let Err(source) = board.segment.insert(slot.number(), function) {
+            self.free(host.segment, slot);
+            return Err(PlugError::Insert { id: id(), source });
+        }
+        let bdf = Bdf {
+            segment: host.segment,
+            slot: slot.number(),
+        };
+        self.hotplug.set_present(bdf.segment, slot);
+        host.slot = Some(slot.number());
+        info!(id = host.id, %bdf, kind = ?host.device.kind(), "device plugged");
+        self.plugged.push(Plugged {
+            id: host.id.clone(),
+            bdf,
+            slot,
+            transport,
+            memory: host.memory,
+            state: SlotState::Present,
+        });
+        Ok(bdf)
+    }
+
+    fn transport(&self, host: &HostDevice) -> Result<Arc<VirtioPci>, PlugError> {
+        let id = || host.id.clone();
+        let vectors = self
+            .interrupts
+            .vectors(vectors_for(host.device.as_ref()))
+            .map_err(|source| PlugError::Vectors { id: id(), source })?;
+        let parts = Parts {
+            id: host.id.clone(),
+            device: Arc::clone(&host.device),
+            routes: Arc::new(KvmRoutes(vectors)),
+            doorbells: Arc::clone(&self.doorbells) as Arc<_>,
+            memory: self.memory.clone(),
+        };
+        VirtioPci::new(parts)
+            .map(Arc::new)
+            .map_err(|source| PlugError::Event { id: id(), source })
+    }
+
+    fn free(&mut self, segment: u16, slot: Slot) {
+        self.boards[usize::from(segment)].slots.free(slot);
+    }
+
+    /// Tells a running guest of a device (ACPI Device Check).
+    pub(super) fn announce(&self, bdf: Bdf) {
+        if let Some(plugged) = self.plugged.iter().find(|plugged| plugged.bdf == bdf) {
+            self.hotplug.announce(bdf.segment, plugged.slot);
+        }
+    }
+
+    /// Asks the guest to let go of a device. It ends with an eject, or with [`Settled::Unanswered`].
+    pub(super) fn request_removal(&mut self, id: &str, now: Instant) -> Result<(), RemoveError> {
+        let plugged = self
+            .plugged
+            .iter_mut()
+            .find(|plugged| plugged.id == id)
+            .ok_or_else(|| RemoveError::Unknown { id: id.to_owned() })?;
+        let (state, action) = slot::step(plugged.state, SlotEvent::Ask { now });
+        plugged.state = state;
+        if action != SlotAction::RequestEject {
+            return Err(RemoveError::Leaving { id: id.to_owned() });
+        }
+        info!(id, bdf = %plugged.bdf, "the guest is asked to let go of the device");
+        self.hotplug
+            .request_eject(plugged.bdf.segment, plugged.slot);
+        Ok(())
+    }
+
+    /// The guest has ejected a slot: the device is off the bus when this returns. It is gone when it has settled.
+    pub(super) fn ejected(&mut self, Ejected { segment, slot }: Ejected) {
+        let meant = |plugged: &&mut Plugged| plugged.bdf.segment == segment && plugged.slot == slot;
+        let Some(plugged) = self.plugged.iter_mut().find(meant) else {
+            debug!(
+                segment,
+                ?slot,
+                "an eject of a device that is not there any more"
+            );
+            return;
+        };
+        let bdf = plugged.bdf;
+        let (state, action) = slot::step(plugged.state, SlotEvent::Ejected);
+        plugged.state = state;
+        if action == SlotAction::Withdraw {
+            info!(id = plugged.id, %bdf, "ejected by the guest");
+            withdraw(&self.boards, plugged);
+        }
+    }
+
+    /// Looks at removals that are under way. Call it after an eject, and at intervals while [`Devices::is_settling`].
+    pub(super) fn settle(&mut self, now: Instant) -> Vec<Settled> {
+        let mut settled = Vec::new();
+        let mut index = 0;
+        while let Some(plugged) = self.plugged.get_mut(index) {
+            let event = if plugged.state == SlotState::Draining && plugged.transport.is_gone() {
+                SlotEvent::Drained
+            } else {
+                SlotEvent::Tick { now }
+            };
+            let (state, action) = slot::step(plugged.state, event);
+            plugged.state = state;
+            match action {
+                SlotAction::Release => {
+                    let plugged = self.plugged.remove(index);
+                    settled.push(self.release(plugged));
+                    continue;
+                }
+                SlotAction::ReportUnanswered => {
+                    warn!(id = plugged.id, bdf = %plugged.bdf, "the guest did not let go of the device in time; it keeps it");
+                    settled.push(Settled::Unanswered {
+                        id: plugged.id.clone(),
+                    });
+                }
+                _ => {}
+            }
+            index += 1;
+        }
+        settled
+    }
+
+    /// Whether a removal waits for the guest or the host.
+    pub(super) fn is_settling(&self) -> bool {
+        self.plugged
+            .iter()
+            .any(|p| matches!(p.state, SlotState::Asked { .. } | SlotState::Draining))
+    }
+
+    fn release(&mut self, plugged: Plugged) -> Settled {
+        let Plugged {
+            id,
+            bdf,
+            slot,
+            transport,
+            memory,
+            state: _,
+        } = plugged;
+        let holders = Arc::strong_count(&transport) - 1;
+        if holders > 0 {
+            warn!(
+                id,
+                holders, "a function is still held by somebody else than its slot"
+            );
+        }
+        drop(transport);
+        self.hotplug.clear(bdf.segment, slot);
+        if !self.boards[usize::from(bdf.segment)].slots.free(slot) {
+            warn!(id, %bdf, "the slot had another owner by then");
+        }
+        Settled::Gone {
+            id,
+            bdf: bdf.to_string(),
+            memory,
+        }
+    }
+
+    /// Takes all devices off the bus, for a machine that ends; waits until none reaches guest memory any more, which is
+    /// bounded by what the host has in flight for them.
+    pub(super) fn unplug_all(&mut self) {
+        for plugged in &mut self.plugged {
+            if plugged.state != SlotState::Draining {
+                withdraw(&self.boards, plugged);
+                plugged.state = SlotState::Draining;
+            }
+        }
+        while let Some(plugged) = self.plugged.pop() {
+            self.release(plugged);
+        }
+    }
+
+    /// Tells all workers to serve nothing, and waits for it; the ids of devices that did not stop in time.
+    pub(super) fn pause(&self, until: Instant) -> Vec<String> {
+        for plugged in &self.plugged {
+            plugged.transport.pause();
+        }
+        self.plugged
+            .iter()
+            .filter(|plugged| !plugged.transport.wait_paused(until))
+            .map(|plugged| plugged.id.clone())
+            .collect()
+    }
+
+    /// The undo of [`Devices::pause`].
+    pub(super) fn resume(&self) {
+        for plugged in &self.plugged {
+            plugged.transport.resume();
+        }
+    }
+
+    /// For `vm.info`: id, place and state of each.
+    pub(super) fn tree(&self) -> impl Iterator<Item = (&str, Bdf, &'static str)> {
+        self.plugged
+            .iter()
+            .map(|plugged| (plugged.id.as_str(), plugged.bdf, plugged.state.name()))
+    }
+}
+
+/// First the bus, so that no vCPU reaches it, then its workers.
+fn withdraw(boards: &[Board], plugged: &Plugged) {
+    if let Some(board) = boards.get(usize::from(plugged.bdf.segment)) {
+        board.segment.remove(plugged.bdf.slot);
+    }
+    plugged.transport.stop();
+}

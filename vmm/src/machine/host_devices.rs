@@ -1,0 +1,276 @@
+//! From a device's configuration to what it takes from the host, and back; one step each, side by side with its undo.
+//!
+//! What is opened here outlives resets of the guest: files, taps, sockets, terminals, and mapped memory.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use thiserror::Error;
+use tracing::info;
+
+use super::devices::HostDevice;
+use super::resources::HostResources;
+use super::vm::release_one;
+use crate::config::{
+    ByteSize, MacAddr, Place, Tap, ValidBalloon, ValidConsole, ValidDisk, ValidNet, ValidPmem,
+    ValidRng, ValidVsock,
+};
+use crate::devices::console::{Console, OpenConsoleError};
+use crate::inherited::{self, InheritedError};
+use crate::memory::layout::Gpa;
+use crate::memory::pmem::{PmemBacking, PmemMapError, PmemOpenError, PmemSpec};
+use crate::memory::region::Region;
+use crate::pci::NoPlace;
+use crate::virtio::Device;
+use crate::virtio::balloon::{BalloonDevice, BalloonSizeError, BalloonSpec};
+use crate::virtio::blk::{Disk, DiskOpenError, DiskSpec};
+use crate::virtio::console::ConsoleDevice;
+use crate::virtio::net::{Mac, MacError, NetDevice, NetOpenError, NetSpec};
+use crate::virtio::pmem::PmemDevice;
+use crate::virtio::rng::{OpenRngError, RngDevice, RngSpec};
+use crate::virtio::vsock::{VsockDevice, VsockOpenError, VsockSpec};
+
+/// What a device needs of the host can't be had.
+#[derive(Debug, Error)]
+pub enum OpenDeviceError {
+    /// Persistent memory.
+    #[error(transparent)]
+    Pmem(#[from] PmemOpenError),
+    /// Its mapping.
+    #[error(transparent)]
+    PmemMap(#[from] PmemMapError),
+    /// Its place in the guest.
+    #[error("pmem {id}")]
+    Room {
+        /// Which device.
+        id: String,
+        /// Why.
+        #[source]
+        source: NoPlace,
+    },
+    /// A disk.
+    #[error(transparent)]
+    Disk(#[from] DiskOpenError),
+    /// A network device.
+    #[error(transparent)]
+    Net(#[from] NetOpenError),
+    /// An Ethernet address that no interface can have.
+    #[error("network device {id}")]
+    Mac {
+        /// Which device.
+        id: String,
+        /// Why.
+        #[source]
+        source: MacError,
+    },
+    /// A descriptor that was to be inherited.
+    #[error("network device {id}")]
+    Inherited {
+        /// Which device.
+        id: String,
+        /// Why.
+        #[source]
+        source: InheritedError,
+    },
+    /// Sockets.
+    #[error(transparent)]
+    Vsock(#[from] VsockOpenError),
+    /// Random numbers.
+    #[error(transparent)]
+    Rng(#[from] OpenRngError),
+    /// The balloon.
+    #[error(transparent)]
+    Balloon(#[from] BalloonSizeError),
+    /// The console's other end.
+    #[error("console {id}")]
+    Console {
+        /// Which device.
+        id: String,
+        /// Why.
+        #[source]
+        source: OpenConsoleError,
+    },
+}
+
+/// A device, taken from the host.
+pub(super) struct OpenedDevice {
+    pub(super) device: HostDevice,
+    /// The memory that it brings: mapped, placed, and nobody's yet.
+    pub(super) region: Option<Region>,
+}
+
+impl OpenedDevice {
+    fn new(id: &str, place: Place, device: Arc<dyn Device>) -> Self {
+        Self {
+            device: HostDevice {
+                id: id.to_owned(),
+                segment: place.segment,
+                slot: place.device,
+                device,
+                memory: None,
+            },
+            region: None,
+        }
+    }
+}
+
+impl HostResources {
+    /// Opens, places and maps persistent memory.
+    pub(super) fn open_pmem(&mut self, valid: &ValidPmem) -> Result<OpenedDevice, OpenDeviceError> {
+        let spec = PmemSpec {
+            id: valid.id.clone(),
+            file: valid.file.clone(),
+            size: valid.size.map(ByteSize::bytes),
+            offset: valid.offset.bytes(),
+            discard_writes: valid.discard_writes,
+        };
+        let backing = PmemBacking::open(&self.dax, &spec)?;
+        let (size, align) = (backing.size(), backing.placement_align());
+        let gpa = self
+            .device_memory
+            .place(size, align)
+            .map(Gpa)
+            .map_err(|source| OpenDeviceError::Room {
+                id: valid.id.clone(),
+                source,
+            })?;
+        let region = match backing.map(gpa) {
+            Ok(region) => region,
+            Err(error) => {
+                self.device_memory.free(gpa.0);
+                return Err(error.into());
+            }
+        };
+        info!(
+            id = valid.id, gpa = %gpa, size = %format_args!("{size:#x}"),
+            host = %format_args!("{:#x}", region.host_address()), "persistent memory mapped"
+        );
+        let device = PmemDevice::new(&valid.id, gpa, size, backing.flusher());
+        let mut opened = OpenedDevice::new(&valid.id, valid.place, Arc::new(device));
+        opened.device.memory = Some(gpa);
+        opened.region = Some(region);
+        Ok(opened)
+    }
+
+    /// The undo of all that open a device here. `region` is its memory, taken back from everybody; without it memory
+    /// that the device brought is still somebody's, and its place is not used again.
+    pub(super) fn close_device(&mut self, device: &HostDevice, region: Option<Region>) {
+        if let (Some(gpa), Some(region)) = (device.memory, region) {
+            release_one(region);
+            self.device_memory.free(gpa.0);
+        }
+    }
+
+    /// A balloon takes nothing from the host: it gives.
+    pub(super) fn open_balloon(
+        &mut self,
+        valid: &ValidBalloon,
+    ) -> Result<OpenedDevice, OpenDeviceError> {
+        let spec = BalloonSpec {
+            id: valid.id.clone(),
+            size: valid.size.bytes(),
+            deflate_on_oom: valid.deflate_on_oom,
+            free_page_reporting: valid.free_page_reporting,
+        };
+        let device = Arc::new(BalloonDevice::new(spec, self.discard.clone())?);
+        self.balloon = Some(Arc::clone(&device));
+        Ok(OpenedDevice::new(&valid.id, valid.place, device))
+    }
+}
+
+/// Opens a disk's file.
+pub(super) fn open_disk(valid: &ValidDisk) -> Result<OpenedDevice, OpenDeviceError> {
+    let device = Disk::open(&DiskSpec {
+        readonly: valid.readonly,
+        direct: valid.direct,
+        num_queues: valid.num_queues,
+        queue_size: valid.queue_size,
+        serial: valid.serial.clone(),
+        ..DiskSpec::new(&valid.id, &valid.path)
+    })?;
+    Ok(OpenedDevice::new(&valid.id, valid.place, Arc::new(device)))
+}
+
+/// Opens or takes a tap. `fds` came with the request.
+pub(super) fn open_net(
+    valid: &ValidNet,
+    fds: Vec<OwnedFd>,
+) -> Result<OpenedDevice, OpenDeviceError> {
+    let device = NetDevice::open(net_spec(valid, fds)?)?;
+    Ok(OpenedDevice::new(&valid.id, valid.place, Arc::new(device)))
+}
+
+/// Makes the socket that the host's programs connect to.
+pub(super) fn open_vsock(valid: &ValidVsock) -> Result<OpenedDevice, OpenDeviceError> {
+    let device = VsockDevice::open(VsockSpec {
+        id: valid.id.clone(),
+        cid: valid.cid.into(),
+        socket: valid.socket.clone(),
+    })?;
+    Ok(OpenedDevice::new(&valid.id, valid.place, Arc::new(device)))
+}
+
+/// Opens the source of random numbers.
+pub(super) fn open_rng(valid: &ValidRng) -> Result<OpenedDevice, OpenDeviceError> {
+    let device = RngDevice::open(RngSpec {
+        id: valid.id.clone(),
+        src: valid.src.clone(),
+    })?;
+    Ok(OpenedDevice::new(&valid.id, valid.place, Arc::new(device)))
+}
+
+/// Opens the other end of the virtio console.
+pub(super) fn open_console(valid: &ValidConsole) -> Result<OpenedDevice, OpenDeviceError> {
+    let console = Console::open(&valid.output).map_err(|source| OpenDeviceError::Console {
+        id: valid.id.clone(),
+        source,
+    })?;
+    if let Some(name) = console.input.pty_name() {
+        eprintln!("console: {name}");
+    }
+    let device = ConsoleDevice::new(&valid.id, console);
+    Ok(OpenedDevice::new(&valid.id, valid.place, Arc::new(device)))
+}
+
+/// The configuration's words for a network device as the device has them.
+fn net_spec(valid: &ValidNet, fds: Vec<OwnedFd>) -> Result<NetSpec, OpenDeviceError> {
+    let id = || valid.id.clone();
+    let mac = |mac: Option<MacAddr>| {
+        mac.map(|mac| Mac::new(mac.0))
+            .transpose()
+            .map_err(|source| OpenDeviceError::Mac { id: id(), source })
+    };
+    let mut spec = NetSpec {
+        id: id(),
+        mac: mac(valid.mac)?,
+        mtu: valid.mtu,
+        num_queues: valid.queue_pairs * 2,
+        queue_size: valid.queue_size,
+        offload_tso: valid.offloads.tso,
+        offload_ufo: valid.offloads.ufo,
+        offload_csum: valid.offloads.csum,
+        ..NetSpec::default()
+    };
+    match &valid.tap {
+        Tap::Interface {
+            name,
+            address,
+            mac: host_mac,
+        } => {
+            spec.tap.clone_from(name);
+            (spec.ip, spec.mask) =
+                address.map_or((None, None), |(ip, mask)| (Some(ip), Some(mask)));
+            spec.host_mac = mac(*host_mac)?;
+        }
+        // They came beside the request.
+        Tap::Descriptors(_) if !fds.is_empty() => spec.fds = fds,
+        Tap::Descriptors(numbers) => {
+            for number in numbers {
+                let fd = inherited::take(*number)
+                    .map_err(|source| OpenDeviceError::Inherited { id: id(), source })?;
+                spec.fds.push(fd);
+            }
+        }
+    }
+    Ok(spec)
+}

@@ -1,0 +1,454 @@
+//! A machine that runs, with what it was taken from: what the owner does to it, each step beside its undo.
+
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use thiserror::Error;
+use tracing::{error, info, warn};
+
+use super::build::{BuildError, Machine};
+use super::devices::{Bdf, PlugError, RemoveError, Settled};
+use super::host_devices::{self, OpenDeviceError, OpenedDevice};
+use super::resources::{HostResources, PrepareError};
+use crate::api::{ApiError, ErrorKind};
+use crate::config::{
+    ByteSize, ConfigError, DiskConfig, IdAllocator, NetConfig, PmemConfig, ValidConfig, VmConfig,
+    VsockConfig,
+};
+use crate::memory::layout::Gpa;
+use crate::memory::ram::{AttachFailure, DetachError};
+use crate::memory::region::Region;
+use crate::virtio::balloon::BalloonSizeError;
+
+/// vCPUs leave the guest at once, workers when the host has answered what they asked of it.
+const PAUSE_DEADLINE: Duration = Duration::from_secs(5);
+
+/// The guest can't be started.
+#[derive(Debug, Error)]
+pub enum BootError {
+    /// Something of the host is missing, in use or not what was asked for.
+    #[error("can't start the guest")]
+    Prepare(#[source] Box<PrepareError>),
+    /// The VM can't be built.
+    #[error("can't build the machine")]
+    Build(#[source] Box<BuildError>),
+}
+
+/// A machine can't be built anew after a reset.
+#[derive(Debug, Error)]
+pub enum ResetError {
+    /// Memory that a consumer does not let go of: it is neither unmapped nor used again.
+    #[error("guest memory could not be taken back for a reset")]
+    TakeApart(#[source] DetachError),
+    /// The next VM.
+    #[error("can't build the machine")]
+    Build(#[source] Box<BuildError>),
+}
+
+/// The guest can't be held.
+#[derive(Debug, Error)]
+pub enum PauseError {
+    /// A vCPU.
+    #[error("a vCPU did not leave the guest within {PAUSE_DEADLINE:?}; the guest runs on")]
+    Vcpu,
+    /// Workers.
+    #[error("{} did not finish what the host has in hand for it within {PAUSE_DEADLINE:?}; the guest runs on", ids.join(", "))]
+    Devices {
+        /// Whose.
+        ids: Vec<String>,
+    },
+}
+
+/// The balloon can't be resized.
+#[derive(Debug, Error)]
+pub enum BalloonResizeError {
+    /// There is none.
+    #[error("the guest has no balloon; --balloon size=0 gives it one")]
+    None,
+    /// Not a size.
+    #[error(transparent)]
+    Size(#[from] BalloonSizeError),
+    /// More than there is.
+    #[error("a balloon of {bytes:#x} bytes is more than the guest's {ram:#x} bytes of RAM")]
+    TooLarge {
+        /// Asked for.
+        bytes: u64,
+        /// What there is.
+        ram: u64,
+    },
+}
+
+/// A device can't be added.
+#[derive(Debug, Error)]
+pub enum AddError {
+    /// The words.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// A guest has one of them only.
+    #[error("the guest has a {what} already, {id}; remove it first")]
+    Second {
+        /// What it has.
+        what: &'static str,
+        /// Its name.
+        id: String,
+    },
+    /// The host.
+    #[error(transparent)]
+    Open(Box<OpenDeviceError>),
+    /// Its memory.
+    #[error(transparent)]
+    Attach(#[from] Box<AttachFailure>),
+    /// The machine.
+    #[error(transparent)]
+    Plug(#[from] PlugError),
+}
+
+impl From<OpenDeviceError> for AddError {
+    fn from(error: OpenDeviceError) -> Self {
+        Self::Open(Box::new(error))
+    }
+}
+
+/// What to add.
+#[derive(Debug)]
+pub(super) enum NewDevice {
+    Pmem(PmemConfig),
+    Disk(DiskConfig),
+    Net(NetConfig, Vec<OwnedFd>),
+    Vsock(VsockConfig),
+}
+
+impl NewDevice {
+    /// For a machine that is not up: it gets the device when it boots.
+    pub(super) fn put_into(self, config: &mut VmConfig) -> Result<(), ApiError> {
+        match self {
+            Self::Pmem(word) => config.pmem.push(word),
+            Self::Disk(word) => config.disks.push(word),
+            Self::Net(word, fds) if fds.is_empty() => config.net.push(word),
+            Self::Net(..) => {
+                return Err(ApiError::new(
+                    ErrorKind::BadRequest,
+                    "descriptors of a tap can be taken by a running VM only: boot it first",
+                ));
+            }
+            Self::Vsock(word) => {
+                if let Some(vsock) = &config.vsock {
+                    return Err(ApiError::from_error(
+                        ErrorKind::BadRequest,
+                        &second_vsock(vsock),
+                    ));
+                }
+                config.vsock = Some(word);
+            }
+        }
+        Ok(())
+    }
+}
+
+fn second_vsock(vsock: &VsockConfig) -> AddError {
+    AddError::Second {
+        what: "vsock device",
+        id: vsock.id.clone().unwrap_or_default(),
+    }
+}
+
+/// A machine and what it was built on.
+pub(super) struct RunningVm {
+    /// As asked for, with what came and went since.
+    config: VmConfig,
+    valid: ValidConfig,
+    ids: IdAllocator,
+    pub(super) host: HostResources,
+    pub(super) machine: Machine,
+    paused: bool,
+}
+
+impl RunningVm {
+    /// Takes everything from the host, builds the machine and lets the guest run.
+    pub(super) fn boot(valid: ValidConfig) -> Result<Self, BootError> {
+        let (mut host, regions) =
+            HostResources::open(&valid).map_err(|e| BootError::Prepare(Box::new(e)))?;
+        let machine = Machine::build(&valid, &mut host, regions)
+            .map_err(|e| BootError::Build(Box::new(e)))?;
+        let vm = Self {
+            config: valid.config().clone(),
+            ids: valid.ids().clone(),
+            valid,
+            host,
+            machine,
+            paused: false,
+        };
+        vm.machine.release();
+        Ok(vm)
+    }
+
+    /// The undo of [`RunningVm::boot`].
+    pub(super) fn shut_down(self) {
+        let Self {
+            mut host, machine, ..
+        } = self;
+        let (regions, stuck) = machine.take_apart(&mut host);
+        for error in &stuck {
+            error!(error = %error, "memory is not given back");
+        }
+        release(regions);
+    }
+
+    /// Builds the machine anew on the same memory and devices.
+    pub(super) fn reset(self) -> Result<Self, ResetError> {
+        let Self {
+            config,
+            valid,
+            ids,
+            mut host,
+            machine,
+            paused: _,
+        } = self;
+        let (regions, stuck) = machine.take_apart(&mut host);
+        for error in &stuck {
+            error!(error = %error, "memory is not given back");
+        }
+        if let Some(first) = stuck.into_iter().next() {
+            release(regions);
+            return Err(ResetError::TakeApart(first));
+        }
+        info!("reset");
+        let machine = Machine::build(&valid, &mut host, regions)
+            .map_err(|e| ResetError::Build(Box::new(e)))?;
+        machine.release();
+        Ok(Self {
+            config,
+            valid,
+            ids,
+            host,
+            machine,
+            paused: false,
+        })
+    }
+
+    /// The configuration as it is now.
+    pub(super) fn config(&self) -> &VmConfig {
+        &self.config
+    }
+
+    /// RAM as configured, without other memory.
+    pub(super) fn ram_bytes(&self) -> u64 {
+        self.host.layout.size()
+    }
+
+    /// RAM the guest has now: what the balloon took is not there.
+    pub(super) fn memory_actual_bytes(&self) -> u64 {
+        let balloon = self.host.balloon.as_ref();
+        self.ram_bytes() - balloon.map_or(0, |balloon| balloon.actual_bytes().min(self.ram_bytes()))
+    }
+
+    /// Sets how much the balloon is to take.
+    pub(super) fn resize_balloon(&mut self, bytes: u64) -> Result<(), BalloonResizeError> {
+        let balloon = self.host.balloon.as_ref().ok_or(BalloonResizeError::None)?;
+        let ram = self.host.layout.size();
+        if bytes > ram {
+            return Err(BalloonResizeError::TooLarge { bytes, ram });
+        }
+        balloon.resize(bytes)?;
+        if let Some(word) = &mut self.config.balloon {
+            word.size = ByteSize::from_bytes(bytes);
+        }
+        Ok(())
+    }
+
+    /// For `vm.info`: each device by id.
+    pub(super) fn device_tree(&self) -> Value {
+        let nodes = self.machine.devices.tree().map(|(id, bdf, state)| {
+            let node = json!({
+                "id": id,
+                "pci_bdf": bdf.to_string(),
+                "children": [],
+                "state": state,
+            });
+            (id.to_owned(), node)
+        });
+        Value::Object(nodes.collect())
+    }
+
+    /// For `vm.counters`: each device's, by id.
+    pub(super) fn counters(&self) -> Value {
+        let devices = self.host.devices.iter().map(|device| {
+            let counters = device.device.counters().into_iter();
+            let counters = counters.map(|(name, count)| (name.to_owned(), json!(count)));
+            (device.id.clone(), Value::Object(counters.collect()))
+        });
+        Value::Object(devices.collect())
+    }
+
+    pub(super) fn is_paused(&self) -> bool {
+        self.paused
+    }
+
+    /// Holds the vCPUs, then the devices. On failure the guest runs on.
+    pub(super) fn pause(&mut self) -> Result<(), PauseError> {
+        let until = Instant::now() + PAUSE_DEADLINE;
+        let failure = if self.machine.hold_vcpus(PAUSE_DEADLINE) {
+            let ids = self.machine.devices.pause(until);
+            (!ids.is_empty()).then_some(PauseError::Devices { ids })
+        } else {
+            Some(PauseError::Vcpu)
+        };
+        match failure {
+            None => {
+                self.paused = true;
+                Ok(())
+            }
+            Some(error) => {
+                self.resume();
+                Err(error)
+            }
+        }
+    }
+
+    /// The undo of [`RunningVm::pause`].
+    pub(super) fn resume(&mut self) {
+        self.machine.devices.resume();
+        self.machine.release();
+        self.paused = false;
+    }
+
+    /// Adds a device to the running guest. On failure nothing of it is left.
+    pub(super) fn add(&mut self, new: NewDevice) -> Result<(String, Bdf), AddError> {
+        let mut ids = self.ids.clone();
+        let segments = self.valid.segments();
+        let mut config = self.config.clone();
+        // Checked like a word of the command line, against everything the guest has by now.
+        let opened = match new {
+            NewDevice::Pmem(word) => {
+                let valid = word
+                    .validate(segments, &mut ids)
+                    .map_err(ConfigError::from)?;
+                config.pmem.push(PmemConfig {
+                    id: Some(valid.id.clone()),
+                    ..word
+                });
+                self.host.open_pmem(&valid)?
+            }
+            NewDevice::Disk(word) => {
+                let valid = word
+                    .validate(segments, &mut ids)
+                    .map_err(ConfigError::from)?;
+                config.disks.push(DiskConfig {
+                    id: Some(valid.id.clone()),
+                    ..word
+                });
+                host_devices::open_disk(&valid)?
+            }
+            NewDevice::Net(mut word, fds) => {
+                word.fds = fds.iter().map(AsRawFd::as_raw_fd).collect();
+                let valid = word
+                    .validate(segments, &mut ids)
+                    .map_err(ConfigError::from)?;
+                // The numbers mean nothing to a client.
+                config.net.push(NetConfig {
+                    id: Some(valid.id.clone()),
+                    fds: Vec::new(),
+                    ..word
+                });
+                host_devices::open_net(&valid, fds)?
+            }
+            NewDevice::Vsock(word) => {
+                if let Some(vsock) = &config.vsock {
+                    return Err(second_vsock(vsock));
+                }
+                let valid = word
+                    .validate(segments, &mut ids)
+                    .map_err(ConfigError::from)?;
+                config.vsock = Some(VsockConfig {
+                    id: Some(valid.id.clone()),
+                    ..word
+                });
+                host_devices::open_vsock(&valid)?
+            }
+        };
+        let added = self.plug(opened)?;
+        self.ids = ids;
+        self.config = config;
+        Ok(added)
+    }
+
+    /// Memory first, then the function, then the guest.
+    fn plug(&mut self, opened: OpenedDevice) -> Result<(String, Bdf), AddError> {
+        let OpenedDevice { mut device, region } = opened;
+        if let Some(region) = region
+            && let Err(mut failure) = self.machine.ram.attach(region)
+        {
+            self.host.close_device(&device, failure.region.take());
+            return Err(failure.into());
+        }
+        match self.machine.devices.plug(&mut device) {
+            Ok(bdf) => {
+                self.machine.devices.announce(bdf);
+                let id = device.id.clone();
+                self.host.devices.push(device);
+                Ok((id, bdf))
+            }
+            Err(error) => {
+                let region = device.memory.and_then(|gpa| self.detach(gpa));
+                self.host.close_device(&device, region);
+                Err(error.into())
+            }
+        }
+    }
+
+    /// Asks the guest to let go of a device; it goes when the guest has ejected it.
+    pub(super) fn request_removal(&mut self, id: &str) -> Result<(), RemoveError> {
+        self.machine.devices.request_removal(id, Instant::now())
+    }
+
+    /// Looks at removals under way. Devices that have gone are given back to the host and taken out of the
+    /// configuration.
+    pub(super) fn settle(&mut self) -> Vec<Settled> {
+        let settled = self.machine.devices.settle(Instant::now());
+        for gone in &settled {
+            if let Settled::Gone { id, memory, .. } = gone {
+                self.give_back(id, *memory);
+            }
+        }
+        settled
+    }
+
+    /// The undo of [`RunningVm::plug`], after the function is gone: memory, host resources, configuration.
+    fn give_back(&mut self, id: &str, memory: Option<Gpa>) {
+        let region = memory.and_then(|gpa| self.detach(gpa));
+        if let Some(index) = self.host.devices.iter().position(|device| device.id == id) {
+            let device = self.host.devices.remove(index);
+            self.host.close_device(&device, region);
+        }
+        self.config.remove_device(id);
+        self.ids.release(id);
+    }
+
+    /// Takes a device's memory from everybody. Memory that somebody does not let go of stays mapped and placed.
+    fn detach(&mut self, gpa: Gpa) -> Option<Region> {
+        match self.machine.ram.detach(gpa) {
+            Ok(region) => Some(region),
+            Err(error) => {
+                error!(error = %error, "memory of a device that is gone stays mapped");
+                None
+            }
+        }
+    }
+}
+
+/// The last step of each page's walk.
+fn release(regions: Vec<Region>) {
+    for region in regions.into_iter().rev() {
+        if let Err(failure) = region.release() {
+            error!(error = %failure.1, "guest memory is not given back before the process ends");
+        }
+    }
+}
+
+/// A region that was a device's goes the same way.
+pub(super) fn release_one(region: Region) {
+    if let Err(failure) = region.release() {
+        warn!(error = %failure.1, "a device's memory is not given back");
+    }
+}

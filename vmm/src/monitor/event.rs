@@ -1,0 +1,152 @@
+//! The events there are, and how one is written.
+
+use std::time::Duration;
+
+use serde::ser::{Serialize, SerializeMap, Serializer};
+
+/// Something that happened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Event<'a> {
+    /// The VMM is there.
+    VmmStarting,
+    /// The VMM ends.
+    VmmShutdown,
+    /// The guest is about to be built and started.
+    Booting,
+    /// It runs.
+    Booted,
+    /// It has been taken down.
+    Shutdown,
+    /// It is about to be taken down and started again.
+    Rebooting,
+    /// It runs again.
+    Rebooted,
+    /// Its vCPUs are about to be held.
+    Pausing,
+    /// They are held.
+    Paused,
+    /// They are about to be let go.
+    Resuming,
+    /// They run.
+    Resumed,
+    /// Its resources are about to change.
+    Resizing,
+    /// They have changed.
+    Resized,
+    /// Its definition is gone.
+    Deleted,
+    /// A device is gone from the guest and from the host's side.
+    DeviceRemoved {
+        /// The device's name.
+        id: &'a str,
+        /// Where it sat.
+        bdf: &'a str,
+    },
+    /// The guest was asked to let go of a device and did not answer in time; it still has it.
+    DeviceRemovalUnanswered {
+        /// The device's name.
+        id: &'a str,
+    },
+    /// The guest's kernel panicked and said so.
+    GuestPanic {
+        /// What it said.
+        event: &'a str,
+    },
+    /// The guest's driver has set a virtio device up.
+    VirtioActivated {
+        /// The device's name.
+        id: &'a str,
+    },
+    /// The guest's driver has reset a virtio device.
+    VirtioReset {
+        /// The device's name.
+        id: &'a str,
+    },
+}
+
+impl Event<'_> {
+    /// What it happened to.
+    pub fn source(&self) -> &'static str {
+        match self {
+            Self::VmmStarting | Self::VmmShutdown => "vmm",
+            Self::GuestPanic { .. } => "guest",
+            Self::VirtioActivated { .. } | Self::VirtioReset { .. } => "virtio-device",
+            _ => "vm",
+        }
+    }
+
+    /// What happened.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::VmmStarting => "starting",
+            Self::VmmShutdown | Self::Shutdown => "shutdown",
+            Self::Booting => "booting",
+            Self::Booted => "booted",
+            Self::Rebooting => "rebooting",
+            Self::Rebooted => "rebooted",
+            Self::Pausing => "pausing",
+            Self::Paused => "paused",
+            Self::Resuming => "resuming",
+            Self::Resumed => "resumed",
+            Self::Resizing => "resizing",
+            Self::Resized => "resized",
+            Self::Deleted => "deleted",
+            Self::DeviceRemoved { .. } => "device-removed",
+            Self::DeviceRemovalUnanswered { .. } => "device-removal-unanswered",
+            Self::GuestPanic { .. } => "panic",
+            Self::VirtioActivated { .. } => "activated",
+            Self::VirtioReset { .. } => "reset",
+        }
+    }
+
+    fn properties(&self) -> Vec<(&'static str, &str)> {
+        match self {
+            Self::DeviceRemoved { id, bdf } => vec![("id", id), ("bdf", bdf)],
+            Self::GuestPanic { event } => vec![("event", event)],
+            Self::DeviceRemovalUnanswered { id }
+            | Self::VirtioActivated { id }
+            | Self::VirtioReset { id } => vec![("id", id)],
+            _ => Vec::new(),
+        }
+    }
+
+    /// The object as it is written, with what follows it.
+    pub(super) fn text(&self, since_start: Duration) -> String {
+        let object = Object {
+            event: self,
+            since_start,
+        };
+        // A map of texts and numbers always has a JSON form.
+        let mut text = serde_json::to_string_pretty(&object).unwrap_or_default();
+        text.push_str("\n\n");
+        text
+    }
+}
+
+struct Object<'a> {
+    event: &'a Event<'a>,
+    since_start: Duration,
+}
+
+impl Serialize for Object<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let properties = self.event.properties();
+        let properties = (!properties.is_empty()).then_some(Properties(properties));
+        let mut object = serializer.serialize_map(Some(4))?;
+        // A `Duration` is an object of `secs` and `nanos`.
+        object.serialize_entry("timestamp", &self.since_start)?;
+        object.serialize_entry("source", self.event.source())?;
+        object.serialize_entry("event", self.event.name())?;
+        object.serialize_entry("properties", &properties)?;
+        object.end()
+    }
+}
+
+struct Properties<'a>(Vec<(&'static str, &'a str)>);
+
+impl Serialize for Properties<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let unbraced = |text: &str| text.replace('{', "(").replace('}', ")");
+        serializer.collect_map(self.0.iter().map(|(key, text)| (key, unbraced(text))))
+    }
+}

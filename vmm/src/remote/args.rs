@@ -1,0 +1,138 @@
+//! The command line as clap sees it. Words stay text here; `config` reads them.
+
+use std::path::PathBuf;
+
+use clap::{Arg, Command, Parser, Subcommand};
+
+use crate::config::{DiskConfig, NetConfig, PmemConfig, VsockConfig};
+
+/// Subcommands of `ch-remote` that daxhund does not build, so that they are refused by name.
+pub(super) const UNSUPPORTED: &[&str] = &[
+    "add-device",
+    "add-fs",
+    "add-generic-vhost-user",
+    "add-user-device",
+    "add-vdpa",
+    "coredump",
+    "nmi",
+    "receive-migration",
+    "resize-disk",
+    "resize-zone",
+    "restore",
+    "send-migration",
+    "snapshot",
+];
+
+#[derive(Debug, Parser)]
+#[command(
+    name = "daxhund-remote",
+    about = "Ask something of a daxhund that runs",
+    disable_version_flag = true,
+    disable_help_subcommand = true,
+    arg_required_else_help = true,
+    after_help = "Exit status: 0 it was done; 1 it was not; 2 the command line can't be used."
+)]
+pub(super) struct Args {
+    /// The socket it listens on
+    #[arg(long, value_name = "PATH")]
+    pub(super) api_socket: Option<PathBuf>,
+
+    /// Print the version
+    #[arg(short = 'V', long)]
+    pub(super) version: bool,
+
+    #[command(subcommand)]
+    pub(super) subcommand: Option<Sub>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Sub {
+    /// Add a disk
+    #[command(long_about = DiskConfig::WORD.help())]
+    AddDisk {
+        /// Its keys and values
+        #[arg(value_name = "KEY=VALUE,..")]
+        word: String,
+    },
+    /// Add a network device
+    #[command(long_about = NetConfig::WORD.help())]
+    AddNet {
+        /// Its keys and values
+        #[arg(value_name = "KEY=VALUE,..")]
+        word: String,
+    },
+    /// Add persistent memory
+    #[command(long_about = PmemConfig::WORD.help())]
+    AddPmem {
+        /// Its keys and values
+        #[arg(value_name = "KEY=VALUE,..")]
+        word: String,
+    },
+    /// Add a vsock device
+    #[command(long_about = VsockConfig::WORD.help())]
+    AddVsock {
+        /// Its keys and values
+        #[arg(value_name = "KEY=VALUE,..")]
+        word: String,
+    },
+    /// Start the guest that was created
+    Boot,
+    /// Print what the guest's devices have counted
+    Counters,
+    /// Define a guest
+    Create {
+        /// The configuration as JSON; - is standard input
+        #[arg(value_name = "FILE", default_value = "-")]
+        path: PathBuf,
+    },
+    /// Forget the guest
+    Delete,
+    /// Print the guest's configuration and state
+    Info,
+    /// Hold the guest
+    Pause,
+    /// Print who answers
+    Ping,
+    /// Press the guest's power button
+    PowerButton,
+    /// Take the guest down and start it again
+    Reboot,
+    /// Ask the guest to give up a device
+    RemoveDevice {
+        /// The device's name
+        #[arg(value_name = "ID")]
+        id: String,
+    },
+    /// Change how much the guest has
+    Resize {
+        /// How much the balloon takes
+        #[arg(long, value_name = "SIZE")]
+        balloon: Option<String>,
+        /// How many vCPUs
+        #[arg(long, value_name = "N")]
+        cpus: Option<u32>,
+        /// How much RAM
+        #[arg(long, value_name = "SIZE")]
+        memory: Option<String>,
+    },
+    /// Let the guest go on
+    Resume,
+    /// Take the guest down
+    Shutdown,
+    /// End the daxhund
+    ShutdownVmm,
+}
+
+/// Makes `command` recognise what is not built, hidden from its help.
+pub(super) fn recognise(command: Command) -> Command {
+    command.subcommands(UNSUPPORTED.iter().map(|name| {
+        let rest = Arg::new("rest")
+            .num_args(0..)
+            .trailing_var_arg(true)
+            .allow_hyphen_values(true);
+        Command::new(*name)
+            .hide(true)
+            .disable_help_flag(true)
+            .arg(rest)
+    }))
+}

@@ -1,0 +1,131 @@
+//! The control queue: virtio 1.2, section 5.1.6.5.
+//!
+//! A command is acknowledged when it was done and refused when it was not; there are no filters here, so those for them
+//! are refused.
+
+use virtio_bindings::virtio_net::{
+    VIRTIO_NET_CTRL_GUEST_OFFLOADS, VIRTIO_NET_CTRL_GUEST_OFFLOADS_SET, VIRTIO_NET_CTRL_MQ,
+    VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET, VIRTIO_NET_ERR, VIRTIO_NET_F_CTRL_GUEST_OFFLOADS,
+    VIRTIO_NET_F_MQ, VIRTIO_NET_OK,
+};
+use virtio_queue::DescriptorChain;
+use vm_memory::{Address, Bytes, GuestMemoryMmap};
+
+use super::link::{Link, Offloads};
+use super::pairs::Pairs;
+use crate::virtio::{Queue, QueueError};
+
+/// Commands for one call of [`Control::serve`].
+const BATCH: usize = 64;
+/// Class, command, and the longest data of a command that is known.
+const LONGEST: usize = 2 + 8;
+
+/// The control queue.
+pub(super) struct Control {
+    queue: Queue,
+    features: u64,
+}
+
+impl Control {
+    /// `features`: what the driver took.
+    pub(super) fn new(queue: Queue, features: u64) -> Self {
+        Self { queue, features }
+    }
+
+    /// Its queue.
+    pub(super) fn queue(&self) -> &Queue {
+        &self.queue
+    }
+
+    /// Does the commands that are there; `true` when there may be more, for the next turn.
+    pub(super) fn serve(
+        &mut self,
+        memory: &GuestMemoryMmap,
+        link: &dyn Link,
+        pairs: &Pairs,
+    ) -> Result<bool, QueueError> {
+        self.queue.disable_kick(memory)?;
+        let mut more = true;
+        for _ in 0..BATCH {
+            if let Some(chain) = self.queue.pop(memory)? {
+                let head = chain.head_index();
+                let answer = chain
+                    .clone()
+                    .writable()
+                    .find(|d| d.len() > 0)
+                    .map(|d| d.addr());
+                let ack = if self.command(&request(&chain), link, pairs) {
+                    VIRTIO_NET_OK
+                } else {
+                    VIRTIO_NET_ERR
+                };
+                let [ack, ..] = ack.to_le_bytes();
+                let answered = answer.is_some_and(|at| memory.write_obj(ack, at).is_ok());
+                self.queue.push(memory, head, u32::from(answered))?;
+            } else if !self.queue.enable_kick(memory)? {
+                more = false;
+                break;
+            }
+        }
+        self.queue.notify(memory)?;
+        Ok(more)
+    }
+
+    /// Whether it was done.
+    fn command(&self, request: &[u8], link: &dyn Link, pairs: &Pairs) -> bool {
+        let [class, command, data @ ..] = request else {
+            return false;
+        };
+        match (u32::from(*class), u32::from(*command)) {
+            (VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET) => {
+                let Some(wanted) = data.first_chunk() else {
+                    return false;
+                };
+                let wanted = usize::from(u16::from_le_bytes(*wanted));
+                self.has(VIRTIO_NET_F_MQ)
+                    && (1..=pairs.most()).contains(&wanted)
+                    && pairs
+                        .set_active(wanted)
+                        .inspect_err(|error| {
+                            tracing::warn!(%error, wanted, "can't set the number of queue pairs");
+                        })
+                        .is_ok()
+            }
+            (VIRTIO_NET_CTRL_GUEST_OFFLOADS, VIRTIO_NET_CTRL_GUEST_OFFLOADS_SET) => {
+                let Some(wanted) = data.first_chunk() else {
+                    return false;
+                };
+                let wanted = u64::from_le_bytes(*wanted);
+                let allowed = self.features & Offloads::mask();
+                self.has(VIRTIO_NET_F_CTRL_GUEST_OFFLOADS)
+                    && wanted & !allowed == 0
+                    && link.set_offloads(Offloads::from_features(wanted)).is_ok()
+            }
+            _ => false,
+        }
+    }
+
+    fn has(&self, bit: u32) -> bool {
+        self.features & (1 << bit) != 0
+    }
+}
+
+/// The first bytes that the driver wrote; fewer when the chain is shorter or not in RAM.
+fn request(chain: &DescriptorChain<&GuestMemoryMmap>) -> Vec<u8> {
+    let memory = chain.memory();
+    let mut request = Vec::with_capacity(LONGEST);
+    for descriptor in chain.clone().readable() {
+        for offset in 0..descriptor.len() {
+            if request.len() == LONGEST {
+                return request;
+            }
+            let byte = descriptor
+                .addr()
+                .checked_add(u64::from(offset))
+                .and_then(|at| memory.read_obj(at).ok());
+            let Some(byte) = byte else { return request };
+            request.push(byte);
+        }
+    }
+    request
+}
