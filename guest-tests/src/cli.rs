@@ -79,6 +79,39 @@ pub enum Bench {
         #[arg(long, default_value_t = 10)]
         repeat: u32,
     },
+    /// How fast a guest writes and reads persistent memory on device-dax, against copies in its RAM.
+    Pmem {
+        /// The host.
+        #[command(flatten)]
+        host: HostChoice,
+        /// How often it is measured.
+        #[arg(long, default_value_t = 5)]
+        repeat: u32,
+    },
+    /// Random reads of 4 KiB from a disk, and the exits that they cost.
+    Blk {
+        /// The host.
+        #[command(flatten)]
+        host: HostChoice,
+        /// Another VMM to measure in turn, as `ch=PATH`.
+        #[arg(long = "peer", value_name = "NAME=PATH", value_parser = parse_peer)]
+        peers: Vec<Peer>,
+        /// How often each is measured.
+        #[arg(long, default_value_t = 5)]
+        repeat: u32,
+    },
+    /// TCP between a guest and its host, both ways.
+    Net {
+        /// The host.
+        #[command(flatten)]
+        host: HostChoice,
+        /// Another VMM to measure in turn, as `ch=PATH`.
+        #[arg(long = "peer", value_name = "NAME=PATH", value_parser = parse_peer)]
+        peers: Vec<Peer>,
+        /// How often each is measured.
+        #[arg(long, default_value_t = 5)]
+        repeat: u32,
+    },
 }
 
 /// One kernel for the emulated host.

@@ -57,22 +57,34 @@ fn run(command: Command) -> Result<ExitCode, Box<dyn Error>> {
             demo::run(&Setup::prepare(Profile::Release, &one(&host))?)?;
             Ok(ExitCode::SUCCESS)
         }
-        Command::Bench {
-            what:
-                Bench::Boot {
-                    host,
-                    peers,
-                    repeat,
-                },
-        } => {
-            bench::boot::run(
-                &Setup::prepare(Profile::Release, &one(&host))?,
-                &peers,
-                repeat,
-            )?;
+        Command::Bench { what } => {
+            measure(what)?;
             Ok(ExitCode::SUCCESS)
         }
     }
+}
+
+fn measure(what: Bench) -> Result<(), Box<dyn Error>> {
+    let on = |host| Setup::prepare(Profile::Release, &one(host));
+    match what {
+        Bench::Boot {
+            host,
+            peers,
+            repeat,
+        } => bench::boot::run(&on(&host)?, &peers, repeat)?,
+        Bench::Pmem { host, repeat } => bench::devices::pmem(&on(&host)?, repeat)?,
+        Bench::Blk {
+            host,
+            peers,
+            repeat,
+        } => bench::devices::blk(&on(&host)?, &peers, repeat)?,
+        Bench::Net {
+            host,
+            peers,
+            repeat,
+        } => bench::devices::net(&on(&host)?, &peers, repeat)?,
+    };
+    Ok(())
 }
 
 fn test(kernels: &KernelChoice, selection: &Selection) -> Result<ExitCode, Box<dyn Error>> {

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::artifacts::{self, BuildError, Profile, Workspace};
 use crate::host::machine::Machine;
@@ -12,7 +13,7 @@ use crate::image::{self, ImageError};
 use crate::progress::step;
 use crate::provision::kernel::Kernel;
 use crate::provision::{self, Freshness, ProvisionError, Provisioned};
-use crate::share::{self, ShareError};
+use crate::share::{self, Initramfs, ShareError};
 use crate::signals;
 
 /// Packages whose binaries the lab runs.
@@ -59,7 +60,7 @@ pub struct Setup {
 #[derive(Debug)]
 struct RunDirectory {
     path: PathBuf,
-    keep: bool,
+    keep: AtomicBool,
 }
 
 impl Setup {
@@ -83,7 +84,13 @@ impl Setup {
     }
 
     fn prepare_share(&self, binaries: &BTreeMap<String, PathBuf>) -> Result<(), SetupError> {
-        let initramfs = image::guest(&self.provisioned, &self.agent)?;
+        let mut initramfs = Vec::new();
+        for kernel in &self.provisioned.kernels {
+            for form in [Initramfs::Plain, Initramfs::Tools] {
+                let image = image::guest(&self.provisioned, kernel, &self.agent, form)?;
+                initramfs.push((kernel.release.clone(), form, image));
+            }
+        }
         share::prepare(
             &self.share(),
             binaries,
@@ -106,9 +113,14 @@ impl Setup {
         self.run.path.join("share")
     }
 
+    /// A place for a file that outlives hosts, but not the run.
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.run.path.join(name)
+    }
+
     /// Leaves the run's directory, with its logs, where it is.
-    pub fn keep_logs(&mut self) -> &Path {
-        self.run.keep = true;
+    pub fn keep_logs(&self) -> &Path {
+        self.run.keep.store(true, Ordering::Relaxed);
         &self.run.path
     }
 
@@ -121,6 +133,18 @@ impl Setup {
             logs: self.run.path.join(format!("host-{}", kernel.release)),
             machine,
         })
+    }
+
+    /// Boots another host beside the one that is up; `name` tells their logs apart. The idle one costs next to nothing.
+    pub fn boot_beside(
+        &self,
+        kernel: &Kernel,
+        machine: Machine,
+        name: &str,
+    ) -> Result<Host, StartError> {
+        let mut spec = self.host_spec(kernel, machine)?;
+        spec.logs = self.run.path.join(name);
+        Ok(Host::boot(&spec)?)
     }
 
     /// Boots a host with this kernel.
@@ -155,13 +179,16 @@ impl RunDirectory {
         remove_abandoned(parent);
         fs::create_dir_all(&path).map_err(failed)?;
         signals::remove_at_end(&path);
-        Ok(Self { path, keep: false })
+        Ok(Self {
+            path,
+            keep: AtomicBool::new(false),
+        })
     }
 }
 
 impl Drop for RunDirectory {
     fn drop(&mut self) {
-        if !self.keep
+        if !self.keep.load(Ordering::Relaxed)
             && let Err(error) = fs::remove_dir_all(&self.path)
         {
             eprintln!("lab: cannot remove {}: {error}", self.path.display());

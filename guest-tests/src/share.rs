@@ -1,4 +1,4 @@
-//! What the emulated host sees, read-only, as `/lab`: binaries, the guests' kernels and their initramfs.
+//! What the emulated host sees, read-only, as `/lab`: binaries, the guests' kernels and the initramfs images for them.
 //!
 //! It does not change while a host runs, since the host caches it. Files are linked where that is possible, else copied.
 
@@ -8,9 +8,6 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::provision::kernel::Kernel;
-
-/// The guests' initramfs, on the host.
-pub const GUEST_INITRAMFS: &str = "/lab/guest.cpio";
 
 /// The share cannot be prepared.
 #[derive(Debug, thiserror::Error)]
@@ -30,6 +27,24 @@ pub enum ImageForm {
     BzImage,
 }
 
+/// What a guest's initramfs holds.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Initramfs {
+    /// The agent, busybox, and the modules for virtio devices.
+    Plain,
+    /// File systems as well: their modules and the programs that make them.
+    Tools,
+}
+
+/// Path on the host of a guest's initramfs for a kernel.
+pub fn initramfs_path(release: &str, form: Initramfs) -> String {
+    let name = match form {
+        Initramfs::Plain => "guest.cpio",
+        Initramfs::Tools => "guest-tools.cpio",
+    };
+    format!("/lab/kernels/{release}/{name}")
+}
+
 /// Path of a kernel's image on the host.
 pub fn kernel_path(release: &str, form: ImageForm) -> String {
     let name = match form {
@@ -44,7 +59,7 @@ pub fn prepare(
     directory: &Path,
     binaries: &BTreeMap<String, PathBuf>,
     kernels: &[Kernel],
-    guest_initramfs: &Path,
+    initramfs: &[(String, Initramfs, PathBuf)],
 ) -> Result<(), ShareError> {
     let mut files: Vec<(PathBuf, String)> = binaries
         .iter()
@@ -59,7 +74,10 @@ pub fn prepare(
             files.push((path.clone(), place.trim_start_matches("/lab/").to_owned()));
         }
     }
-    files.push((guest_initramfs.to_owned(), "guest.cpio".to_owned()));
+    for (release, form, path) in initramfs {
+        let place = initramfs_path(release, *form);
+        files.push((path.clone(), place.trim_start_matches("/lab/").to_owned()));
+    }
     for (from, name) in files {
         add(&from, &directory.join(name))?;
     }

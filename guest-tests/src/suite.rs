@@ -47,7 +47,7 @@ impl Selection {
 
 /// Shared by all tests; they run one at a time.
 struct Runner {
-    setup: Setup,
+    setup: Arc<Setup>,
     selection: Selection,
     /// The host that is up, and how it was before any test.
     current: Option<(Lab, Inventory)>,
@@ -84,7 +84,7 @@ pub fn run(
         }));
     }
     let runner = Arc::new(Mutex::new(Runner {
-        setup,
+        setup: Arc::new(setup),
         selection: selection.clone(),
         current: None,
     }));
@@ -185,6 +185,7 @@ impl Runner {
                     host,
                     kernel: kernel.clone(),
                     full: self.selection.full,
+                    setup: Arc::clone(&self.setup),
                 },
                 before,
             ));

@@ -9,6 +9,8 @@ use serde::{Deserialize, Serialize};
 pub const READY_MARK: &str = "GUEST-READY";
 /// Starts every answer.
 pub const ANSWER_MARK: &str = "@@ ";
+/// Starts the line that says that a record is durable; its number follows.
+pub const ACKNOWLEDGED_MARK: &str = "DURABLE ";
 /// Bytes written to I/O port 0x80, one by one, when user space is up: a mark that the host's `kvm_pio`
 /// tracepoint sees. Kernels write to that port as a delay, so one value alone would not do.
 pub const READY_PORT_BYTES: [u8; 3] = [0x5d, 0xa2, 0x5e];
@@ -81,6 +83,67 @@ pub struct PhysicalReport {
     pub wrong_words: u64,
     /// Offset of the first of them.
     pub first_wrong_offset: Option<u64>,
+}
+
+/// Answer to `persist-check`.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct PersistReport {
+    /// Whole records from the start of the file.
+    pub records: u64,
+    /// Size of the file.
+    pub file_bytes: u64,
+}
+
+/// Answer to what measures a rate.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Serialize)]
+pub struct RateReport {
+    /// How often it was done.
+    pub operations: u64,
+    /// What that moved.
+    pub bytes: u64,
+    /// How long it took by the guest's clock.
+    pub seconds: f64,
+}
+
+/// Answer to `pci`: one for each function.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct PciFunction {
+    /// As in `0000:00:02.0`.
+    pub address: String,
+    /// Vendor and device.
+    pub id: (u16, u16),
+    /// Class, subclass and programming interface.
+    pub class: u32,
+    /// The driver that has it.
+    pub driver: Option<String>,
+    /// Its BARs that have an address.
+    pub bars: Vec<PciBar>,
+    /// Message-signalled interrupts that the driver has been given.
+    pub vectors: usize,
+}
+
+/// A BAR as the guest's kernel has placed it.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct PciBar {
+    /// Which of the six; ROM is 6.
+    pub index: usize,
+    /// First address.
+    pub start: u64,
+    /// Last address.
+    pub end: u64,
+    /// The kernel's flags.
+    pub flags: u64,
+}
+
+/// Answer to `hostile`.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct HostileReport {
+    /// What was done.
+    pub case: String,
+    /// The device's status after each attempt.
+    pub statuses: Vec<u8>,
+    /// How many buffers the device has given back.
+    pub used: u64,
 }
 
 /// A record of the kernel's log.

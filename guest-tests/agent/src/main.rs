@@ -2,15 +2,17 @@
 //!
 //! The initramfs says which in `/etc/lab/role`. The host's first process only reaps and watches: the agent proper
 //! is its child, so that waiting for orphans never takes the exit status of a process that the lab asked for.
-//! Otherwise the role is the first argument. `scrub` is a tool for benches: it clears memory on the emulated host; `connect` and
-//! `dax-vanish` are for tests, see [`tools`].
+//! Otherwise the role is the first argument. `scrub` is a tool for benches: it clears memory on the emulated host; more
+//! small programs are for tests, see [`tools`].
 
 #![deny(unsafe_code)]
 
 mod guest;
 mod host;
 mod memory;
+mod sockets;
 mod tools;
+mod wait;
 
 use std::fs;
 use std::io;
@@ -51,7 +53,6 @@ fn main() -> ExitCode {
                 ExitCode::FAILURE
             }
         }
-        Some("connect" | "dax-vanish") => tools::run(&arguments),
         Some("scrub") => match scrub(&arguments[1..]) {
             Ok(()) => ExitCode::SUCCESS,
             Err(message) => {
@@ -59,9 +60,11 @@ fn main() -> ExitCode {
                 ExitCode::FAILURE
             }
         },
+        Some(word) if tools::NAMES.contains(&word) => tools::run(&arguments),
         _ => {
             eprintln!(
-                "lab-agent: say `lab-agent host`, `lab-agent guest` or `lab-agent scrub DEVICE BYTES`"
+                "lab-agent: say `lab-agent host`, `lab-agent guest`, `lab-agent scrub DEVICE BYTES`, or one of {:?}",
+                tools::NAMES
             );
             ExitCode::from(2)
         }

@@ -11,7 +11,9 @@ use std::fs::OpenOptions;
 use std::ptr::NonNull;
 
 use lab_agent::guest_protocol::{PhysicalReport, pattern_word};
-use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
+use rustix::mm::{
+    Advice, MapFlags, MsyncFlags, ProtFlags, madvise, mmap, mmap_anonymous, msync, munmap,
+};
 
 /// Bytes of a word.
 const WORD_BYTES: usize = 8;
@@ -45,7 +47,7 @@ impl Words {
         Ok(words)
     }
 
-    /// Maps the start of a device's memory.
+    /// Maps the start of a file, or of a device's memory.
     pub(crate) fn of_device(path: &str, bytes: usize) -> Result<Self, String> {
         let failed = |error: std::io::Error| format!("cannot map {bytes} bytes of {path}: {error}");
         let device = OpenOptions::new()
@@ -66,6 +68,29 @@ impl Words {
             )
         };
         Self::new(start.map_err(|error| failed(error.into()))?, bytes)
+    }
+
+    /// Writes pages back whose words have changed, and waits until they are durable.
+    pub(crate) fn sync(&self, first: usize, count: usize) -> Result<(), String> {
+        assert!(count > 0 && first + count <= self.count);
+        let page_words = PAGE_BYTES / WORD_BYTES;
+        let from = first / page_words * page_words;
+        let bytes = (first + count - from) * WORD_BYTES;
+        // SAFETY: the index is inside the mapping, which lives as long as `self`.
+        let start = unsafe { self.start.add(from) };
+        // SAFETY: the range is inside the mapping; writing it back changes nothing that this process sees.
+        let synced = unsafe { msync(start.as_ptr().cast(), bytes, MsyncFlags::SYNC) };
+        synced.map_err(|error| format!("cannot write {bytes} mapped bytes back: {error}"))
+    }
+
+    /// Copies all of it over the start of `into`, as fast as the processor does.
+    pub(crate) fn copy_to(&self, into: &mut Self) {
+        assert!(self.count <= into.count);
+        let (from, to) = (self.start.as_ptr(), into.start.as_ptr());
+        // SAFETY: both are mappings of at least `count` words, and since `into` is borrowed exclusively, two of them. Nothing else
+        // in this process refers to their memory; what another one does to a shared mapping meanwhile can only spoil the copy.
+        unsafe { std::ptr::copy_nonoverlapping(from, to, self.count) };
+        std::hint::black_box(to);
     }
 
     /// Fills it with zeros.
@@ -162,6 +187,11 @@ impl Physical {
         })
     }
 
+    /// Its words.
+    pub(crate) fn words(&mut self) -> &mut Words {
+        &mut self.words
+    }
+
     /// Writes the seed's pattern.
     pub(crate) fn fill(&mut self, seed: u64) {
         for index in 0..self.words.len() {
@@ -179,5 +209,113 @@ impl Physical {
             wrong_words: first.map_or(0, |_| 1 + wrong_indices.count() as u64),
             first_wrong_offset: first.map(|index| (index * WORD_BYTES) as u64),
         }
+    }
+}
+
+/// Registers of a device: accessed in the width that they have, each access once and in order.
+pub(crate) struct Registers {
+    words: Words,
+}
+
+/// One access of a width, with its bounds and alignment checked.
+macro_rules! access {
+    ($write:ident, $width:ty) => {
+        pub(crate) fn $write(&mut self, offset: usize, value: $width) {
+            let place = self.place::<$width>(offset);
+            // SAFETY: `place` is mapped writable and aligned for this width. What the device does then is the test's purpose.
+            unsafe { place.write_volatile(value) };
+        }
+    };
+}
+
+impl Registers {
+    /// Maps the start of a PCI function's BAR: `resourceN` of its directory in sysfs.
+    pub(crate) fn map(path: &str, bytes: usize) -> Result<Self, String> {
+        Ok(Self {
+            words: Words::of_device(path, bytes)?,
+        })
+    }
+
+    access!(write8, u8);
+    access!(write16, u16);
+    access!(write32, u32);
+
+    pub(crate) fn read8(&self, offset: usize) -> u8 {
+        // SAFETY: the place is mapped, and a register has no invalid values.
+        unsafe { self.place::<u8>(offset).read_volatile() }
+    }
+
+    pub(crate) fn read16(&self, offset: usize) -> u16 {
+        // SAFETY: the place is mapped and aligned, and a register has no invalid values.
+        unsafe { self.place::<u16>(offset).read_volatile() }
+    }
+
+    /// Whether a register of this width fits at an offset.
+    pub(crate) fn has<T>(&self, offset: usize) -> bool {
+        let width = size_of::<T>();
+        offset.is_multiple_of(width) && offset + width <= self.words.count * WORD_BYTES
+    }
+
+    /// A register's place, aligned for its width: mappings start at pages.
+    fn place<T>(&self, offset: usize) -> *mut T {
+        assert!(
+            self.has::<T>(offset),
+            "no register of {} bytes at {offset:#x}",
+            size_of::<T>()
+        );
+        let start = self.words.start.as_ptr().cast::<T>();
+        // SAFETY: the offset is inside the mapping.
+        unsafe { start.byte_add(offset) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+
+    use super::*;
+
+    fn file(bytes: u64) -> (std::path::PathBuf, std::fs::File) {
+        let name = format!("lab-agent-{}-{bytes}", std::process::id());
+        let path = std::env::temp_dir().join(name);
+        let mut options = OpenOptions::new();
+        let file = options.read(true).write(true).create(true).truncate(true);
+        let file = file.open(&path).unwrap();
+        file.set_len(bytes).unwrap();
+        (path, file)
+    }
+
+    #[test]
+    fn what_is_synced_is_in_the_file() {
+        let (path, file) = file(8192);
+        let mut words = Words::of_device(path.to_str().unwrap(), 8192).unwrap();
+        words.set(600, 0x1234);
+        words.sync(600, 1).unwrap();
+        let mut found = [0; 8];
+        file.read_exact_at(&mut found, 4800).unwrap();
+        std::fs::remove_file(path).unwrap();
+        assert_eq!(u64::from_ne_bytes(found), 0x1234);
+    }
+
+    #[test]
+    fn registers_have_widths() {
+        let (path, _file) = file(4096);
+        let mut registers = Registers::map(path.to_str().unwrap(), 4096).unwrap();
+        std::fs::remove_file(path).unwrap();
+        registers.write32(4, 0x1122_3344);
+        registers.write16(4, 0x5566);
+        registers.write8(7, 0x77);
+        assert_eq!((registers.read16(4), registers.read8(7)), (0x5566, 0x77));
+    }
+
+    #[test]
+    fn a_copy_is_a_copy() {
+        let (mut from, mut to) = (
+            Words::anonymous(8192).unwrap(),
+            Words::anonymous(16384).unwrap(),
+        );
+        from.set(1023, 9);
+        from.copy_to(&mut to);
+        assert_eq!((to.get(1023), to.get(1022)), (9, 0));
     }
 }

@@ -1,4 +1,7 @@
-//! Small programs that tests run on the emulated host: `lab-agent connect SOCKET` and `lab-agent dax-vanish DEVICE`.
+//! Small programs that tests run on the emulated host: `lab-agent NAME ARGUMENT...`.
+//!
+//! `connect SOCKET`, `dax-vanish DEVICE`, `await PATH SECONDS`, `await-gone PATH SECONDS`, `await-socket PATH SECONDS`, `unix-echo PATH`, `vsock-ask SOCKET PORT TEXT`,
+//! `tcp-ask ADDRESS TEXT`, `tcp-serve ADDRESS`, `http SOCKET METHOD TARGET [BODY]`.
 
 use std::fs;
 use std::io::{self, Read, Write};
@@ -7,8 +10,24 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::ExitCode;
 use std::thread;
+use std::time::Duration;
 
 use daxhund_dax::{Host, LockKind};
+
+use crate::{sockets, wait};
+
+pub(crate) const NAMES: [&str; 10] = [
+    "connect",
+    "dax-vanish",
+    "await",
+    "await-gone",
+    "await-socket",
+    "unix-echo",
+    "vsock-ask",
+    "tcp-ask",
+    "tcp-serve",
+    "http",
+];
 
 /// Runs the program that the arguments name.
 pub(crate) fn run(arguments: &[String]) -> ExitCode {
@@ -16,7 +35,25 @@ pub(crate) fn run(arguments: &[String]) -> ExitCode {
     let outcome = match words[..] {
         ["connect", path] => connect(path).map_err(|error| format!("{path}: {error}")),
         ["dax-vanish", path] => dax_vanish(path),
-        _ => Err(format!("one argument, please: {words:?}")),
+        ["await", path, seconds] => number(seconds)
+            .and_then(|seconds| wait::for_path(path, Duration::from_secs(seconds), true)),
+        ["await-gone", path, seconds] => number(seconds)
+            .and_then(|seconds| wait::for_path(path, Duration::from_secs(seconds), false)),
+        ["await-socket", path, seconds] => number(seconds)
+            .and_then(|seconds| sockets::await_unix(path, Duration::from_secs(seconds))),
+        ["unix-echo", path] => sockets::serve_unix_echo(path),
+        ["vsock-ask", path, port, text] => number(port)
+            .and_then(|port| sockets::ask_guest(path, port, text))
+            .map(|line| println!("{line}")),
+        ["tcp-ask", address, text] => sockets::connect_tcp(address)
+            .and_then(|mut stream| {
+                sockets::ask(&mut stream, text).map_err(|error| format!("{address}: {error}"))
+            })
+            .map(|line| println!("{line}")),
+        ["tcp-serve", address] => sockets::serve_transfers(address),
+        ["http", path, method, target] => print_http(path, method, target, ""),
+        ["http", path, method, target, body] => print_http(path, method, target, body),
+        _ => Err(format!("wrong arguments: {words:?}")),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
@@ -25,6 +62,16 @@ pub(crate) fn run(arguments: &[String]) -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+fn number<T: std::str::FromStr>(word: &str) -> Result<T, String> {
+    word.parse().map_err(|_| format!("not a number: {word}"))
+}
+
+fn print_http(path: &str, method: &str, target: &str, body: &str) -> Result<(), String> {
+    let answer = sockets::http(path, method, target, body)?;
+    println!("{answer}");
+    Ok(())
 }
 
 /// Standard input and output are the two directions of a unix socket. Ends when either end does.

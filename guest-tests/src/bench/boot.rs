@@ -22,7 +22,7 @@ use crate::host::figures::{FiguresError, MappedPages, mapped_pages, rss_anon};
 use crate::host::machine::Machine;
 use crate::progress::{note, step};
 use crate::setup::{Setup, StartError};
-use crate::share::{ImageForm, kernel_path};
+use crate::share::{ImageForm, Initramfs, initramfs_path, kernel_path};
 
 /// Memory of the measured guests.
 const MEMORY_MIB: u64 = 1024;
@@ -157,6 +157,7 @@ pub fn run(setup: &Setup, peers: &[Peer], repeat: u32) -> Result<PathBuf, BenchE
     })?;
     let work = Workload {
         kernel: kernel_path(&kernel.release, ImageForm::Elf),
+        initramfs: initramfs_path(&kernel.release, Initramfs::Plain),
         cmdline: GuestSpec::new(&kernel.release, &[]).whole_cmdline(),
         dax: dax.path.clone(),
         memory_mib: MEMORY_MIB,

@@ -1,6 +1,8 @@
 //! Measurements, and how they are told.
 
 pub mod boot;
+pub mod devices;
 pub mod peer;
+pub mod rounds;
 pub mod statistics;
 pub mod trace;

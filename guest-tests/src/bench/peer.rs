@@ -2,11 +2,11 @@
 
 use std::path::{Path, PathBuf};
 
-use lab_agent::host_protocol::SpawnSpec;
+use lab_agent::host_protocol::{SpawnSpec, TerminalSize};
 
 use crate::cli::Peer;
 use crate::provision::libraries::{self, LibraryError};
-use crate::share::{self, GUEST_INITRAMFS, ShareError};
+use crate::share::{self, ShareError};
 
 /// Files that QEMU reads beside its binary, and where this machine keeps them.
 const QEMU_DATA: [&str; 5] = [
@@ -50,6 +50,8 @@ pub struct Vmm {
 pub struct Workload {
     /// Kernel on the host.
     pub kernel: String,
+    /// Its initramfs on the host.
+    pub initramfs: String,
     /// Its command line.
     pub cmdline: String,
     /// The device-dax device.
@@ -66,6 +68,14 @@ pub enum PeerError {
         "a peer is called after the syntax it understands: `ch` or `qemu`, or with a suffix as in `ch-v53`; not `{name}`"
     )]
     UnknownSyntax {
+        /// Its name.
+        name: String,
+    },
+    /// It can only be booted.
+    #[error(
+        "`{name}` is not told of devices here: disks and networks are measured with peers of the kind `ch`"
+    )]
+    NoDevices {
         /// Its name.
         name: String,
     },
@@ -142,6 +152,33 @@ impl Vmm {
     }
 }
 
+/// A terminal for those that take the console's input from nothing else.
+const TERMINAL: TerminalSize = TerminalSize {
+    rows: 24,
+    columns: 80,
+};
+
+impl Vmm {
+    /// Whether it understands what it is told of devices.
+    pub fn takes_devices(&self) -> Result<(), PeerError> {
+        match self.syntax {
+            Syntax::CloudHypervisor => Ok(()),
+            Syntax::Qemu => Err(PeerError::NoDevices {
+                name: self.name.clone(),
+            }),
+        }
+    }
+
+    /// How it is started with devices besides, in words that daxhund and Cloud Hypervisor share, on a terminal of its own.
+    pub fn spawn_spec_with(&self, work: &Workload, devices: &[&str]) -> SpawnSpec {
+        let mut spec = self.spawn_spec(work);
+        spec.argv
+            .extend(devices.iter().map(|word| (*word).to_owned()));
+        spec.pty = Some(TERMINAL);
+        spec
+    }
+}
+
 fn syntax_of(name: &str) -> Option<Syntax> {
     match name.split('-').next() {
         Some("ch" | "daxhund") => Some(Syntax::CloudHypervisor),
@@ -159,7 +196,7 @@ fn cloud_hypervisor_arguments(work: &Workload) -> Vec<String> {
         "--kernel",
         &work.kernel,
         "--initramfs",
-        GUEST_INITRAMFS,
+        &work.initramfs,
         "--cmdline",
         &work.cmdline,
         "--cpus",
@@ -196,7 +233,7 @@ fn qemu_arguments(work: &Workload, data: Option<&str>) -> Vec<String> {
         "-kernel",
         &work.kernel,
         "-initrd",
-        GUEST_INITRAMFS,
+        &work.initramfs,
         "-append",
         &work.cmdline,
         "-nodefaults",
@@ -228,6 +265,7 @@ mod tests {
     fn all_boot_the_same_guest() {
         let work = Workload {
             kernel: "/k".into(),
+            initramfs: "/i".into(),
             cmdline: "a b".into(),
             dax: "/dev/dax0.0".into(),
             memory_mib: 512,
@@ -236,7 +274,7 @@ mod tests {
             cloud_hypervisor_arguments(&work),
             qemu_arguments(&work, None),
         ] {
-            for word in ["/k", "a b", GUEST_INITRAMFS] {
+            for word in ["/k", "a b", "/i"] {
                 assert!(argv.iter().any(|found| found == word), "{word} in {argv:?}");
             }
             assert!(

@@ -3,6 +3,9 @@
 //! The VMM's standard output is the guest's console, its standard error the VMM's own words. Every wait is bounded;
 //! dropping a guest kills its VMM.
 
+mod devices;
+pub mod network;
+
 use std::time::Duration;
 
 use lab_agent::guest_protocol::{
@@ -16,7 +19,7 @@ use serde_json::Value;
 use crate::host::Host;
 use crate::host::channel::HostError;
 use crate::host::process::Process;
-use crate::share::{GUEST_INITRAMFS, ImageForm, kernel_path};
+use crate::share::{ImageForm, Initramfs, initramfs_path, kernel_path};
 
 /// From the VMM's start to the guest's first word; usually 5 to 15 s.
 pub const READY_DEADLINE: Duration = Duration::from_mins(3);
@@ -53,6 +56,16 @@ pub enum GuestError {
         /// Why it cannot be read.
         source: serde_json::Error,
     },
+    /// A script in the guest has failed.
+    #[error("`{script}` failed in the guest with status {status:?}: {said}")]
+    Script {
+        /// The script.
+        script: String,
+        /// Its status, or none when a signal ended it.
+        status: Option<i32>,
+        /// What it said and printed.
+        said: String,
+    },
     /// An answer to something else.
     #[error("the guest answers question {found} instead of {expected}, `{command}`")]
     OutOfOrder {
@@ -72,6 +85,8 @@ pub struct GuestSpec {
     pub kernel_release: String,
     /// Form of its kernel.
     pub form: ImageForm,
+    /// What its initramfs holds.
+    pub initramfs: Initramfs,
     /// Added to the command line.
     pub cmdline: String,
     /// Whether the kernel tells all. Every character on the console is an exit to the VMM, so it takes time.
@@ -90,6 +105,7 @@ impl GuestSpec {
         Self {
             kernel_release: kernel_release.to_owned(),
             form: ImageForm::Elf,
+            initramfs: Initramfs::Plain,
             cmdline: String::new(),
             verbose: false,
             arguments: arguments.iter().map(|word| (*word).to_owned()).collect(),
@@ -109,13 +125,14 @@ impl GuestSpec {
     /// The VMM's command line.
     pub fn argv(&self) -> Vec<String> {
         let kernel = kernel_path(&self.kernel_release, self.form);
+        let initramfs = initramfs_path(&self.kernel_release, self.initramfs);
         let cmdline = self.whole_cmdline();
         let fixed = [
             "daxhund",
             "--kernel",
             &kernel,
             "--initramfs",
-            GUEST_INITRAMFS,
+            &initramfs,
             "--cmdline",
             &cmdline,
             "--serial",

@@ -52,29 +52,68 @@ pub fn rss_anon(host: &Host, pid: u32) -> Result<u64, FiguresError> {
     })
 }
 
-/// How KVM maps the memory of a VMM's guest just now.
-pub fn mapped_pages(host: &Host, pid: u32) -> Result<MappedPages, FiguresError> {
-    // Named after the thread that made the VM.
-    let path = "/sys/kernel/debug/kvm/THREAD-*".to_owned();
+/// Exits from a guest.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq, Serialize)]
+pub struct Exits {
+    /// All of them.
+    pub exits: u64,
+    /// For access to I/O ports that the VMM answers.
+    pub io_exits: u64,
+    /// For access to memory that the VMM answers.
+    pub mmio_exits: u64,
+}
+
+/// How often a VMM's guest has been left, as KVM counts.
+pub fn exits(host: &Host, pid: u32) -> Result<Exits, FiguresError> {
+    match *kvm_counters(host, pid, &["exits", "io_exits", "mmio_exits"])?.as_slice() {
+        [exits, io_exits, mmio_exits] => Ok(Exits {
+            exits,
+            io_exits,
+            mmio_exits,
+        }),
+        _ => Err(missing("the numbers of exits", String::new())),
+    }
+}
+
+fn missing(what: &'static str, text: String) -> FiguresError {
+    FiguresError::Missing {
+        path: KVM_COUNTERS.to_owned(),
+        what,
+        text,
+    }
+}
+
+/// Named after the thread that made the VM.
+const KVM_COUNTERS: &str = "/sys/kernel/debug/kvm/THREAD-*";
+
+/// KVM's counters of a VMM's machine, in the order asked for.
+fn kvm_counters(host: &Host, pid: u32, names: &[&str]) -> Result<Vec<u64>, FiguresError> {
+    let files: Vec<String> = names.iter().map(|name| format!("$d/{name}")).collect();
     let script = format!(
         "for t in /proc/{pid}/task/*; do for d in /sys/kernel/debug/kvm/${{t##*/}}-*; do \
-         if test -d $d; then cat $d/pages_4k $d/pages_2m $d/pages_1g; fi; done; done"
+         if test -d $d; then cat {}; fi; done; done",
+        files.join(" ")
     );
     let text = host.check(&["sh", "-c", &script])?;
     let numbers: Vec<u64> = text
         .split_whitespace()
         .filter_map(|word| word.parse().ok())
         .collect();
-    match *numbers.as_slice() {
+    if numbers.len() == names.len() {
+        Ok(numbers)
+    } else {
+        Err(missing("the counters of one machine", text))
+    }
+}
+
+/// How KVM maps the memory of a VMM's guest just now.
+pub fn mapped_pages(host: &Host, pid: u32) -> Result<MappedPages, FiguresError> {
+    match *kvm_counters(host, pid, &["pages_4k", "pages_2m", "pages_1g"])?.as_slice() {
         [small, huge, giant] => Ok(MappedPages {
             pages_4k: small,
             pages_2m: huge,
             pages_1g: giant,
         }),
-        _ => Err(FiguresError::Missing {
-            path,
-            what: "the numbers of pages",
-            text,
-        }),
+        _ => Err(missing("the numbers of pages", String::new())),
     }
 }

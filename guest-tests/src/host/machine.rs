@@ -4,7 +4,7 @@
 //! implements; persistent memory modules, sparse, so that their size costs nothing until it is touched.
 
 use std::ffi::OsString;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use lab_agent::host_protocol::PORT_NAME;
 
@@ -26,7 +26,7 @@ pub enum PageArray {
 }
 
 /// A persistent memory module that becomes one device-dax device.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Dimm {
     /// Its size; the device is smaller by what its header and alignment take.
     pub size_bytes: u64,
@@ -34,6 +34,19 @@ pub struct Dimm {
     pub align_bytes: u64,
     /// Where its page structures live.
     pub page_array: PageArray,
+    /// What its contents are.
+    pub contents: Contents,
+}
+
+/// What is in a persistent memory module when the host is powered on, and what becomes of it.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum Contents {
+    /// Nothing; it goes with the host.
+    Fresh,
+    /// Nothing; what the host writes stays in this file, which QEMU makes.
+    New(PathBuf),
+    /// What an earlier host with [`Contents::New`] has left in this file, its namespace included.
+    Kept(PathBuf),
 }
 
 /// Processors, memory and devices.
@@ -59,6 +72,7 @@ impl Default for Machine {
             size_bytes: size * GIB,
             align_bytes,
             page_array: PageArray::Memory,
+            contents: Contents::Fresh,
         };
         Self {
             cpus: 1,
@@ -111,7 +125,15 @@ impl Machine {
             let size = dimm.size_bytes;
             add(
                 "-object",
-                format!("memory-backend-ram,id=nv{index},size={size},share=on").into(),
+                match &dimm.contents {
+                    Contents::Fresh => {
+                        format!("memory-backend-ram,id=nv{index},size={size},share=on").into()
+                    }
+                    Contents::New(path) | Contents::Kept(path) => with_path(
+                        &format!("memory-backend-file,id=nv{index},size={size},share=on,mem-path="),
+                        path,
+                    ),
+                },
             );
             add(
                 "-device",
@@ -183,6 +205,10 @@ mod tests {
     use super::*;
 
     fn arguments(share: &str) -> String {
+        arguments_of(&Machine::default(), share)
+    }
+
+    fn arguments_of(machine: &Machine, share: &str) -> String {
         let wiring = Wiring {
             kernel: Path::new("/k/vmlinux"),
             initramfs: Path::new("/k/initramfs"),
@@ -191,7 +217,7 @@ mod tests {
             agent_fd: 7,
             qmp_fd: 8,
         };
-        let words = Machine::default().arguments(&wiring);
+        let words = machine.arguments(&wiring);
         words
             .iter()
             .map(|word| word.to_string_lossy().into_owned())
@@ -211,6 +237,17 @@ mod tests {
     #[test]
     fn a_comma_in_a_path_is_kept() {
         assert!(arguments("/a,b").contains("path=/a,,b"));
+    }
+
+    #[test]
+    fn a_module_can_outlive_its_host() {
+        let mut machine = Machine::default();
+        machine.dimms[1].contents = Contents::New("/c,d/file".into());
+        let text = arguments_of(&machine, "/s");
+        assert!(
+            text.contains("id=nv1,size=2147483648,share=on,mem-path=/c,,d/file"),
+            "{text}"
+        );
     }
 
     #[test]

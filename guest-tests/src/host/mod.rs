@@ -24,13 +24,15 @@ use serde::Deserialize;
 
 use crate::provision::kernel::Kernel;
 use channel::{Channel, HostError};
-use machine::{Dimm, Machine, PageArray};
+use machine::{Contents, Dimm, Machine, PageArray};
 use process::Process;
 use qmp::Qmp;
 use vm::{Vm, VmError};
 
 /// From power-on to the agent's first word. Emulation on a busy machine is slow; this is many times the usual.
 const BOOT_DEADLINE: Duration = Duration::from_mins(2);
+/// From power-on until the kernel has found a namespace that was there before.
+const KEPT_DEADLINE_SECONDS: &str = "30";
 /// A program that only looks something up or changes a setting.
 pub const RUN_DEADLINE: Duration = Duration::from_mins(1);
 
@@ -182,6 +184,16 @@ impl Host {
         self.run_within(argv, RUN_DEADLINE)
     }
 
+    /// Whether there is something at a path.
+    pub fn exists(&self, path: &str) -> Result<bool, HostError> {
+        Ok(self.run(&["test", "-e", path])?.status.success())
+    }
+
+    /// Runs a script that must succeed; gives its standard output.
+    pub fn sh(&self, script: &str) -> Result<String, HostError> {
+        self.check(&["sh", "-c", script])
+    }
+
     /// As [`Host::run`], with another deadline.
     pub fn run_within(&self, argv: &[&str], deadline: Duration) -> Result<Output, HostError> {
         let spec = SpawnSpec {
@@ -287,7 +299,7 @@ impl Host {
         self.channel.forget_ended();
     }
 
-    /// Makes a device-dax namespace on every region. Regions are matched to memory modules by address: the
+    /// Makes a device-dax namespace on every region, or waits for the one that it has kept. Regions are matched to memory modules by address: the
     /// kernel's numbers follow the firmware's table, whose order is QEMU's own.
     fn make_dax_devices(&self, dimms: &[Dimm]) -> Result<Vec<DaxDevice>, BootError> {
         let failed = |source| BootError::Dax {
@@ -318,6 +330,10 @@ impl Host {
         }
         let mut making = Vec::new();
         for (dimm, region) in dimms.iter().zip(regions.values()) {
+            if let Contents::Kept(_) = dimm.contents {
+                making.push(Making::Kept(format!("dax{region}.0")));
+                continue;
+            }
             let namespace = format!("namespace{region}.0");
             let align = dimm.align_bytes.to_string();
             let map = match dimm.page_array {
@@ -342,7 +358,7 @@ impl Host {
                 .map(|word| (*word).to_owned())
                 .collect::<Vec<_>>();
             // All at once: each waits for the kernel most of the time.
-            making.push((
+            making.push(Making::New(
                 argv.join(" "),
                 self.spawn(SpawnSpec {
                     argv,
@@ -352,7 +368,17 @@ impl Host {
             ));
         }
         let mut devices = Vec::new();
-        for (command, process) in making {
+        for making in making {
+            let (command, process) = match making {
+                Making::New(command, process) => (command, process),
+                Making::Kept(name) => {
+                    let device = DaxDevice::named(name);
+                    let argv = ["lab-agent", "await", &device.path, KEPT_DEADLINE_SECONDS];
+                    self.check(&argv).map_err(failed)?;
+                    devices.push(device);
+                    continue;
+                }
+            };
             let output = process.finish(RUN_DEADLINE).map_err(failed)?;
             if !output.status.success() {
                 return Err(failed(HostError::Failed {
@@ -386,6 +412,25 @@ impl Host {
     }
 }
 
+/// A device on its way.
+enum Making {
+    /// The command that makes its namespace.
+    New(String, Process),
+    /// The name it has when the kernel has found its namespace.
+    Kept(String),
+}
+
+impl DaxDevice {
+    fn named(name: String) -> Self {
+        Self {
+            path: format!("/dev/{name}"),
+            name,
+            size_bytes: 0,
+            align_bytes: 0,
+        }
+    }
+}
+
 /// Reads the name of the device from what `ndctl create-namespace` prints.
 fn parse_namespace(json: &str) -> Option<DaxDevice> {
     #[derive(Deserialize)]
@@ -402,12 +447,7 @@ fn parse_namespace(json: &str) -> Option<DaxDevice> {
     }
     let namespace: Namespace = serde_json::from_str(json).ok()?;
     let name = namespace.daxregion.devices.into_iter().next()?.chardev;
-    Some(DaxDevice {
-        path: format!("/dev/{name}"),
-        name,
-        size_bytes: 0,
-        align_bytes: 0,
-    })
+    Some(DaxDevice::named(name))
 }
 
 #[cfg(test)]

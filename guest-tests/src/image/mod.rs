@@ -1,9 +1,11 @@
 //! The initramfs of the emulated host and that of its guests.
 //!
-//! Both hold the agent as first process, busybox, and the C library of this machine, where the release binaries were
-//! linked. The host's has the kernel's modules and the tools for persistent memory as well. Not compressed: a processor
+//! All hold the agent as first process, busybox, and the C library of this machine, where the release binaries were
+//! linked. The host's has the kernel's modules and the tools for persistent memory as well. A guest's has the modules of its
+//! devices, which the agent loads by name, and there is a larger form with file systems. Not compressed: a processor
 //! that is emulated takes longer to decompress than to copy. Kept in the cache under a key of everything that goes in.
 
+mod modules;
 mod tree;
 
 use std::fmt::Write as _;
@@ -14,32 +16,15 @@ use std::process::Command;
 use sha2::{Digest, Sha256};
 
 use crate::command::{CommandError, output_of, text_of};
-use crate::provision::cache::{Cache, CacheError};
+use crate::provision::cache::CacheError;
 use crate::provision::kernel::{Kernel, KernelError};
 use crate::provision::libraries::{self, LibraryError};
 use crate::provision::{Provisioned, Tools};
+use crate::share::Initramfs;
 use tree::{Tree, TreeError};
 
 /// Counts changes of what an image holds that its inputs do not show.
-const FORM: &str = "1";
-/// Modules of the emulated host, and their parameters, in order.
-const HOST_MODULES: [(&str, &str); 11] = [
-    ("kvm_amd", "nested=1"),
-    ("nfit", ""),
-    ("nd_pmem", ""),
-    ("device_dax", ""),
-    ("dax_pmem", ""),
-    ("kmem", ""),
-    ("9p", ""),
-    ("9pnet_virtio", ""),
-    ("virtio_pci", ""),
-    ("virtio_console", ""),
-    ("hwpoison_inject", ""),
-];
-/// Modules that are there for those who load them.
-const MODULES_AT_HAND: [&str; 2] = ["crc32c_generic", "ext4"];
-/// Modules that a kernel may lack.
-const OPTIONAL_MODULES: [&str; 1] = ["hwpoison_inject"];
+const FORM: &str = "2";
 /// What release binaries link.
 const RUNTIME: [&str; 4] = [
     "libc.so.6",
@@ -49,6 +34,8 @@ const RUNTIME: [&str; 4] = [
 ];
 /// Where libraries go; the dynamic linker looks there unasked.
 const LIBRARY_DIRECTORY: &str = "lib/x86_64-linux-gnu";
+/// Programs that make a guest's file systems. Busybox's own makes one without a journal.
+const FILE_SYSTEM_MAKERS: [&str; 2] = ["mkfs.ext4", "mkfs.xfs"];
 /// Names under which kmod does its work.
 const KMOD_NAMES: [&str; 6] = ["depmod", "insmod", "lsmod", "modinfo", "modprobe", "rmmod"];
 /// `root` and one user without rights, for tests of permissions.
@@ -110,14 +97,7 @@ pub fn host(
     agent: &Path,
 ) -> Result<PathBuf, ImageError> {
     let Provisioned { cache, tools, .. } = provisioned;
-    let key = key(
-        tools,
-        agent,
-        &[
-            kernel.release.as_bytes(),
-            kernel.vmlinux.as_os_str().as_encoded_bytes(),
-        ],
-    )?;
+    let key = key(tools, agent, kernel)?;
     let place = cache
         .path("images")
         .join(format!("host-{}-{key}.cpio", kernel.release));
@@ -128,41 +108,51 @@ pub fn host(
         }
         // ndctl wants to see the directory of its keys.
         tree.directory("etc/ndctl/keys");
-        add_modules(&mut tree, cache, tools, kernel)?;
+        modules::add_for_host(&mut tree, cache, tools, kernel)?;
         cache.write(&place, &tree.archive()?)?;
     }
     Ok(place)
 }
 
-/// The guests' initramfs; the same for all kernels, as guests need no module.
-pub fn guest(provisioned: &Provisioned, agent: &Path) -> Result<PathBuf, ImageError> {
+/// A guest's initramfs for a kernel.
+pub fn guest(
+    provisioned: &Provisioned,
+    kernel: &Kernel,
+    agent: &Path,
+    form: Initramfs,
+) -> Result<PathBuf, ImageError> {
     let Provisioned { cache, tools, .. } = provisioned;
+    let key = key(tools, agent, kernel)?;
+    let (name, programs): (&str, &[&'static str]) = match form {
+        Initramfs::Plain => ("guest", &[]),
+        Initramfs::Tools => ("guest-tools", &FILE_SYSTEM_MAKERS),
+    };
     let place = cache
         .path("images")
-        .join(format!("guest-{}.cpio", key(tools, agent, &[])?));
+        .join(format!("{name}-{}-{key}.cpio", kernel.release));
     if !place.is_file() {
-        cache.write(&place, &base(tools, agent, "guest", &[])?.archive()?)?;
+        let mut tree = base(tools, agent, "guest", programs)?;
+        modules::add_for_guest(&mut tree, kernel, form)?;
+        cache.write(&place, &tree.archive()?)?;
     }
     Ok(place)
 }
 
-fn key(tools: &Tools, agent: &Path, more: &[&[u8]]) -> Result<String, ImageError> {
+fn key(tools: &Tools, agent: &Path, kernel: &Kernel) -> Result<String, ImageError> {
     let packages = tools
         .packages
         .iter()
         .map(|package| format!("{}={} ", package.name, package.version));
     let packages: String = packages.collect();
-    let modules = format!("{HOST_MODULES:?}{MODULES_AT_HAND:?}");
+    let modules = modules::fingerprint();
     let agent_data = read(agent)?;
     let mut parts: Vec<Vec<u8>> = vec![FORM.into(), packages.into(), modules.into(), agent_data];
     for path in libraries::closure(&[agent.to_owned()], &[])?.values() {
         parts.push(read(path)?);
     }
-    let parts: Vec<&[u8]> = parts
-        .iter()
-        .map(Vec::as_slice)
-        .chain(more.iter().copied())
-        .collect();
+    parts.push(kernel.release.as_bytes().to_vec());
+    parts.push(kernel.vmlinux.as_os_str().as_encoded_bytes().to_vec());
+    let parts: Vec<&[u8]> = parts.iter().map(Vec::as_slice).collect();
     Ok(digest(&parts))
 }
 
@@ -211,78 +201,6 @@ fn base(
         &format!("/{LIBRARY_DIRECTORY}/ld-linux-x86-64.so.2"),
     );
     Ok(tree)
-}
-
-/// Adds the modules, the order in which to load them, and the index that modprobe needs for more.
-fn add_modules(
-    tree: &mut Tree,
-    cache: &Cache,
-    tools: &Tools,
-    kernel: &Kernel,
-) -> Result<(), ImageError> {
-    let root = format!("lib/modules/{}", kernel.release);
-    let mut list = String::new();
-    let scratch = cache.scratch()?;
-    let directory = scratch.path().join(&root);
-    let failed = |path: &Path| {
-        let path = path.to_owned();
-        move |source| ImageError::Read { path, source }
-    };
-    std::fs::create_dir_all(&directory).map_err(failed(&directory))?;
-    let mut loaded = Vec::new();
-    let at_hand = MODULES_AT_HAND.map(|name| (name, ""));
-    for (name, parameters) in HOST_MODULES.into_iter().chain(at_hand) {
-        let modules = match kernel.modules(&[name]) {
-            Err(KernelError::NoModule { .. }) if OPTIONAL_MODULES.contains(&name) => continue,
-            modules => modules?,
-        };
-        for module in modules {
-            if loaded.contains(&module.name) {
-                continue;
-            }
-            let file = format!("{root}/{}.ko", module.name);
-            let parameters = if module.name == name { parameters } else { "" };
-            if !MODULES_AT_HAND.contains(&name) {
-                list.push_str(format!("/{file} {parameters}").trim_end());
-                list.push('\n');
-            }
-            let path = scratch.path().join(&file);
-            std::fs::write(&path, &module.data).map_err(failed(&path))?;
-            tree.file(&file, 0o644, module.data);
-            loaded.push(module.name);
-        }
-    }
-    tree.file("etc/lab/modules", 0o644, list.into());
-    if loaded.is_empty() {
-        return Ok(());
-    }
-    // depmod is one of kmod's names, and kmod knows which it is by how it is called.
-    let depmod = scratch.path().join("depmod");
-    let kmod = program(tools, "kmod")?;
-    std::os::unix::fs::symlink(&kmod, &depmod).map_err(failed(&depmod))?;
-    let libraries = libraries::closure(&[kmod], &tools.roots)?;
-    let places: Vec<&Path> = libraries
-        .values()
-        .filter_map(|path| path.parent())
-        .collect();
-    let places = std::env::join_paths(places).unwrap_or_default();
-    let mut command = Command::new(&depmod);
-    command
-        .env("LD_LIBRARY_PATH", places)
-        .arg("-b")
-        .arg(scratch.path())
-        .arg(&kernel.release);
-    output_of(&mut command)?;
-    for entry in std::fs::read_dir(&directory)
-        .map_err(failed(&directory))?
-        .flatten()
-    {
-        let name = entry.file_name().to_string_lossy().into_owned();
-        if name.starts_with("modules.") {
-            tree.file(&format!("{root}/{name}"), 0o644, read(&entry.path())?);
-        }
-    }
-    Ok(())
 }
 
 /// A program without its debugging information, which is most of it.

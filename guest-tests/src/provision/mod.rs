@@ -23,8 +23,15 @@ use kernel::{Kernel, KernelError};
 pub const QEMU: &str = "qemu-system-x86_64";
 /// Kernel series that the suite runs on, where the package sources offer them.
 pub const SERIES: [&str; 2] = ["6.1", "6.12"];
-/// Packages whose programs run on the emulated host.
-const TOOLS: [&str; 4] = ["busybox-static", "kmod", "ndctl", "daxctl"];
+/// Packages whose programs run on the emulated host and in its guests.
+const TOOLS: [&str; 6] = [
+    "busybox-static",
+    "kmod",
+    "ndctl",
+    "daxctl",
+    "e2fsprogs",
+    "xfsprogs",
+];
 /// Written last, so that its presence says that all tools are there.
 const TOOLS_LIST: &str = "tools.json";
 /// Series that fresh lists of the package sources did not offer.
@@ -77,6 +84,12 @@ pub struct Tools {
 }
 
 impl Tools {
+    /// Whether every one of these packages is unpacked. A list from before a package was wanted lacks it.
+    fn have(&self, names: &[&str]) -> bool {
+        let listed = |name: &&str| self.packages.iter().any(|package| package.name == **name);
+        names.iter().all(listed) && self.roots.iter().all(|root| root.is_dir())
+    }
+
     /// Finds a program in whichever directory its package puts it.
     pub fn program(&self, name: &str) -> Option<PathBuf> {
         let places = ["bin", "usr/bin", "sbin", "usr/sbin"];
@@ -129,7 +142,7 @@ fn provide_tools(cache: &Cache, freshness: Freshness) -> Result<Tools, Provision
     let list = cache.path(TOOLS_LIST);
     if freshness == Freshness::Cached
         && let Some(tools) = cache.read_json::<Tools>(&list)
-        && tools.roots.iter().all(|root| root.is_dir())
+        && tools.have(&TOOLS)
     {
         return Ok(tools);
     }

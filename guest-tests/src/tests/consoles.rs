@@ -4,11 +4,11 @@ use std::time::Duration;
 
 use lab_agent::host_protocol::{ExitStatus, SpawnSpec, TerminalSize};
 
-use super::support::{MIB, dax_zone, refused};
+use super::support::{MIB, dax_zone, initramfs, refused};
 use super::{GuestTest, Lab, TestError, claim};
 use crate::guest::READY_DEADLINE;
 use crate::host::process::Process;
-use crate::share::{GUEST_INITRAMFS, ImageForm, kernel_path};
+use crate::share::{ImageForm, kernel_path};
 use crate::suite::SCRATCH;
 
 pub(super) const TESTS: &[GuestTest] = &[
@@ -43,13 +43,14 @@ const LEAVE: Duration = Duration::from_mins(1);
 /// daxhund with a guest on device-dax and this serial port.
 fn command(lab: &Lab, serial: &str) -> Vec<String> {
     let kernel = kernel_path(&lab.kernel.release, ImageForm::Elf);
+    let initramfs = initramfs(lab);
     let zone = dax_zone(lab, "z0", 1, 512 * MIB, 0);
     let words = [
         "daxhund",
         "--kernel",
         &kernel,
         "--initramfs",
-        GUEST_INITRAMFS,
+        &initramfs,
         "--cmdline",
         "console=ttyS0 quiet panic=-1",
         "--memory-zone",
@@ -234,13 +235,14 @@ fn a_failing_start_leaves_nothing_behind(lab: &mut Lab) -> Result<(), TestError>
     let socket = "/tmp/scratch/serial.sock";
     let serial = format!("socket={socket}");
     let kernel = kernel_path(&lab.kernel.release, ImageForm::Elf);
+    let initramfs = initramfs(lab);
     // Fails last of all: memory is locked and mapped, the socket is made, the kernel does not fit.
     let argv = [
         "daxhund",
         "--kernel",
         &kernel,
         "--initramfs",
-        GUEST_INITRAMFS,
+        &initramfs,
         "--memory-zone",
         &zone,
         "--serial",

@@ -3,12 +3,24 @@
 //! A test gets a host that is up and leaves it as it found it; files go to [`crate::suite::SCRATCH`]. What it starts it
 //! may simply drop. Every wait has a deadline; nothing sleeps.
 
+mod api;
+mod blk;
 mod boot;
 mod consoles;
 mod host;
+mod hostile;
+mod hotplug;
+mod net;
+mod pci;
+mod persistence;
+mod pmem;
 mod power;
+mod remote;
+mod small_devices;
 mod start_errors;
 mod support;
+
+use std::sync::Arc;
 
 use crate::bench::boot::MeasureError;
 use crate::guest::GuestError;
@@ -17,6 +29,7 @@ use crate::host::channel::HostError;
 use crate::host::figures::FiguresError;
 use crate::host::qmp::QmpError;
 use crate::provision::kernel::Kernel;
+use crate::setup::{Setup, StartError};
 
 /// What a test works with.
 #[derive(Debug)]
@@ -27,6 +40,8 @@ pub struct Lab {
     pub kernel: Kernel,
     /// Whether long repeat counts are wanted.
     pub full: bool,
+    /// What further hosts are booted from.
+    pub setup: Arc<Setup>,
 }
 
 /// A test.
@@ -53,6 +68,9 @@ pub enum TestError {
     /// Figures about a VMM.
     #[error(transparent)]
     Figures(#[from] FiguresError),
+    /// Another host.
+    #[error(transparent)]
+    Start(#[from] StartError),
     /// QEMU's monitor.
     #[error(transparent)]
     Qmp(#[from] QmpError),
@@ -78,6 +96,15 @@ pub fn all() -> Vec<GuestTest> {
         power::TESTS,
         consoles::TESTS,
         start_errors::TESTS,
+        pci::TESTS,
+        pmem::TESTS,
+        persistence::TESTS,
+        blk::TESTS,
+        net::TESTS,
+        small_devices::TESTS,
+        hotplug::TESTS,
+        api::TESTS,
+        hostile::TESTS,
     ]
     .concat()
 }

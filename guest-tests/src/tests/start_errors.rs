@@ -2,9 +2,11 @@
 
 use lab_agent::host_protocol::SpawnSpec;
 
-use super::support::{GIB, MIB, boot_on, dax_zone, has_memory, power_off, refused, refused_as};
+use super::support::{
+    GIB, MIB, boot_on, dax_zone, has_memory, initramfs, power_off, refused, refused_as,
+};
 use super::{GuestTest, Lab, TestError, claim};
-use crate::share::{GUEST_INITRAMFS, ImageForm, kernel_path};
+use crate::share::{ImageForm, kernel_path};
 use crate::suite::SCRATCH;
 
 pub(super) const TESTS: &[GuestTest] = &[
@@ -134,9 +136,10 @@ fn bad_initramfs_are_named(lab: &mut Lab) -> Result<(), TestError> {
         refused_as(lab, &argv, None, 1, words)
     };
     let cut = format!("{SCRATCH}/initramfs");
+    let whole = initramfs(lab);
     shell(
         lab,
-        &format!("head -c 300000 {GUEST_INITRAMFS} > {cut}; : > {SCRATCH}/empty"),
+        &format!("head -c 300000 {whole} > {cut}; : > {SCRATCH}/empty"),
     )?;
     with(&cut, &[&cut, "truncated", "the file has 300000"])?;
     with("/nonexistent", &["/nonexistent", "can't be read"])?;
@@ -215,8 +218,9 @@ fn bad_dax_ranges_are_refused_before_they_are_mapped(lab: &mut Lab) -> Result<()
 
 fn what_is_not_device_dax_is_told_apart(lab: &mut Lab) -> Result<(), TestError> {
     // The share is a network file system; the root file system is tmpfs, whose files may be memory.
+    let plain = initramfs(lab);
     [
-        (GUEST_INITRAMFS, "a plain file"),
+        (plain.as_str(), "a plain file"),
         ("/sys", "a directory"),
         ("/dev/null", "character device"),
         ("/dev/kvm", "character device"),
@@ -333,13 +337,14 @@ const LAB_USER: u32 = 1000;
 fn missing_permissions_are_named(lab: &mut Lab) -> Result<(), TestError> {
     let device = lab.host.dax()[1].path.clone();
     let kernel = kernel_path(&lab.kernel.release, ImageForm::Elf);
+    let initramfs = initramfs(lab);
     let zone = format!("id=a,size=512M,file={device}");
     let argv = [
         "daxhund",
         "--kernel",
         &kernel,
         "--initramfs",
-        GUEST_INITRAMFS,
+        &initramfs,
         "--memory-zone",
         &zone,
         "--serial",
@@ -403,7 +408,7 @@ fn numbers_of_vcpus_that_cannot_be_are_refused(lab: &mut Lab) -> Result<(), Test
 }
 
 fn what_is_not_built_is_refused_by_name(lab: &mut Lab) -> Result<(), TestError> {
-    for flag in ["--device", "--pmem", "--disk", "--net", "--api-socket"] {
+    for flag in ["--device", "--fs", "--user-device", "--vdpa", "--tpm"] {
         let message = format!("not supported by daxhund: {flag}");
         refused(
             lab,
@@ -420,9 +425,9 @@ fn what_is_not_built_is_refused_by_name(lab: &mut Lab) -> Result<(), TestError> 
     )?;
     refused(
         lab,
-        &["--memory", "size=512M", "--console", "tty"],
+        &["--memory", "size=512M", "--disk", "path=/x,vhost_user=on"],
         2,
-        &["not supported by daxhund: --console tty"],
+        &["not supported by daxhund", "vhost_user"],
     )?;
     refused(lab, &["--no-such-flag"], 2, &["--no-such-flag"])
 }

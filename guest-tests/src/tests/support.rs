@@ -1,28 +1,41 @@
 //! What several stories need: guests with RAM of some kind, the host's page statistics, starts that must fail.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use lab_agent::guest_protocol::PciFunction;
 use lab_agent::host_protocol::{ExitStatus, SpawnSpec};
 
 use super::{Lab, TestError, claim};
 use crate::guest::{Guest, GuestSpec};
 use crate::host::figures::{MappedPages, mapped_pages};
-use crate::share::{GUEST_INITRAMFS, ImageForm, kernel_path};
+use crate::share::{ImageForm, Initramfs, initramfs_path, kernel_path};
+use crate::suite::SCRATCH;
 
 pub(super) const MIB: u64 = 1 << 20;
 pub(super) const GIB: u64 = 1 << 30;
 /// A start that fails does so within a second; emulated and on a busy machine, within this.
 const REFUSAL_DEADLINE: Duration = Duration::from_mins(1);
 
+/// What takes a few milliseconds on a real machine.
+const EVENTUALLY: Duration = Duration::from_secs(30);
+const LOOK_AGAIN: Duration = Duration::from_millis(50);
+
 /// What Linux says about the emulated processor, whoever the VMM is: mitigations that want microcode, and frequency
 /// scaling, for which a guest has no firmware.
-const NOT_OF_OUR_MAKING: [&str; 5] = [
+const NOT_OF_OUR_MAKING: [&str; 8] = [
     // The emulated host says it of itself: "Marking TSC unstable due to TSCs unsynchronized".
     "Unstable clock detected",
+    // The emulator did not get a processor for a while.
+    "Long readout interval, skipping watchdog check",
     "Speculative Return Stack Overflow",
     "Zenbleed",
     "amd_pstate: the _CPC object is not present",
     "Transient Scheduler Attacks",
+    // Of any virtio-pmem: a region without DIMMs has no "flushing capability" (`nvdimm_has_flush`, drivers/nvdimm/region_devs.c),
+    // although flushes go to the device.
+    "unable to guarantee persistence of writes",
+    // ext4 and xfs of 6.1: "DAX enabled. Warning: EXPERIMENTAL, use at your own risk".
+    "DAX enabled. Warning: EXPERIMENTAL",
 ];
 
 /// Entries of each size by which KVM maps the memory of a guest now.
@@ -34,6 +47,11 @@ pub(super) fn kvm_pages(lab: &Lab, guest: &mut Guest) -> Result<MappedPages, Tes
 pub(super) fn dax_zone(lab: &Lab, id: &str, device: usize, size: u64, offset: u64) -> String {
     let path = &lab.host.dax()[device].path;
     format!("id={id},size={size},file={path},offset={offset}")
+}
+
+/// The small initramfs for the lab's kernel.
+pub(super) fn initramfs(lab: &Lab) -> String {
+    initramfs_path(&lab.kernel.release, Initramfs::Plain)
 }
 
 /// A guest with these zones, up.
@@ -67,6 +85,97 @@ pub(super) fn no_complaints(guest: &mut Guest) -> Result<(), TestError> {
     claim(ours.is_empty(), || {
         format!("the guest's kernel complains:\n{}", ours.join("\n"))
     })
+}
+
+/// Looks until `is_so`, at least once. What is looked for is announced by nobody: the lab asks again, as a person would.
+pub(super) fn eventually(
+    what: &str,
+    mut is_so: impl FnMut() -> Result<bool, TestError>,
+) -> Result<(), TestError> {
+    let end = Instant::now() + EVENTUALLY;
+    while !is_so()? {
+        if Instant::now() >= end {
+            return Err(TestError::Claim(format!(
+                "{what}: not within {} s",
+                EVENTUALLY.as_secs()
+            )));
+        }
+        std::thread::sleep(LOOK_AGAIN);
+    }
+    Ok(())
+}
+
+/// As [`spec_on`] for a guest with devices: its RAM is 512 MiB of the first dax device.
+pub(super) fn spec_with(lab: &Lab, devices: &[&str]) -> GuestSpec {
+    let mut spec = spec_on(lab, &[&dax_zone(lab, "z0", 0, 512 * MIB, 0)]);
+    spec.arguments
+        .extend(devices.iter().map(|word| (*word).to_owned()));
+    spec
+}
+
+/// Makes the directory for a test's files.
+pub(super) fn scratch(lab: &Lab) -> Result<(), TestError> {
+    lab.host.check(&["mkdir", "-p", SCRATCH])?;
+    Ok(())
+}
+
+/// Lets everybody read and write these files for as long as `story` takes.
+pub(super) fn open_to_all<T>(
+    lab: &Lab,
+    paths: &[&str],
+    story: impl FnOnce() -> Result<T, TestError>,
+) -> Result<T, TestError> {
+    let mut modes = Vec::new();
+    for path in paths {
+        modes.push(lab.host.check(&["stat", "-c", "%a", path])?);
+        lab.host.check(&["chmod", "666", path])?;
+    }
+    let outcome = story();
+    for (path, mode) in paths.iter().zip(modes) {
+        lab.host.check(&["chmod", mode.trim(), path])?;
+    }
+    outcome
+}
+
+/// The user without rights.
+pub(super) const LAB_USER: u32 = 1000;
+
+/// The functions that are virtio devices of a kind, in order of address.
+pub(super) fn virtio_functions(
+    guest: &mut Guest,
+    kind: VirtioKind,
+) -> Result<Vec<PciFunction>, TestError> {
+    let mut functions = guest.pci()?;
+    functions.retain(|function| function.id == (0x1af4, kind as u16));
+    Ok(functions)
+}
+
+/// The one function that is a virtio device of a kind.
+pub(super) fn virtio_function(
+    guest: &mut Guest,
+    kind: VirtioKind,
+) -> Result<PciFunction, TestError> {
+    let mut functions = virtio_functions(guest, kind)?;
+    match (functions.pop(), functions.len()) {
+        (Some(function), 0) => Ok(function),
+        (last, more) => Err(TestError::Claim(format!(
+            "expected one virtio device {kind:?}, found {} in {:?}",
+            more + usize::from(last.is_some()),
+            guest.pci()?
+        ))),
+    }
+}
+
+/// PCI device ids of virtio devices: 0x1040 and the device's type.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) enum VirtioKind {
+    Net = 0x1041,
+    Block = 0x1042,
+    Console = 0x1043,
+    Rng = 0x1044,
+    Balloon = 0x1045,
+    Vsock = 0x1053,
+    Pmem = 0x105b,
 }
 
 /// The guest has the memory it was given, but for what its kernel keeps for itself.
@@ -103,12 +212,13 @@ pub(super) fn refused(
     words: &[&str],
 ) -> Result<(), TestError> {
     let kernel = kernel_path(&lab.kernel.release, ImageForm::Elf);
+    let initramfs = initramfs(lab);
     let mut argv = vec![
         "daxhund",
         "--kernel",
         &kernel,
         "--initramfs",
-        GUEST_INITRAMFS,
+        &initramfs,
         "--serial",
         "null",
     ];

@@ -2,17 +2,24 @@
 
 use std::fs;
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use lab_agent::guest_protocol::{ExecReport, MemInfo, NumaNode};
 use rustix::system::{RebootCommand, reboot};
 use serde_json::{Value, json};
 
-use super::{kernel_log, pattern};
-use crate::memory;
+use super::{bandwidth, block, hostile, kernel_log, modules, pattern, pci, persist, vsock};
+use crate::sockets::{self, Sender};
+use crate::{memory, wait};
 
 const HELP: &str = "ping | help | meminfo | cpus | cat PATH | dmesg | pattern BYTES|all | physwrite ADDRESS BYTES SEED | \
-                    physread ADDRESS BYTES SEED | rtc | numa | iomem | exec WORD... | shell | poweroff | reboot | halt | \
-                    triple-fault | panic";
+                    physread ADDRESS BYTES SEED | rtc | numa | iomem | exec WORD... | sh SCRIPT | \
+                    modprobe NAME... | await PATH SECONDS | await-gone PATH SECONDS | pci | persist PATH SEED append|map COUNT | \
+                    persist-check PATH SEED | blkwrite PATH OFFSET BYTES SEED | blkread PATH OFFSET BYTES SEED | \
+                    blkzero PATH OFFSET BYTES | pci-move BDF ADDRESS | \
+                    iops PATH SECONDS DEPTH | bandwidth WHAT PATH BYTES SECONDS | tcp-echo PORT | tcp-send ADDRESS BYTES | \
+                    tcp-receive ADDRESS BYTES | vsock-echo PORT | vsock-ask PORT TEXT | hostile CASE BDF MEMORY | shell | \
+                    poweroff | reboot | halt | triple-fault | panic";
 
 /// Left free by `pattern all`, so that the kernel itself can go on.
 const PATTERN_MARGIN_BYTES: u64 = 32 * 1024 * 1024;
@@ -46,6 +53,68 @@ pub(crate) fn run(words: &[&str]) -> Result<Value, String> {
         })),
         ["numa"] => to_json(&numa_nodes()?),
         ["exec", program, ref arguments @ ..] => exec(program, arguments),
+        ["sh", ref script @ ..] => exec("sh", &["-c", &script.join(" ")]),
+        ["modprobe", ref names @ ..] => {
+            names.iter().try_for_each(|name| modules::load(name))?;
+            Ok(json!({}))
+        }
+        ["pci"] => to_json(&pci::list()?),
+        ["persist", path, seed, how, count] => {
+            let how = persist::How::parse(how)?;
+            let (seed, count) = (number(seed)?, number(count)?);
+            persist::write(path, seed, how, count, persist::acknowledge)?;
+            Ok(json!({}))
+        }
+        ["persist-check", path, seed] => to_json(&persist::check(path, number(seed)?)?),
+        ["blkwrite", path, offset, bytes, seed] => {
+            block::fill(path, number(offset)?, number(bytes)?, number(seed)?)?;
+            Ok(json!({}))
+        }
+        ["blkread", path, offset, bytes, seed] => to_json(&block::compare(
+            path,
+            number(offset)?,
+            number(bytes)?,
+            number(seed)?,
+        )?),
+        ["blkzero", path, offset, bytes] => {
+            block::zero(path, number(offset)?, number(bytes)?)?;
+            Ok(json!({}))
+        }
+        ["pci-move", address, to] => {
+            hostile::move_bar(address, number(to)?)?;
+            Ok(json!({}))
+        }
+        ["iops", path, seconds, depth] => to_json(&block::random_reads(
+            path,
+            number(seconds)?,
+            number(depth)?,
+        )?),
+        ["bandwidth", what, path, bytes, seconds] => to_json(&bandwidth::measure(
+            what,
+            path,
+            number(bytes)?,
+            number(seconds)?,
+        )?),
+        ["tcp-echo", port] => {
+            sockets::serve_tcp_echo(narrow(port)?)?;
+            Ok(json!({}))
+        }
+        ["tcp-send", address, bytes] => {
+            to_json(&sockets::transfer(address, Sender::Client, number(bytes)?)?)
+        }
+        ["tcp-receive", address, bytes] => {
+            to_json(&sockets::transfer(address, Sender::Server, number(bytes)?)?)
+        }
+        ["vsock-echo", port] => {
+            vsock::serve_echo(narrow(port)?)?;
+            Ok(json!({}))
+        }
+        ["vsock-ask", port, text] => Ok(json!(vsock::ask(narrow(port)?, text)?)),
+        ["hostile", case, address, memory] => {
+            to_json(&hostile::run(case, address, number(memory)?)?)
+        }
+        ["await", path, seconds] => await_path(path, seconds, true),
+        ["await-gone", path, seconds] => await_path(path, seconds, false),
         ["shell"] => shell(),
         ["poweroff"] => leave(RebootCommand::PowerOff),
         ["reboot"] => leave(RebootCommand::Restart),
@@ -76,6 +145,11 @@ fn read(path: &str) -> Result<String, String> {
 
 fn write(path: &str, text: &str) -> Result<(), String> {
     fs::write(path, text).map_err(|error| format!("cannot write {path}: {error}"))
+}
+
+/// A number that has to fit a type.
+fn narrow<T: TryFrom<u64>>(word: &str) -> Result<T, String> {
+    T::try_from(number(word)?).map_err(|_| format!("too large: {word}"))
 }
 
 /// Decimal, or hexadecimal after `0x`.
@@ -168,6 +242,11 @@ fn exec(program: &str, arguments: &[&str]) -> Result<Value, String> {
         stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
         stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
     })
+}
+
+fn await_path(path: &str, seconds: &str, wanted: bool) -> Result<Value, String> {
+    wait::for_path(path, Duration::from_secs(number(seconds)?), wanted)?;
+    Ok(json!({}))
 }
 
 /// For a person at the console; `exit` comes back here.

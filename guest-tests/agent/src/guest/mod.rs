@@ -3,9 +3,16 @@
 //! It needs nothing but the kernel's own file systems and a console. Questions come from the lab or from a person;
 //! `help` lists the commands.
 
+mod bandwidth;
+mod block;
 mod commands;
+mod hostile;
 mod kernel_log;
+mod modules;
 mod pattern;
+mod pci;
+mod persist;
+mod vsock;
 
 use std::fs::{self, OpenOptions};
 use std::io::{self, BufRead, Write};

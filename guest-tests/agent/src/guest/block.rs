@@ -1,0 +1,172 @@
+//! Block devices without the page cache in between: patterns, and how many small reads a second bring.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Seek, SeekFrom};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use lab_agent::guest_protocol::{PhysicalReport, RateReport, pattern_word};
+use rustix::fs::{FallocateFlags, OFlags, fallocate};
+
+/// What direct I/O wants offsets, lengths and addresses aligned to.
+const BLOCK_BYTES: usize = 4096;
+const CHUNK_BYTES: usize = 64 * 1024;
+const WORD_BYTES: u64 = 8;
+
+/// A buffer that direct I/O takes.
+pub(crate) struct Aligned {
+    memory: Vec<u8>,
+    skip: usize,
+}
+
+impl Aligned {
+    pub(crate) fn new(bytes: usize) -> Self {
+        let memory = vec![0; bytes + BLOCK_BYTES];
+        let skip = memory.as_ptr().align_offset(BLOCK_BYTES);
+        Self { memory, skip }
+    }
+
+    pub(crate) fn slice(&mut self, bytes: usize) -> &mut [u8] {
+        &mut self.memory[self.skip..self.skip + bytes]
+    }
+}
+
+/// Opens for direct I/O.
+pub(crate) fn open_direct(path: &str, writable: bool) -> Result<File, String> {
+    let direct = i32::try_from(OFlags::DIRECT.bits()).map_err(|error| error.to_string())?;
+    let mut options = OpenOptions::new();
+    options.read(true).write(writable).custom_flags(direct);
+    let opened = options.open(path);
+    opened.map_err(|error| format!("cannot open {path} for direct I/O: {error}"))
+}
+
+/// Writes the seed's pattern, then flushes. Each word depends on its place on the device.
+pub(crate) fn fill(path: &str, offset: u64, bytes: u64, seed: u64) -> Result<(), String> {
+    let file = open_direct(path, true)?;
+    let mut buffer = Aligned::new(CHUNK_BYTES);
+    for_chunks(offset, bytes, |at, length| {
+        let chunk = buffer.slice(length);
+        for (index, word) in (at / WORD_BYTES..).zip(chunk.chunks_exact_mut(8)) {
+            word.copy_from_slice(&pattern_word(index, seed).to_le_bytes());
+        }
+        file.write_all_at(chunk, at)
+    })
+    .and_then(|()| file.sync_all())
+    .map_err(|error| format!("cannot write to {path}: {error}"))
+}
+
+/// Has the device zero a range without the zeros being sent.
+pub(crate) fn zero(path: &str, offset: u64, bytes: u64) -> Result<(), String> {
+    let file = open_direct(path, true)?;
+    let how = FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE;
+    fallocate(&file, how, offset, bytes)
+        .map_err(|error| format!("cannot zero {bytes} bytes of {path} at {offset}: {error}"))
+}
+
+/// Compares with the seed's pattern.
+pub(crate) fn compare(
+    path: &str,
+    offset: u64,
+    bytes: u64,
+    seed: u64,
+) -> Result<PhysicalReport, String> {
+    let file = open_direct(path, false)?;
+    let mut buffer = Aligned::new(CHUNK_BYTES);
+    let mut report = PhysicalReport {
+        words: 0,
+        wrong_words: 0,
+        first_wrong_offset: None,
+    };
+    for_chunks(offset, bytes, |at, length| {
+        let chunk = buffer.slice(length);
+        file.read_exact_at(chunk, at)?;
+        for (index, word) in (at / WORD_BYTES..).zip(chunk.chunks_exact(8)) {
+            report.words += 1;
+            if word != pattern_word(index, seed).to_le_bytes() {
+                report.wrong_words += 1;
+                report.first_wrong_offset.get_or_insert(index * WORD_BYTES);
+            }
+        }
+        Ok(())
+    })
+    .map_err(|error| format!("cannot read {path}: {error}"))?;
+    Ok(report)
+}
+
+fn for_chunks(
+    offset: u64,
+    bytes: u64,
+    mut work: impl FnMut(u64, usize) -> io::Result<()>,
+) -> io::Result<()> {
+    let end = offset + bytes;
+    let mut at = offset;
+    while at < end {
+        let length = usize::try_from(end - at).map_or(CHUNK_BYTES, |left| left.min(CHUNK_BYTES));
+        work(at, length)?;
+        at += length as u64;
+    }
+    Ok(())
+}
+
+/// Reads blocks at random places for some time, `depth` at once.
+pub(crate) fn random_reads(path: &str, seconds: u64, depth: u64) -> Result<RateReport, String> {
+    let began = Instant::now();
+    let end = began + Duration::from_secs(seconds);
+    let readers: Vec<_> = (0..depth)
+        .map(|reader| {
+            let mut file = open_direct(path, false)?;
+            let size = file.seek(SeekFrom::End(0));
+            let blocks = size
+                .map_err(|error| format!("cannot tell the size of {path}: {error}"))?
+                / BLOCK_BYTES as u64;
+            if blocks == 0 {
+                return Err(format!("{path} is smaller than a block"));
+            }
+            Ok(thread::spawn(move || {
+                let mut buffer = Aligned::new(BLOCK_BYTES);
+                let mut reads: u64 = 0;
+                while Instant::now() < end {
+                    let block = pattern_word(reads, reader) % blocks;
+                    file.read_exact_at(buffer.slice(BLOCK_BYTES), block * BLOCK_BYTES as u64)?;
+                    reads += 1;
+                }
+                Ok::<u64, io::Error>(reads)
+            }))
+        })
+        .collect::<Result<_, String>>()?;
+    let mut operations = 0;
+    for reader in readers {
+        let reads = reader.join().map_err(|_| "a reader panicked")?;
+        operations += reads.map_err(|error| format!("cannot read {path}: {error}"))?;
+    }
+    Ok(RateReport {
+        operations,
+        bytes: operations * BLOCK_BYTES as u64,
+        seconds: began.elapsed().as_secs_f64(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buffers_are_aligned() {
+        let mut buffer = Aligned::new(CHUNK_BYTES);
+        assert!((buffer.slice(CHUNK_BYTES).as_ptr() as usize).is_multiple_of(BLOCK_BYTES));
+    }
+
+    #[test]
+    fn chunks_cover_the_range_once() {
+        let mut seen = Vec::new();
+        for_chunks(4096, 200_704, |at, length| {
+            seen.push((at, length));
+            Ok(())
+        })
+        .unwrap();
+        assert_eq!(seen.first(), Some(&(4096, CHUNK_BYTES)));
+        let total: usize = seen.iter().map(|(_, length)| length).sum();
+        assert_eq!(total, 200_704);
+    }
+}

@@ -1,0 +1,148 @@
+//! The life of a VM over REST.
+
+use std::time::Duration;
+
+use lab_agent::host_protocol::ExitStatus;
+use serde_json::json;
+
+use super::remote::{Remote, waiting_vmm};
+use super::support::{LAB_USER, MIB, has_memory, initramfs, no_complaints, scratch};
+use super::{GuestTest, Lab, TestError, claim};
+use crate::guest::Guest;
+use crate::share::{ImageForm, kernel_path};
+use crate::suite::SCRATCH;
+
+pub(super) const TESTS: &[GuestTest] = &[
+    GuestTest {
+        name: "a_vm_lives_and_ends_over_rest",
+        run: a_vm_lives_and_ends_over_rest,
+    },
+    GuestTest {
+        name: "a_vm_is_created_without_rights_to_kvm",
+        run: a_vm_is_created_without_rights_to_kvm,
+    },
+];
+
+const END: Duration = Duration::from_mins(1);
+
+/// A VM's configuration as a file on the host; gives its path and its text.
+fn config(lab: &Lab) -> Result<(String, String), TestError> {
+    let path = format!("{SCRATCH}/vm.json");
+    let config = json!({
+        "cpus": {"boot_vcpus": 1, "max_vcpus": 1},
+        "memory": {
+            "size": 0,
+            "zones": [{"id": "z0", "size": 512 * MIB, "file": lab.host.dax()[0].path, "shared": true}],
+        },
+        "payload": {
+            "kernel": kernel_path(&lab.kernel.release, ImageForm::Elf),
+            "initramfs": initramfs(lab),
+            "cmdline": "console=ttyS0 panic=-1 quiet",
+        },
+        "serial": {"mode": "Tty"},
+        "console": {"mode": "Off"},
+    });
+    let text = config.to_string();
+    lab.host.write_file(&path, text.as_bytes())?;
+    Ok((path, text))
+}
+
+fn a_vm_lives_and_ends_over_rest(lab: &mut Lab) -> Result<(), TestError> {
+    scratch(lab)?;
+    let remote = Remote::new();
+    let (path, text) = config(lab)?;
+    let mut guest = Guest::start(&lab.host, waiting_vmm(&remote, &[], None))?;
+    remote.ready(lab)?;
+    let ping = remote.ok(lab, &["ping"])?;
+    claim(ping.contains("version"), || format!("ping says {ping}"))?;
+    nothing_is_there_yet(lab, &remote)?;
+
+    remote.ok(lab, &["create", &path])?;
+    remote.expect_state(lab, "Created")?;
+    remote.refused(lab, &["create", &path], &[])?;
+    remote.answers(lab, ("PUT", "/api/v1/vm.pause", ""), "409", &[])?;
+    remote.ok(lab, &["boot"])?;
+    remote.expect_state(lab, "Running")?;
+    guest.wait_ready()?;
+    has_memory(&mut guest, 512 * MIB)?;
+    no_complaints(&mut guest)?;
+
+    remote.answers(lab, ("PUT", "/api/v1/vm.pause", "{}"), "400", &[])?;
+    remote.ok(lab, &["pause"])?;
+    remote.expect_state(lab, "Paused")?;
+    remote.answers(lab, ("PUT", "/api/v1/vm.pause", ""), "409", &[])?;
+    remote.ok(lab, &["resume"])?;
+    remote.expect_state(lab, "Running")?;
+    guest.ask("ping")?;
+    remote.ok(lab, &["reboot"])?;
+    let uptime = guest.wait_ready()?;
+    claim(uptime < 60.0, || {
+        format!("after the reboot, the guest is up for {uptime} s")
+    })?;
+
+    // Ended and started once more: the configuration is still there.
+    remote.ok(lab, &["shutdown"])?;
+    remote.expect_state(lab, "Created")?;
+    remote.ok(lab, &["boot"])?;
+    guest.wait_ready()?;
+    remote.ok(lab, &["delete"])?;
+    remote.answers(lab, ("GET", "/api/v1/vm.info", ""), "404", &[])?;
+    // What held the memory has let go of it: the same VM can be made anew.
+    remote.answers(lab, ("PUT", "/api/v1/vm.create", &text), "204", &[])?;
+    remote.ok(lab, &["delete"])?;
+    remote.ok(lab, &["shutdown-vmm"])?;
+    let status = guest.vmm().wait(END)?;
+    claim(status == ExitStatus::Code(0), || {
+        format!("vmm.shutdown ended the VMM with {status}")
+    })?;
+    claim(!lab.host.exists(remote.socket())?, || {
+        "the socket is left behind".to_owned()
+    })
+}
+
+/// Before a VM exists; and requests that nobody should make.
+fn nothing_is_there_yet(lab: &Lab, remote: &Remote) -> Result<(), TestError> {
+    for request in [
+        ("GET", "/api/v1/vm.info", "", "404", ""),
+        ("PUT", "/api/v1/vm.boot", "", "404", ""),
+        ("GET", "/api/v1/vm.nonsense", "", "404", ""),
+        ("PUT", "/api/v1/vm.create", "{", "400", ""),
+        (
+            "PUT",
+            "/api/v1/vm.create",
+            r#"{"memroy":{}}"#,
+            "400",
+            "memroy",
+        ),
+    ] {
+        let (method, target, body, status, said) = request;
+        remote.answers(lab, (method, target, body), status, &[said])?;
+    }
+    remote.ok(lab, &["ping"])?;
+    Ok(())
+}
+
+fn a_vm_is_created_without_rights_to_kvm(lab: &mut Lab) -> Result<(), TestError> {
+    scratch(lab)?;
+    let (path, _) = config(lab)?;
+    lab.host.check(&["chmod", "777", SCRATCH])?;
+    let mode = lab.host.check(&["stat", "-c", "%a", "/dev/kvm"])?;
+    lab.host.check(&["chmod", "600", "/dev/kvm"])?;
+    let story = || {
+        let remote = Remote::new();
+        let vmm = lab.host.spawn(waiting_vmm(&remote, &[], Some(LAB_USER)))?;
+        remote.ready(lab)?;
+        remote.ok(lab, &["create", &path])?;
+        remote.refused(lab, &["boot"], &["/dev/kvm"])?;
+        remote.expect_state(lab, "Created")?;
+        remote.ok(lab, &["ping"])?;
+        remote.ok(lab, &["shutdown-vmm"])?;
+        let status = vmm.wait(END)?;
+        claim(status == ExitStatus::Code(0), || {
+            format!("vmm.shutdown ended the VMM with {status}")
+        })
+    };
+    let outcome = story();
+    lab.host.check(&["chmod", mode.trim(), "/dev/kvm"])?;
+    outcome
+}
