@@ -15,7 +15,7 @@
 //! - The driver is not trusted. A descriptor chain may point anywhere, loop, or change while it is read; what is wrong
 //!   with it is an error to that device only.
 //! - No queue is served on a vCPU thread. A vCPU that touches a register returns at once.
-//! - Guest memory is reached through a snapshot of [`GuestView`] taken for one batch of work and dropped after it, so
+//! - Guest memory is reached through a snapshot of `GuestView` taken for one batch of work and dropped after it, so
 //!   that memory can be taken away from the guest; never by a Rust reference.
 //! - A reset at any moment is answered: the status register reads 0 only when no worker touches guest memory any more.
 

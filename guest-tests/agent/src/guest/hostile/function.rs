@@ -27,7 +27,7 @@ const WIDE: u64 = 0x10_0000;
 /// No function has more: the list would be a loop.
 const MOST_CAPABILITIES: usize = 64;
 
-const PAGE: u64 = 4096;
+const PAGE: usize = 4096;
 /// Offset of the word that has the number of queues in its second 16 bits.
 const NUM_QUEUES_WORD: usize = 0x10;
 
@@ -177,9 +177,9 @@ impl Function {
 
     /// How many queues the common structure of a BAR at this physical address tells of; all ones when nobody answers.
     pub(super) fn queues_at(&self, bar: u64) -> Result<u16, String> {
-        let page = bar + self.common.offset as u64 / PAGE * PAGE;
-        let word = (self.common.offset % PAGE as usize + NUM_QUEUES_WORD) / 8;
-        let mut memory = Physical::map(page, PAGE, false)?;
+        let page = bar + (self.common.offset / PAGE * PAGE) as u64;
+        let word = (self.common.offset % PAGE + NUM_QUEUES_WORD) / 8;
+        let mut memory = Physical::map(page, PAGE as u64, false)?;
         let [_, _, low, high, ..] = memory.words().get(word).to_le_bytes();
         Ok(u16::from_le_bytes([low, high]))
     }
