@@ -49,8 +49,10 @@ fn system_bus(description: &Description) -> Vec<Encoded> {
         let ports = ports(serial::PORTS, serial::PORT_COUNT);
         devices.push(simple("COM1", "PNP0501", vec![&interrupt, &ports]));
     }
+    // The devices are of the VMM, which is as near to one node as to another.
+    let node = description.nodes.first().map(|node| node.id);
     let bridges = description.segments.iter();
-    devices.extend(bridges.map(|segment| pci::host_bridge(segment, hotplug)));
+    devices.extend(bridges.map(|segment| pci::host_bridge(segment, hotplug, node)));
     devices.push(pci::power_button());
     devices.push(pci::event_device(&description.segments, hotplug));
     devices

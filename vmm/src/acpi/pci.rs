@@ -48,8 +48,13 @@ fn hotplug_slots() -> impl Iterator<Item = u8> {
     HOST_BRIDGE_SLOT + 1..SLOTS
 }
 
-/// The host bridge of a segment with its slots.
-pub(super) fn host_bridge(segment: &SegmentLayout, hotplug: HotplugDescription) -> Encoded {
+/// The host bridge of a segment with its slots. `node` is its NUMA node, where there are nodes: Linux warns when it is not
+/// told.
+pub(super) fn host_bridge(
+    segment: &SegmentLayout,
+    hotplug: HotplugDescription,
+    node: Option<u32>,
+) -> Encoded {
     let base = hotplug.registers + hotplug::block(segment.number);
     let fields = [
         (*b"CHCK", CHECK),
@@ -70,6 +75,7 @@ pub(super) fn host_bridge(segment: &SegmentLayout, hotplug: HotplugDescription) 
         notify_method(),
         scan_method(),
     ];
+    children.extend(node.map(|node| name("_PXM", &node)));
     children.extend(hotplug_slots().map(|number| slot(segment.number, number)));
     device(&bridge_name(segment), &children)
 }

@@ -37,8 +37,8 @@ pub struct Queue {
     interrupts: u64,
     /// Something was pushed since the last [`Queue::notify`].
     pushed: bool,
-    /// The driver waits for an entry that [`Queue::push_all`] wrote and `virtio-queue` does not know of.
-    owed: bool,
+    /// Index of the used ring when [`Queue::notify`] last looked.
+    told: u16,
 }
 
 impl Queue {
@@ -56,7 +56,7 @@ impl Queue {
             interrupt,
             interrupts: 0,
             pushed: false,
-            owed: false,
+            told: 0,
         }
     }
 
@@ -167,20 +167,7 @@ impl Queue {
         }
         // The index is written with the last one, by this.
         self.rings.set_next_used(next);
-        self.push(memory, *head, *len)?;
-        if self.rings.event_idx_enabled() && next != first {
-            // The index before the event: a driver that asks for an interrupt looks at the index after it has asked.
-            fence(Ordering::SeqCst);
-            let event = GuestAddress(self.rings.avail_ring())
-                .checked_add(4 + 2 * u64::from(size))
-                .ok_or(failed(virtio_queue::Error::AddressOverflow))?;
-            let event: u16 = memory
-                .load(event, Ordering::Relaxed)
-                .map_err(|e| failed(virtio_queue::Error::GuestMemory(e)))?;
-            let event = u16::from_le(event);
-            self.owed |= event.wrapping_sub(first) < next.wrapping_sub(first);
-        }
-        Ok(())
+        self.push(memory, *head, *len)
     }
 
     /// Raises the interrupt if the driver wants one for what was pushed. Once for a batch.
@@ -190,15 +177,36 @@ impl Queue {
             return Ok(());
         }
         let index = self.index;
-        let wanted = self
-            .rings
-            .needs_notification(memory)
-            .map_err(|source| QueueError { index, source })?;
-        if wanted | std::mem::take(&mut self.owed) {
+        let failed = |source| QueueError { index, source };
+        let wanted = if self.rings.event_idx_enabled() {
+            self.is_event_reached(memory).map_err(failed)?
+        } else {
+            self.rings.needs_notification(memory).map_err(failed)?
+        };
+        if wanted {
             self.interrupts += 1;
             self.interrupt.signal();
         }
         Ok(())
+    }
+
+    /// Whether the entry that the driver waits for is among those pushed since the last time (2.7.7.2 and `vring_need_event`).
+    /// `virtio-queue` counts calls, not entries, so [`Queue::push_all`] would make it miss some.
+    fn is_event_reached<M: GuestMemory>(
+        &mut self,
+        memory: &M,
+    ) -> Result<bool, virtio_queue::Error> {
+        // The index before the event: a driver that asks for an interrupt looks at the index after it has asked.
+        fence(Ordering::SeqCst);
+        let event = GuestAddress(self.rings.avail_ring())
+            .checked_add(4 + 2 * u64::from(self.rings.size()))
+            .ok_or(virtio_queue::Error::AddressOverflow)?;
+        let event: u16 = memory
+            .load(event, Ordering::Relaxed)
+            .map_err(virtio_queue::Error::GuestMemory)?;
+        let (event, new) = (u16::from_le(event), self.rings.next_used());
+        let old = std::mem::replace(&mut self.told, new);
+        Ok(new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old))
     }
 
     /// How often [`Queue::notify`] has raised the interrupt.
@@ -305,6 +313,22 @@ mod tests {
             queue.notify(&memory).unwrap();
             queue.notify(&memory).unwrap();
             assert_eq!(count.0.load(Ordering::SeqCst), wanted, "event {event}");
+        }
+    }
+
+    /// Seen with Linux: it waited for a frame of one chain, which a frame of several followed before it was told.
+    #[test]
+    fn an_event_is_not_missed_for_what_follows_it() {
+        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x4000)]).unwrap();
+        let at = GuestAddress(AVAILABLE + 4 + 2 * 4);
+        for event in 0u16..4 {
+            let (mut queue, count) = queue(&memory, true);
+            memory.write_obj(event, at).unwrap();
+            queue.push_all(&memory, &[(0, 1)]).unwrap();
+            queue.push_all(&memory, &[(1, 1), (2, 1)]).unwrap();
+            queue.push(&memory, 3, 1).unwrap();
+            queue.notify(&memory).unwrap();
+            assert_eq!(count.0.load(Ordering::SeqCst), 1, "event {event}");
         }
     }
 
