@@ -121,15 +121,6 @@ fn parse_candidates(policy: &str) -> Vec<Package> {
     found
 }
 
-/// Fetches the package lists if they do not know `name`, as on a fresh installation.
-pub fn refresh_if_unknown(name: &str) -> Result<(), AptError> {
-    match candidate(name) {
-        Ok(_) => Ok(()),
-        Err(AptError::Unknown { .. }) => update(),
-        Err(error) => Err(error),
-    }
-}
-
 /// Fetches the package lists.
 pub fn update() -> Result<(), AptError> {
     as_root("apt-get", &["update", "-q"], "(package lists)")
@@ -139,38 +130,21 @@ pub fn update() -> Result<(), AptError> {
 pub fn install(packages: &[&str]) -> Result<(), AptError> {
     let mut arguments = vec!["install", "-q", "-y", "--no-install-recommends"];
     arguments.extend(packages);
-    match as_root("apt-get", &arguments, &packages.join(" ")) {
-        // Lists older than the archive name files that are gone.
-        Err(AptError::Command(CommandError::Failed { .. })) => {
-            update()?;
-            as_root("apt-get", &arguments, &packages.join(" "))
-        }
-        outcome => outcome,
-    }
+    as_root("apt-get", &arguments, &packages.join(" "))
 }
 
 /// Downloads packages into `scratch`, without installing them.
 pub fn download(packages: &[Package], scratch: &Path) -> Result<(), AptError> {
-    let wanted: Vec<String> = packages
+    let wanted = packages
         .iter()
-        .map(|package| format!("{}={}", package.name, package.version))
-        .collect();
-    let run = || {
-        let mut command = tool("apt-get")?;
-        // The sandbox user could not write here, and apt would only warn about it.
-        command
-            .args(["-q", "-o", "APT::Sandbox::User=root", "download"])
-            .args(&wanted);
-        Ok(output_of(command.current_dir(scratch))?)
-    };
-    match run() {
-        // Lists older than the archive name files that are gone.
-        Err(AptError::Command(CommandError::Failed { .. })) => {
-            update()?;
-            run().map(|_| ())
-        }
-        outcome => outcome.map(|_| ()),
-    }
+        .map(|package| format!("{}={}", package.name, package.version));
+    let mut command = tool("apt-get")?;
+    // The sandbox user could not write here, and apt would only warn about it.
+    command
+        .args(["-q", "-o", "APT::Sandbox::User=root", "download"])
+        .args(wanted);
+    output_of(command.current_dir(scratch))?;
+    Ok(())
 }
 
 /// Unpacks a package that was downloaded into `scratch`.

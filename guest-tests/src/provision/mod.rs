@@ -11,6 +11,7 @@ pub mod libraries;
 mod vmlinux;
 
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use serde::{Deserialize, Serialize};
 
@@ -115,7 +116,7 @@ pub fn provide(wanted: &[String], freshness: Freshness) -> Result<Provisioned, P
     let cache = Cache::open()?;
     let _lock = cache.lock()?;
     if freshness == Freshness::Newest {
-        step("fetching package lists", apt::update)?;
+        fetch_lists()?;
     }
     provide_qemu()?;
     let tools = provide_tools(&cache, freshness)?;
@@ -131,8 +132,8 @@ fn provide_qemu() -> Result<(), ProvisionError> {
     if apt::program_in_path(QEMU) {
         return Ok(());
     }
+    fetch_lists()?;
     step("installing QEMU", || {
-        apt::refresh_if_unknown("qemu-system-x86")?;
         apt::install(&["qemu-system-x86", "seabios", "ipxe-qemu"])
     })?;
     Ok(())
@@ -146,8 +147,8 @@ fn provide_tools(cache: &Cache, freshness: Freshness) -> Result<Tools, Provision
     {
         return Ok(tools);
     }
+    fetch_lists()?;
     step("downloading the emulated host's tools", || {
-        apt::refresh_if_unknown("ndctl")?;
         let packages = apt::candidates(&apt::with_libraries(&TOOLS)?)?;
         let roots = unpack(cache, &packages)?;
         let tools = Tools { packages, roots };
@@ -213,6 +214,7 @@ fn provide_series(
     {
         return Ok(Kernel::from_tree(cache, &root)?);
     }
+    fetch_lists()?;
     let name = series_in_sources(series)?;
     let package = apt::candidate(&name)?;
     let packages = std::slice::from_ref(&package);
@@ -227,16 +229,23 @@ fn provide_series(
     Ok(Kernel::from_tree(cache, root)?)
 }
 
-/// The package of the newest kernel of a series. Lists that lack the series may just be old, as on a machine that was
-/// set up from an image: they are fetched anew before the answer is no.
+/// The package of the newest kernel of a series.
 fn series_in_sources(series: &str) -> Result<String, ProvisionError> {
-    let newest = |names: &[String]| kernel::newest(names.iter().map(String::as_str), series);
-    if let Some(name) = newest(&apt::names("linux-image-")?) {
-        return Ok(name);
-    }
-    step("fetching package lists", apt::update)?;
     let names = apt::names("linux-image-")?;
-    newest(&names).ok_or_else(|| no_such_series(series, &names))
+    let newest = kernel::newest(names.iter().map(String::as_str), series);
+    newest.ok_or_else(|| no_such_series(series, &names))
+}
+
+/// Before anything is looked up that the cache lacks, once in a process. A machine that was set up from an image has lists
+/// that name versions which the archive has replaced since, or none.
+fn fetch_lists() -> Result<(), AptError> {
+    static FETCHED: Mutex<bool> = Mutex::new(false);
+    let mut fetched = FETCHED.lock().unwrap_or_else(PoisonError::into_inner);
+    if !*fetched {
+        step("fetching package lists", apt::update)?;
+        *fetched = true;
+    }
+    Ok(())
 }
 
 fn no_such_series(series: &str, names: &[String]) -> ProvisionError {
