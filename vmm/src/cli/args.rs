@@ -10,8 +10,9 @@ use super::endpoint::{ApiSocket, EventMonitor};
 use super::exit::ExitStatus;
 use super::unsupported;
 use crate::config::{
-    BalloonConfig, ConsoleConfig, CpusConfig, DiskConfig, MemoryConfig, MemoryZoneConfig,
-    NetConfig, NumaConfig, PlatformConfig, PmemConfig, RngConfig, VirtioConsoleConfig, VsockConfig,
+    BalloonConfig, ConsoleConfig, CpusConfig, DeviceConfig, DiskConfig, MemoryConfig,
+    MemoryZoneConfig, NetConfig, NumaConfig, PlatformConfig, PmemConfig, RngConfig,
+    VirtioConsoleConfig, VsockConfig,
 };
 
 const MACHINE: &str = "Machine";
@@ -66,6 +67,11 @@ pub(super) struct Args {
     #[arg(long, value_name = "KEY=VALUE,..", help_heading = DEVICES, num_args = 1..,
         action = ArgAction::Append, long_help = PmemConfig::WORD.help())]
     pub(super) pmem: Vec<String>,
+
+    /// A PCI function of the host, passed through; repeat for more
+    #[arg(long, value_name = "KEY=VALUE,..", help_heading = DEVICES, num_args = 1..,
+        action = ArgAction::Append, long_help = DeviceConfig::WORD.help())]
+    pub(super) device: Vec<String>,
 
     /// A disk of the guest; repeat for more
     #[arg(long, value_name = "KEY=VALUE,..", help_heading = DEVICES, num_args = 1..,

@@ -27,8 +27,8 @@ pub use endpoint::{ApiSocket, EventMonitor};
 pub use exit::ExitStatus;
 
 use crate::config::{
-    BalloonConfig, ConfigError, ConsoleConfig, CpusConfig, DiskConfig, MemoryConfig, NetConfig,
-    NumaConfig, PayloadConfig, PlatformConfig, PmemConfig, RngConfig, ValidConfig,
+    BalloonConfig, ConfigError, ConsoleConfig, CpusConfig, DeviceConfig, DiskConfig, MemoryConfig,
+    NetConfig, NumaConfig, PayloadConfig, PlatformConfig, PmemConfig, RngConfig, ValidConfig,
     VirtioConsoleConfig, VmConfig, VsockConfig, WordError,
 };
 
@@ -216,6 +216,7 @@ fn guest(args: Args) -> Result<VmConfig, WordError> {
         pmem: each(&args.pmem, PmemConfig::parse)?,
         vsock: one(args.vsock.as_deref(), VsockConfig::parse)?,
         balloon: one(args.balloon.as_deref(), BalloonConfig::parse)?,
+        devices: each(&args.device, DeviceConfig::parse)?,
         platform: one(args.platform.as_deref(), PlatformConfig::parse)?.unwrap_or_default(),
         numa: each(&args.numa, NumaConfig::parse)?,
     })

@@ -12,7 +12,6 @@ pub(super) const FLAGS: &[&str] = &[
     "dbus-service-name",
     "dbus-system-bus",
     "debug-console",
-    "device",
     "firmware",
     "fs",
     "fw-cfg-config",

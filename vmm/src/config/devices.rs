@@ -2,10 +2,11 @@
 
 use super::device::{IdAllocator, Place};
 use super::files::FileUse;
+use super::passthrough::check_functions;
 use super::{
-    Backing, BalloonConfig, ConfigError, DiskConfig, Extent, MemoryZoneConfig, NetConfig,
-    PmemConfig, RngConfig, ValidBalloon, ValidConsole, ValidDisk, ValidNet, ValidPmem, ValidRng,
-    ValidVsock, VirtioConsoleConfig, VmConfig, VsockConfig, ZoneSpec,
+    Backing, BalloonConfig, ConfigError, DeviceConfig, DiskConfig, Extent, MemoryZoneConfig,
+    NetConfig, PmemConfig, RngConfig, ValidBalloon, ValidConsole, ValidDevice, ValidDisk, ValidNet,
+    ValidPmem, ValidRng, ValidVsock, VirtioConsoleConfig, VmConfig, VsockConfig, ZoneSpec,
 };
 
 /// The devices a guest starts with.
@@ -18,6 +19,7 @@ pub(super) struct Devices {
     pub(super) pmem: Vec<ValidPmem>,
     pub(super) vsock: Option<ValidVsock>,
     pub(super) balloon: Option<ValidBalloon>,
+    pub(super) passthrough: Vec<ValidDevice>,
 }
 
 impl VmConfig {
@@ -30,13 +32,15 @@ impl VmConfig {
         let disks = self.disks.iter().flat_map(|disk| &disk.id);
         let net = self.net.iter().flat_map(|net| &net.id);
         let pmem = self.pmem.iter().flat_map(|pmem| &pmem.id);
+        let passthrough = self.devices.iter().flat_map(|device| &device.id);
         let devices = rng
             .chain(console)
             .chain(vsock)
             .chain(balloon)
             .chain(disks)
             .chain(net);
-        zones.chain(devices.chain(pmem).map(String::as_str))
+        let devices = devices.chain(pmem).chain(passthrough);
+        zones.chain(devices.map(String::as_str))
     }
 
     /// The order is the contract's, so that generated ids are what its clients expect.
@@ -59,6 +63,10 @@ impl VmConfig {
         let balloon = self.balloon.as_ref();
         let balloon = balloon.map(|balloon| balloon.validate(segments, ids));
         let balloon = balloon.transpose()?;
+        let devices = self.devices.iter();
+        let passthrough = devices.map(|device| device.validate(segments, ids));
+        let passthrough = passthrough.collect::<Result<Vec<_>, _>>()?;
+        check_functions(&passthrough)?;
         Ok(Devices {
             console,
             disks,
@@ -67,6 +75,7 @@ impl VmConfig {
             pmem,
             vsock,
             balloon,
+            passthrough,
         })
     }
 
@@ -90,6 +99,9 @@ impl VmConfig {
         }
         if let (Some(balloon), Some(valid)) = (&mut self.balloon, &devices.balloon) {
             balloon.id = Some(valid.id.clone());
+        }
+        for (device, valid) in self.devices.iter_mut().zip(&devices.passthrough) {
+            device.id = Some(valid.id.clone());
         }
     }
 }
@@ -117,6 +129,9 @@ impl Devices {
         }
         if let Some(balloon) = &self.balloon {
             add(BalloonConfig::WORD.flag, &balloon.id, balloon.place);
+        }
+        for device in &self.passthrough {
+            add(DeviceConfig::WORD.flag, &device.id, device.place);
         }
         places
     }

@@ -504,8 +504,8 @@ mod tests {
                 "zones[1].hotplug_size",
             ),
             (
-                r#"{"size":0,"zones":[{"id":"a","dma":false}]}"#,
-                "zones[0].dma",
+                r#"{"size":0,"zones":[{"id":"a","align":4096}]}"#,
+                "zones[0].align",
             ),
         ] {
             let error = from_json::<MemoryConfig>(json.as_bytes()).unwrap_err();

@@ -31,6 +31,7 @@ mod mac;
 mod memory;
 mod net;
 mod numa;
+mod passthrough;
 mod payload;
 mod platform;
 mod pmem;
@@ -58,6 +59,7 @@ pub use mac::{MacAddr, MacAddrError};
 pub use memory::{DEFAULT_MEMORY_SIZE, HotplugMethod, MemoryConfig, MemoryError};
 pub use net::{MAX_INTERFACE_NAME, MIN_MTU, NetConfig, NetError, Offloads, Tap, ValidNet};
 pub use numa::{MAX_NUMA_NODES, NumaConfig, NumaDistance, NumaError};
+pub use passthrough::{DeviceConfig, DeviceError, DeviceSource, ValidDevice};
 pub use payload::{PayloadConfig, PayloadError};
 pub use platform::{PlatformConfig, PlatformError};
 pub use pmem::{PmemConfig, PmemError, ValidPmem};
@@ -110,6 +112,9 @@ pub struct VmConfig {
     /// Memory that the guest lends back (`--balloon`).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub balloon: Option<BalloonConfig>,
+    /// PCI functions of the host (`--device`).
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub devices: Vec<DeviceConfig>,
     /// The machine as a whole (`--platform`).
     #[serde(default)]
     pub platform: PlatformConfig,
@@ -132,7 +137,6 @@ impl JsonObject for VmConfig {
                     NotBuilt::number("iobase", 0xe9),
                 ],
             ),
-            NotBuilt::empty("devices"),
             NotBuilt::empty("user_devices"),
             NotBuilt::empty("vdpa"),
             NotBuilt::presence("pvmemcontrol"),
@@ -159,6 +163,7 @@ impl JsonObject for VmConfig {
             ("pmem", PmemConfig::SHAPE),
             ("vsock", VsockConfig::SHAPE),
             ("balloon", BalloonConfig::SHAPE),
+            ("devices", DeviceConfig::SHAPE),
             ("platform", PlatformConfig::SHAPE),
             ("numa", NumaConfig::SHAPE),
         ],
@@ -170,11 +175,14 @@ impl VmConfig {
     /// Takes a device out that can come and go; `false` when there is none of that name.
     pub fn remove_device(&mut self, id: &str) -> bool {
         let is = |other: &Option<String>| other.as_deref() == Some(id);
-        let before = self.disks.len() + self.net.len() + self.pmem.len();
+        let count =
+            |this: &Self| this.disks.len() + this.net.len() + this.pmem.len() + this.devices.len();
+        let before = count(self);
         self.disks.retain(|disk| !is(&disk.id));
         self.net.retain(|net| !is(&net.id));
         self.pmem.retain(|pmem| !is(&pmem.id));
-        let gone = before != self.disks.len() + self.net.len() + self.pmem.len();
+        self.devices.retain(|device| !is(&device.id));
+        let gone = before != count(self);
         let vsock = self.vsock.take_if(|vsock| is(&vsock.id)).is_some();
         gone || vsock
     }
@@ -195,6 +203,7 @@ impl Default for VmConfig {
             pmem: Vec::new(),
             vsock: None,
             balloon: None,
+            devices: Vec::new(),
             platform: PlatformConfig::default(),
             numa: Vec::new(),
         }

@@ -5,7 +5,7 @@ use thiserror::Error;
 
 use super::device::MAX_PCI_SEGMENTS;
 use super::json::{JsonObject, NotBuilt, Shape};
-use super::{Key, Word, WordError};
+use super::{Key, Word, WordError, is_on, on};
 
 /// The machine as a whole.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -14,6 +14,13 @@ pub struct PlatformConfig {
     /// How many PCI segments there are.
     #[serde(default = "one")]
     pub num_pci_segments: u16,
+    /// Whether passed-through devices reach memory by iommufd (`true`) or by a VFIO container (`false`); absent is the
+    /// machine's choice.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub iommufd: Option<bool>,
+    /// Whether passed-through devices reach each other's registers, where the host can.
+    #[serde(default = "on", skip_serializing_if = "is_on")]
+    pub vfio_p2p_dma: bool,
 }
 
 fn one() -> u16 {
@@ -24,6 +31,8 @@ impl Default for PlatformConfig {
     fn default() -> Self {
         Self {
             num_pci_segments: 1,
+            iommufd: None,
+            vfio_p2p_dma: true,
         }
     }
 }
@@ -57,9 +66,7 @@ impl JsonObject for PlatformConfig {
             NotBuilt::empty("chassis_asset_tag"),
             NotBuilt::switch("tdx", false),
             NotBuilt::switch("sev_snp", false),
-            NotBuilt::switch("iommufd", false),
             NotBuilt::presence("iommufd_fd"),
-            NotBuilt::switch("vfio_p2p_dma", true),
         ],
         ..Shape::WHOLE
     };
@@ -79,6 +86,24 @@ impl PlatformConfig {
                     Ok(())
                 },
             ),
+            Key::new(
+                "iommufd",
+                "on|off",
+                "devices reach memory by iommufd, or by a VFIO container [default: what fits]",
+                |platform, value| {
+                    platform.iommufd = Some(value.switch()?);
+                    Ok(())
+                },
+            ),
+            Key::new(
+                "vfio_p2p_dma",
+                "on|off",
+                "devices reach each other's registers [default: on]",
+                |platform, value| {
+                    platform.vfio_p2p_dma = value.switch()?;
+                    Ok(())
+                },
+            ),
             Key::not_built("iommu_segments"),
             Key::not_built("iommu_address_width"),
             Key::not_built("serial_number"),
@@ -94,9 +119,7 @@ impl PlatformConfig {
             Key::not_built("chassis_asset_tag"),
             Key::not_built("tdx"),
             Key::not_built("sev_snp"),
-            Key::not_built("iommufd"),
             Key::not_built("iommufd_fd"),
-            Key::not_built("vfio_p2p_dma"),
         ],
     };
 

@@ -10,7 +10,7 @@ use super::device::{
     segment_key,
 };
 use super::json::{JsonObject, NotBuilt, Shape};
-use super::{ByteSize, Key, PAGE_SIZE, Word, WordError, is_on, on};
+use super::{ByteSize, Key, PAGE_SIZE, Word, WordError};
 
 /// One virtio-pmem device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -27,9 +27,9 @@ pub struct PmemConfig {
     /// Whether what the guest writes is its own and forgotten in the end.
     #[serde(default)]
     pub discard_writes: bool,
-    /// Whether passed-through devices can reach the memory.
-    #[serde(default = "on", skip_serializing_if = "is_on")]
-    pub dma: bool,
+    /// Whether passed-through devices can reach the memory; absent is yes, unless it can't or shouldn't be pinned.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dma: Option<bool>,
     /// Name of the device, unique in the guest.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub id: Option<String>,
@@ -54,8 +54,8 @@ pub struct ValidPmem {
     pub offset: ByteSize,
     /// Whether what the guest writes is its own and forgotten in the end.
     pub discard_writes: bool,
-    /// Whether passed-through devices can reach the memory.
-    pub dma: bool,
+    /// Whether passed-through devices can reach the memory; `None` is yes, unless it can't or shouldn't be pinned.
+    pub dma: Option<bool>,
     /// Where it sits.
     pub place: Place,
 }
@@ -168,9 +168,9 @@ impl PmemConfig {
             Key::new(
                 "dma",
                 "on|off",
-                "passed-through devices can reach it [default: on]",
+                "passed-through devices can reach it [default: on, but off for files]",
                 |pmem, value| {
-                    pmem.dma = value.switch()?;
+                    pmem.dma = Some(value.switch()?);
                     Ok(())
                 },
             ),
@@ -195,7 +195,7 @@ impl PmemConfig {
             size: None,
             offset: None,
             discard_writes: false,
-            dma: true,
+            dma: None,
             id: None,
             pci_segment: 0,
             pci_device_id: None,
@@ -291,7 +291,7 @@ mod tests {
                 size: Some(ByteSize::from_mib(1024)),
                 offset: ByteSize::from_mib(512),
                 discard_writes: true,
-                dma: false,
+                dma: Some(false),
                 place: Place {
                     segment: 1,
                     device: Some(7)
@@ -300,7 +300,7 @@ mod tests {
         );
         let plain = validate("file=/f").unwrap();
         assert_eq!((plain.id.as_str(), plain.size), ("_pmem0", None));
-        assert!(plain.dma && !plain.discard_writes);
+        assert!(plain.dma.is_none() && !plain.discard_writes);
         let json = serde_json::to_string(&PmemConfig::new("/f")).unwrap();
         assert_eq!(
             json,

@@ -437,7 +437,7 @@ fn at() -> impl Strategy<Value = At> {
 prop_compose! {
     fn any_pmem()(
         file in path(), size in option::of(size()), offset in option::of(size()),
-        discard_writes: bool, dma: bool, (id, pci_segment, pci_device_id) in at(),
+        discard_writes: bool, dma: Option<bool>, (id, pci_segment, pci_device_id) in at(),
     ) -> PmemConfig {
         PmemConfig { file, size, offset, discard_writes, dma, id, pci_segment, pci_device_id }
     }
@@ -504,6 +504,15 @@ prop_compose! {
 }
 
 prop_compose! {
+    fn any_device()(
+        path in option::of(path()), x_exclude_mmap_bars in vec(0_u32..8, 0..3),
+        (id, pci_segment, pci_device_id) in at(),
+    ) -> DeviceConfig {
+        DeviceConfig { path, fd: None, x_exclude_mmap_bars, id, pci_segment, pci_device_id }
+    }
+}
+
+prop_compose! {
     fn any_rng()(src in path(), (id, pci_segment, pci_device_id) in at()) -> RngConfig {
         RngConfig { src, id, pci_segment, pci_device_id }
     }
@@ -532,9 +541,9 @@ prop_compose! {
     fn any_zone()(
         id in "[a-c]{1,2}", size in option::of(size()), file in option::of(path()),
         offset in option::of(size()), shared: Option<bool>, host_numa_node: Option<u32>,
-        prefault: bool,
+        prefault: bool, dma: Option<bool>,
     ) -> MemoryZoneConfig {
-        MemoryZoneConfig { id, size, file, offset, shared, host_numa_node, prefault, ..Default::default() }
+        MemoryZoneConfig { id, size, file, offset, shared, host_numa_node, prefault, dma, ..Default::default() }
     }
 }
 
@@ -553,14 +562,15 @@ prop_compose! {
         kernel in option::of(path()), serial in any_serial(), console in option::of(any_console()),
         disks in vec(any_disk(), 0..3), net in vec(any_net(), 0..3), rng in any_rng(),
         pmem in vec(any_pmem(), 0..3), vsock in option::of(any_vsock()),
-        balloon in option::of(any_balloon()), num_pci_segments in 0_u16..20,
+        balloon in option::of(any_balloon()), devices in vec(any_device(), 0..3),
+        num_pci_segments in 0_u16..20, iommufd: Option<bool>, vfio_p2p_dma: bool,
     ) -> VmConfig {
         VmConfig {
             cpus: CpusConfig { boot_vcpus, max_vcpus },
             memory,
             payload: PayloadConfig { kernel, ..Default::default() },
-            serial, console, disks, net, rng, pmem, vsock, balloon,
-            platform: PlatformConfig { num_pci_segments },
+            serial, console, disks, net, rng, pmem, vsock, balloon, devices,
+            platform: PlatformConfig { num_pci_segments, iommufd, vfio_p2p_dma },
             numa: Vec::new(),
         }
     }
@@ -653,6 +663,7 @@ proptest! {
         names.extend(valid.disks().iter().map(|disk| disk.id.as_str()));
         names.extend(valid.net().iter().map(|net| net.id.as_str()));
         names.extend(valid.pmem().iter().map(|pmem| pmem.id.as_str()));
+        names.extend(valid.passthrough().iter().map(|device| device.id.as_str()));
         names.extend(valid.vsock().map(|vsock| vsock.id.as_str()));
         names.extend(valid.balloon().map(|balloon| balloon.id.as_str()));
         names.extend(valid.console().map(|console| console.id.as_str()));
@@ -672,7 +683,7 @@ proptest! {
             .maybe("size", config.size)
             .maybe("offset", config.offset)
             .switch("discard_writes", config.discard_writes)
-            .switch("dma", config.dma);
+            .maybe("dma", config.dma.map(|dma| if dma { "on" } else { "off" }));
         prop_assert_eq!(PmemConfig::parse(&text.end()).unwrap(), json(&config));
     }
 

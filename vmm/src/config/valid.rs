@@ -13,10 +13,10 @@ use super::devices::Devices;
 use super::files;
 use super::memory::{check_pages, huge_pages};
 use super::{
-    BalloonError, ByteSize, ConsoleConfig, ConsoleError, CpusConfig, CpusError, DiskError,
-    FileError, IdAllocator, IdError, MemoryConfig, MemoryError, MemoryZoneConfig, NetError,
-    NumaConfig, NumaError, PayloadError, PlaceError, PlatformError, PmemError, RngError,
-    ValidBalloon, ValidConsole, ValidDisk, ValidNet, ValidPmem, ValidRng, ValidVsock,
+    BalloonError, ByteSize, ConsoleConfig, ConsoleError, CpusConfig, CpusError, DeviceError,
+    DiskError, FileError, IdAllocator, IdError, MemoryConfig, MemoryError, MemoryZoneConfig,
+    NetError, NumaConfig, NumaError, PayloadError, PlaceError, PlatformError, PmemError, RngError,
+    ValidBalloon, ValidConsole, ValidDevice, ValidDisk, ValidNet, ValidPmem, ValidRng, ValidVsock,
     VirtioConsoleConfig, VmConfig, VsockError, ZoneError, numa,
 };
 
@@ -65,6 +65,9 @@ pub enum ConfigError {
     /// The balloon.
     #[error(transparent)]
     Balloon(#[from] BalloonError),
+    /// A passed-through device.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
     /// A zone's name that something else has.
     #[error(transparent)]
     Id(#[from] IdError),
@@ -103,6 +106,8 @@ pub struct ZoneSpec {
     pub prefault: bool,
     /// The host NUMA node to take the memory from.
     pub host_numa_node: Option<u32>,
+    /// Whether passed-through devices can reach it; `None` is yes, unless it can't or shouldn't be pinned.
+    pub dma: Option<bool>,
 }
 
 /// What backs a zone.
@@ -296,6 +301,21 @@ impl ValidConfig {
         self.devices.balloon.as_ref()
     }
 
+    /// PCI functions of the host.
+    pub fn passthrough(&self) -> &[ValidDevice] {
+        &self.devices.passthrough
+    }
+
+    /// Which way passed-through devices reach memory; `None` is the machine's choice.
+    pub fn iommufd(&self) -> Option<bool> {
+        self.config.platform.iommufd
+    }
+
+    /// Whether passed-through devices reach each other's registers.
+    pub fn vfio_p2p_dma(&self) -> bool {
+        self.config.platform.vfio_p2p_dma
+    }
+
     /// The ids in use, for the devices that come and go later.
     pub fn ids(&self) -> &IdAllocator {
         &self.ids
@@ -317,6 +337,7 @@ fn zones(memory: &MemoryConfig) -> Result<Vec<ZoneSpec>, ConfigError> {
             backing: host.backing()?,
             prefault: memory.prefault,
             host_numa_node: None,
+            dma: None,
         }]);
     }
     memory
@@ -333,6 +354,7 @@ fn zones(memory: &MemoryConfig) -> Result<Vec<ZoneSpec>, ConfigError> {
                 backing: zone_backing(zone, memory.thp)?,
                 prefault: zone.prefault,
                 host_numa_node: zone.host_numa_node,
+                dma: zone.dma,
             })
         })
         .collect()
@@ -426,6 +448,7 @@ mod tests {
                 },
                 prefault: false,
                 host_numa_node: None,
+                dma: None,
             }]
         );
         assert_eq!(valid.kernel(), Path::new("/boot/vmlinuz"));

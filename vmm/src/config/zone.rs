@@ -44,6 +44,9 @@ pub struct MemoryZoneConfig {
     /// Whether every page is faulted in before the guest starts.
     #[serde(default)]
     pub prefault: bool,
+    /// Whether passed-through devices can reach the zone; absent is yes, unless it can't or shouldn't be pinned.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dma: Option<bool>,
 }
 
 /// A zone that no guest can have.
@@ -140,7 +143,6 @@ impl JsonObject for MemoryZoneConfig {
             NotBuilt::number("hotplugged_size", 0),
             NotBuilt::switch("reserve", false),
             NotBuilt::presence("align"),
-            NotBuilt::switch("dma", true),
             NotBuilt::presence("on_removal"),
             NotBuilt::presence("removal_timeout"),
             NotBuilt::presence("on_loss"),
@@ -236,6 +238,15 @@ impl MemoryZoneConfig {
                     Ok(())
                 },
             ),
+            Key::new(
+                "dma",
+                "on|off",
+                "passed-through devices can reach it [default: on, but off for files]",
+                |zone, value| {
+                    zone.dma = Some(value.switch()?);
+                    Ok(())
+                },
+            ),
             Key::new("mergeable", "off", "accepted as off only", |zone, value| {
                 zone.mergeable = value.switch()?;
                 Ok(())
@@ -244,7 +255,6 @@ impl MemoryZoneConfig {
             Key::not_built("hotplugged_size"),
             Key::not_built("reserve"),
             Key::not_built("align"),
-            Key::not_built("dma"),
             Key::not_built("on_removal"),
             Key::not_built("removal_timeout"),
             Key::not_built("on_loss"),
@@ -347,7 +357,7 @@ mod tests {
     fn every_key_is_stored() {
         let parsed = zone(
             "id=z0,size=1G,file=/dev/dax0.0,offset=512M,shared=on,hugepages=off,\
-             hugepage_size=2M,host_numa_node=1,prefault=on,mergeable=off",
+             hugepage_size=2M,host_numa_node=1,prefault=on,mergeable=off,dma=off",
         );
         let expected = MemoryZoneConfig {
             id: "z0".into(),
@@ -360,6 +370,7 @@ mod tests {
             hugepage_size: Some(ByteSize::from_mib(2)),
             host_numa_node: Some(1),
             prefault: true,
+            dma: Some(false),
         };
         assert_eq!(parsed, expected);
         let json = serde_json::to_string(&parsed).unwrap();
@@ -382,7 +393,6 @@ mod tests {
         assert!(error.to_string().contains("add id=VALUE"));
         for key in [
             "align",
-            "dma",
             "on_removal",
             "removal_timeout",
             "on_loss",

@@ -2,7 +2,7 @@
 
 use super::resources::HostResources;
 use crate::kvm::{MemorySlots, SlotLease, SlotRange, Vm};
-use crate::memory::ram::{Consumer, Lease, Reason};
+use crate::memory::ram::{Consumer, Lease, Rank, Reason};
 use crate::memory::region::Region;
 
 /// Everyone, in the order in which they are visited.
@@ -19,6 +19,10 @@ struct KvmSlots(MemorySlots);
 impl Consumer for KvmSlots {
     fn name(&self) -> &'static str {
         "KVM"
+    }
+
+    fn rank(&self) -> Rank {
+        Rank::Guest
     }
 
     fn attach(&mut self, region: &Region) -> Result<Lease, Reason> {

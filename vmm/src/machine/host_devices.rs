@@ -123,6 +123,7 @@ impl HostResources {
             size: valid.size.map(ByteSize::bytes),
             offset: valid.offset.bytes(),
             discard_writes: valid.discard_writes,
+            dma: valid.dma,
         };
         let backing = PmemBacking::open(&self.dax, &spec)?;
         let (size, align) = (backing.size(), backing.placement_align());

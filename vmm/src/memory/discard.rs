@@ -28,7 +28,7 @@ use rustix::mm::Advice;
 use tracing::warn;
 
 use super::mapping::{HostMapping, Source};
-use super::ram::{Consumer, Lease, Reason};
+use super::ram::{Consumer, Lease, Rank, Reason};
 use super::region::{Mapping, Region};
 
 const PAGE: u64 = 4096;
@@ -268,6 +268,10 @@ struct TableConsumer(Arc<DiscardTable>);
 impl Consumer for TableConsumer {
     fn name(&self) -> &'static str {
         "balloon"
+    }
+
+    fn rank(&self) -> Rank {
+        Rank::Tables
     }
 
     fn attach(&mut self, region: &Region) -> Result<Lease, Reason> {

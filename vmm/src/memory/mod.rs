@@ -8,10 +8,12 @@
 //! 5. [`ram`]: the region is attached to every consumer in order, detached in reverse, and released.
 //!
 //! Persistent memory walks the same way from step 3 on; [`pmem`] is its step 1.
+//! [`dma`] says whether passed-through devices reach a region.
 //! [`discard`] gives pages back that the guest does not use, where nothing is lost by it.
 
 #[allow(unsafe_code, reason = "wraps madvise")]
 pub mod discard;
+pub mod dma;
 pub mod layout;
 #[allow(unsafe_code, reason = "wraps mmap and its kin")]
 pub mod mapping;

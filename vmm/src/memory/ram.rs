@@ -8,8 +8,9 @@
 //!        back, in reverse                            not let go; visible, can be tried again
 //! ```
 //! One page of RAM walks this path and no other. A region belongs to the caller before `attach` and after `detach`;
-//! in between it is mapped and stays where it is. Consumers come in the order KVM slots, vhost-user tables, DMA; so
-//! the reverse takes DMA away first, always. Devices in this process see guest memory through a snapshot
+//! in between it is mapped and stays where it is. Consumers come in the order of their [`Rank`]s: KVM slots, tables of
+//! this and other processes, DMA; so the reverse takes DMA away first, always. One that comes later ([`Ram::join`]) is
+//! replayed what exists, and takes its place in that order. Devices in this process see guest memory through a snapshot
 //! ([`Ram::view`]) that is replaced, never changed.
 
 use std::sync::Arc;
@@ -34,14 +35,78 @@ pub type Reason = Box<dyn std::error::Error + Send + Sync>;
 #[must_use = "a lease that is forgotten leaves the region reachable for ever"]
 pub struct Lease(pub Box<dyn std::any::Any + Send>);
 
+/// When a consumer gets a region; it lets go in the reverse order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Rank {
+    /// The guest itself: KVM's memory slots.
+    Guest,
+    /// Tables of this process and of vhost-user backends.
+    Tables,
+    /// Devices of the host.
+    Dma,
+}
+
 /// Someone who can reach guest memory: KVM, a vhost-user backend, a DMA domain.
 pub trait Consumer: Send {
     /// Name in messages.
     fn name(&self) -> &'static str;
+    /// Its place among the others.
+    fn rank(&self) -> Rank;
     /// Makes the region reachable.
     fn attach(&mut self, region: &Region) -> Result<Lease, Reason>;
+    /// Makes several regions reachable, or none: what exists when the consumer comes. Leases in the order of the regions.
+    ///
+    /// On an error, regions that it could not let go of again come back with their leases.
+    fn attach_all(&mut self, regions: &[&Region]) -> Result<Vec<Lease>, NotAllAttached> {
+        let mut leases = Vec::with_capacity(regions.len());
+        for (index, region) in regions.iter().enumerate() {
+            match self.attach(region) {
+                Ok(lease) => leases.push(lease),
+                Err(reason) => {
+                    let taken = leases.into_iter().enumerate().rev();
+                    let kept = taken.filter_map(|(taken, lease)| {
+                        let (lease, error) = self.detach(regions[taken], lease).err()?;
+                        tracing::error!(error = %error, "memory is not let go of again");
+                        Some((taken, lease))
+                    });
+                    return Err(NotAllAttached {
+                        kept: kept.collect(),
+                        region: index,
+                        reason,
+                    });
+                }
+            }
+        }
+        Ok(leases)
+    }
     /// The undo. On failure the lease comes back and the region is still reachable.
     fn detach(&mut self, region: &Region, lease: Lease) -> Result<(), (Lease, Reason)>;
+}
+
+/// Why [`Consumer::attach_all`] did not.
+#[derive(Debug)]
+pub struct NotAllAttached {
+    /// Which region was refused, by its index.
+    pub region: usize,
+    /// Why.
+    pub reason: Reason,
+    /// What is still reachable all the same, by index.
+    pub kept: Vec<(usize, Lease)>,
+}
+
+/// A consumer, for as long as it is one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ConsumerId(u64);
+
+/// A consumer could not join.
+#[derive(Debug, Error)]
+#[error("{error}")]
+pub struct JoinError {
+    /// Why.
+    #[source]
+    pub error: AttachError,
+    /// Set when it still reaches some memory and so has to stay: [`Ram::leave`] can be tried.
+    pub stays: Option<ConsumerId>,
 }
 
 /// A region could not be attached.
@@ -130,25 +195,124 @@ enum State {
 struct Attached {
     state: State,
     region: Region,
-    /// By index of the consumer, in order of attachment; a missing one has let go already.
-    leases: Vec<(usize, Lease)>,
+    /// In the order of the consumers; a missing one has let go already.
+    leases: Vec<(ConsumerId, Lease)>,
+}
+
+struct Member {
+    id: ConsumerId,
+    consumer: Box<dyn Consumer>,
 }
 
 /// All guest memory of one machine.
 pub struct Ram {
-    consumers: Vec<Box<dyn Consumer>>,
+    /// By rank.
+    members: Vec<Member>,
+    next_member: u64,
     attached: Vec<Attached>,
     view: GuestView,
 }
 
 impl Ram {
-    /// No memory yet. Consumers are visited in this order.
+    /// No memory yet. Consumers are visited by rank, those of one rank in this order.
     pub fn new(consumers: Vec<Box<dyn Consumer>>) -> Self {
-        Self {
-            consumers,
+        let mut ram = Self {
+            members: Vec::new(),
+            next_member: 0,
             attached: Vec::new(),
             view: GuestView::new(GuestMemoryMmap::new()),
+        };
+        for consumer in consumers {
+            ram.seat(consumer);
         }
+        ram
+    }
+
+    /// Gives a consumer its place.
+    fn seat(&mut self, consumer: Box<dyn Consumer>) -> ConsumerId {
+        let id = ConsumerId(self.next_member);
+        self.next_member += 1;
+        let rank = consumer.rank();
+        let place = self
+            .members
+            .partition_point(|member| member.consumer.rank() <= rank);
+        self.members.insert(place, Member { id, consumer });
+        id
+    }
+
+    /// Takes a consumer that comes later: it gets all regions that are present, or none.
+    pub fn join(&mut self, mut consumer: Box<dyn Consumer>) -> Result<ConsumerId, JoinError> {
+        let present: Vec<usize> = (0..self.attached.len())
+            .filter(|index| self.attached[*index].state == State::Present)
+            .collect();
+        let regions: Vec<&Region> = present
+            .iter()
+            .map(|index| &self.attached[*index].region)
+            .collect();
+        match consumer.attach_all(&regions) {
+            Ok(leases) => {
+                let id = self.seat(consumer);
+                for (index, lease) in present.into_iter().zip(leases) {
+                    self.keep(index, id, lease);
+                }
+                Ok(id)
+            }
+            Err(NotAllAttached {
+                region,
+                reason,
+                kept,
+            }) => {
+                let region = regions[region];
+                let error = AttachError::Refused {
+                    consumer: consumer.name(),
+                    zone: region.zone().to_owned(),
+                    gpa: region.gpa(),
+                    source: reason,
+                };
+                let stays = (!kept.is_empty()).then(|| self.seat(consumer));
+                if let Some(id) = stays {
+                    for (taken, lease) in kept {
+                        self.keep(present[taken], id, lease);
+                    }
+                }
+                Err(JoinError { error, stays })
+            }
+        }
+    }
+
+    /// Puts a lease where its consumer's turn is.
+    fn keep(&mut self, index: usize, id: ConsumerId, lease: Lease) {
+        let turn = |id: ConsumerId| self.members.iter().position(|member| member.id == id);
+        let own = turn(id);
+        let leases = &self.attached[index].leases;
+        let place = leases.partition_point(|(other, _)| turn(*other) < own);
+        self.attached[index].leases.insert(place, (id, lease));
+    }
+
+    /// The undo of [`Ram::join`]: the consumer lets go of every region, the last one first. On an error it stays, with what
+    /// it has not let go of; it can be tried again.
+    pub fn leave(&mut self, id: ConsumerId) -> Result<(), DetachError> {
+        let Some(place) = self.members.iter().position(|member| member.id == id) else {
+            return Ok(());
+        };
+        let consumer = &mut self.members[place].consumer;
+        for attached in self.attached.iter_mut().rev() {
+            let Some(index) = attached.leases.iter().position(|(of, _)| *of == id) else {
+                continue;
+            };
+            let (_, lease) = attached.leases.remove(index);
+            if let Err((lease, source)) = consumer.detach(&attached.region, lease) {
+                attached.leases.insert(index, (id, lease));
+                return Err(DetachError::Refused {
+                    consumer: consumer.name(),
+                    zone: attached.region.zone().to_owned(),
+                    gpa: attached.region.gpa(),
+                    source,
+                });
+            }
+        }
+        self.members.remove(place);
+        Ok(())
     }
 
     /// What devices use; follows every attach and detach.
@@ -182,9 +346,9 @@ impl Ram {
             region,
             leases: Vec::new(),
         };
-        for (index, consumer) in self.consumers.iter_mut().enumerate() {
+        for Member { id, consumer } in &mut self.members {
             match consumer.attach(&attached.region) {
-                Ok(lease) => attached.leases.push((index, lease)),
+                Ok(lease) => attached.leases.push((*id, lease)),
                 Err(source) => {
                     let error = AttachError::Refused {
                         consumer: consumer.name(),
@@ -260,8 +424,9 @@ impl Ram {
     }
 
     fn release_leases(&mut self, attached: &mut Attached) -> Result<(), DetachError> {
-        while let Some((index, lease)) = attached.leases.pop() {
-            let consumer = &mut self.consumers[index];
+        while let Some((id, lease)) = attached.leases.pop() {
+            let member = self.members.iter_mut().find(|member| member.id == id);
+            let consumer = &mut member.expect("it leaves when it has let go").consumer;
             if let Err((lease, source)) = consumer.detach(&attached.region, lease) {
                 let error = DetachError::Refused {
                     consumer: consumer.name(),
@@ -269,7 +434,7 @@ impl Ram {
                     gpa: attached.region.gpa(),
                     source,
                 };
-                attached.leases.push((index, lease));
+                attached.leases.push((id, lease));
                 return Err(error);
             }
         }
@@ -331,221 +496,4 @@ impl From<Gpa> for GuestAddress {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::sync::Mutex;
-
-    use proptest::prelude::*;
-    use vm_memory::{Bytes, GuestAddressSpace, GuestMemoryBackend};
-
-    use super::*;
-    use crate::memory::mapping::{HostMapping, Source};
-    use crate::memory::region::Mapping;
-
-    const SIZE: u64 = 0x1000;
-
-    fn region(gpa: u64) -> Region {
-        let source = Source::Anonymous {
-            huge_bytes: None,
-            thp: false,
-        };
-        let mapping = Mapping::Host(HostMapping::new(source, SIZE, 4096).unwrap());
-        Region::new("z0", Gpa(gpa), mapping)
-            .map_err(|(_, e)| e)
-            .unwrap()
-    }
-
-    /// What happened, in order: (consumer, attached?, address).
-    type Log = Arc<Mutex<Vec<(&'static str, bool, u64)>>>;
-
-    struct Fake {
-        name: &'static str,
-        log: Log,
-        refuse_attach: bool,
-        refuse_detach: Arc<Mutex<bool>>,
-    }
-
-    impl Consumer for Fake {
-        fn name(&self) -> &'static str {
-            self.name
-        }
-        fn attach(&mut self, region: &Region) -> Result<Lease, Reason> {
-            if self.refuse_attach {
-                return Err("no room".into());
-            }
-            self.log
-                .lock()
-                .unwrap()
-                .push((self.name, true, region.gpa().0));
-            Ok(Lease(Box::new(region.gpa().0)))
-        }
-        fn detach(&mut self, region: &Region, lease: Lease) -> Result<(), (Lease, Reason)> {
-            if *self.refuse_detach.lock().unwrap() {
-                return Err((lease, "busy".into()));
-            }
-            assert_eq!(
-                lease.0.downcast_ref(),
-                Some(&region.gpa().0),
-                "somebody else's lease"
-            );
-            self.log
-                .lock()
-                .unwrap()
-                .push((self.name, false, region.gpa().0));
-            Ok(())
-        }
-    }
-
-    struct Bench {
-        ram: Ram,
-        log: Log,
-        /// By consumer.
-        stuck: Vec<Arc<Mutex<bool>>>,
-    }
-
-    fn bench(names: &[&'static str], refusing: Option<&str>) -> Bench {
-        let log = Log::default();
-        let stuck: Vec<_> = names.iter().map(|_| Arc::new(Mutex::new(false))).collect();
-        let consumers = names.iter().zip(&stuck).map(|(&name, refuse_detach)| {
-            Box::new(Fake {
-                name,
-                log: Arc::clone(&log),
-                refuse_attach: refusing == Some(name),
-                refuse_detach: Arc::clone(refuse_detach),
-            }) as Box<dyn Consumer>
-        });
-        Bench {
-            ram: Ram::new(consumers.collect()),
-            log,
-            stuck,
-        }
-    }
-
-    #[test]
-    fn consumers_come_in_order_and_go_in_reverse() {
-        let mut b = bench(&["slots", "vhost", "dma"], None);
-        b.ram.attach(region(0)).unwrap();
-        let back = b.ram.detach(Gpa(0)).unwrap();
-        assert_eq!(back.holders(), 1);
-        let expected = [
-            ("slots", true, 0),
-            ("vhost", true, 0),
-            ("dma", true, 0),
-            ("dma", false, 0),
-            ("vhost", false, 0),
-            ("slots", false, 0),
-        ];
-        assert_eq!(*b.log.lock().unwrap(), expected);
-    }
-
-    #[test]
-    fn a_refusal_gives_the_region_back_and_leaves_nothing() {
-        let mut b = bench(&["slots", "vhost", "dma"], Some("dma"));
-        let failure = b.ram.attach(region(0)).unwrap_err();
-        assert!(failure.region.is_some());
-        assert!(matches!(
-            failure.error,
-            AttachError::Refused {
-                consumer: "dma",
-                ..
-            }
-        ));
-        let log = b.log.lock().unwrap();
-        assert_eq!(log[2..], [("vhost", false, 0), ("slots", false, 0)]);
-        assert_eq!(b.ram.regions().count(), 0);
-        assert_eq!(b.ram.view().memory().num_regions(), 0);
-    }
-
-    #[test]
-    fn what_is_not_let_go_is_stuck_visible_and_can_be_tried_again() {
-        let mut b = bench(&["slots", "dma"], None);
-        b.ram.attach(region(0)).unwrap();
-        *b.stuck[0].lock().unwrap() = true;
-        let error = b.ram.detach(Gpa(0)).unwrap_err();
-        assert!(
-            matches!(
-                error,
-                DetachError::Refused {
-                    consumer: "slots",
-                    ..
-                }
-            ),
-            "{error}"
-        );
-        assert_eq!(b.ram.stuck().count(), 1);
-        assert_eq!(
-            b.ram.view().memory().num_regions(),
-            0,
-            "devices don't see it any more"
-        );
-        *b.stuck[0].lock().unwrap() = false;
-        b.ram.detach(Gpa(0)).unwrap();
-        // The DMA lease was given back once, not twice.
-        let released = b
-            .log
-            .lock()
-            .unwrap()
-            .iter()
-            .filter(|e| **e == ("dma", false, 0))
-            .count();
-        assert_eq!(released, 1);
-    }
-
-    #[test]
-    fn a_snapshot_in_use_keeps_the_region() {
-        let mut b = bench(&["slots"], None);
-        b.ram.attach(region(0)).unwrap();
-        let held = b.ram.view().memory();
-        assert!(matches!(
-            b.ram.detach(Gpa(0)),
-            Err(DetachError::Held { holders: 1, .. })
-        ));
-        held.write_obj(7u8, GuestAddress(0)).unwrap();
-        drop(held);
-        b.ram.detach(Gpa(0)).unwrap();
-    }
-
-    #[test]
-    fn overlapping_regions_are_refused() {
-        let mut b = bench(&[], None);
-        b.ram.attach(region(0x1000)).unwrap();
-        let failure = b.ram.attach(region(0x1000)).unwrap_err();
-        assert!(matches!(failure.error, AttachError::Overlap { .. }));
-        b.ram.attach(region(0)).unwrap();
-        b.ram.attach(region(0x2000)).unwrap();
-        assert_eq!(b.ram.view().memory().num_regions(), 3);
-    }
-
-    proptest! {
-        /// Whatever the order of attaches, detaches and refusals: no consumer sees a region twice, none keeps one
-        /// that was let go, and devices see exactly the regions that are present.
-        #[test]
-        fn leases_balance(steps in prop::collection::vec((0u64..6, any::<bool>(), 0usize..3, any::<bool>()), 1..60)) {
-            let mut b = bench(&["slots", "vhost", "dma"], None);
-            for (page, attach, consumer, refuse) in steps {
-                *b.stuck[consumer].lock().unwrap() = refuse;
-                let gpa = page * SIZE;
-                let known = b.ram.regions().any(|r| r.gpa().0 == gpa);
-                if attach {
-                    prop_assert_eq!(b.ram.attach(region(gpa)).is_ok(), !known);
-                } else {
-                    let result = b.ram.detach(Gpa(gpa));
-                    prop_assert!(known || result.is_err());
-                }
-                let present = b.ram.regions().count() - b.ram.stuck().count();
-                prop_assert_eq!(b.ram.view().memory().num_regions(), present);
-            }
-            for stuck in &b.stuck {
-                *stuck.lock().unwrap() = false;
-            }
-            let (_, stuck) = b.ram.detach_all();
-            prop_assert!(stuck.is_empty());
-            let mut balance = std::collections::BTreeMap::new();
-            for (name, attached, gpa) in b.log.lock().unwrap().iter() {
-                let count = balance.entry((*name, *gpa)).or_insert(0i32);
-                *count += if *attached { 1 } else { -1 };
-                prop_assert!((0..=1).contains(count), "{} {:#x} {}", name, gpa, count);
-            }
-            prop_assert!(balance.values().all(|count| *count == 0));
-        }
-    }
-}
+mod tests;

@@ -10,6 +10,7 @@ use thiserror::Error;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, GuestRegionMmap};
 
+use super::dma::{Dma, DmaRefused};
 use super::layout::Gpa;
 use super::mapping::{HostMapping, MapMemoryError};
 
@@ -106,6 +107,7 @@ pub struct Region {
     /// What devices access; does not own the mapping. Declared before it, so that it is dropped first.
     guest: Arc<GuestRegionMmap>,
     mapping: Mapping,
+    dma: Dma,
 }
 
 impl Region {
@@ -127,6 +129,7 @@ impl Region {
         // first and which `memory::Ram` does only after that check.
         let builder =
             unsafe { MmapRegionBuilder::new(size).with_raw_mmap_pointer(mapping.as_ptr()) };
+        let dma = Dma::by_default(&mapping);
         let builder = builder
             .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
             .with_mmap_flags(libc::MAP_SHARED);
@@ -146,6 +149,7 @@ impl Region {
                     gpa,
                     guest: Arc::new(guest),
                     mapping,
+                    dma,
                 }),
             },
         }
@@ -181,6 +185,22 @@ impl Region {
         &self.mapping
     }
 
+    /// How passed-through devices and this memory stand.
+    pub fn dma(&self) -> Dma {
+        self.dma
+    }
+
+    /// Lets devices reach it or not; `None` is as its kind of memory wants it. Before it is attached to anything.
+    pub fn with_dma(mut self, asked: Option<bool>) -> Result<Self, (Self, DmaRefused)> {
+        match self.dma.as_asked(asked) {
+            Ok(dma) => {
+                self.dma = dma;
+                Ok(self)
+            }
+            Err(error) => Err((self, error)),
+        }
+    }
+
     /// For a snapshot; one more holder while it lives.
     pub fn guest_region(&self) -> Arc<GuestRegionMmap> {
         Arc::clone(&self.guest)
@@ -202,6 +222,7 @@ impl Region {
             gpa,
             guest,
             mapping,
+            dma,
         } = self;
         mapping.release().map_err(|(mapping, error)| {
             let region = Self {
@@ -209,6 +230,7 @@ impl Region {
                 gpa,
                 guest,
                 mapping,
+                dma,
             };
             Box::new((region, error))
         })

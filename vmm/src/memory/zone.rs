@@ -15,6 +15,7 @@ use daxhund_dax::{
 use rustix::fs::{Mode, OFlags};
 use thiserror::Error;
 
+use super::dma::DmaRefused;
 use super::layout::{FileOffset, MIN_ALIGN, RamRange, ZoneRequest};
 use super::mapping::{self, HostMapping, MapMemoryError, Source};
 use super::region::{Mapping, Region, RegionError};
@@ -195,6 +196,15 @@ pub enum ZoneMapError {
     /// The region.
     #[error(transparent)]
     Region(#[from] RegionError),
+    /// Devices can't reach it.
+    #[error("memory zone {id}")]
+    Dma {
+        /// Which zone.
+        id: String,
+        /// Why.
+        #[source]
+        source: DmaRefused,
+    },
 }
 
 #[derive(Debug)]
@@ -218,6 +228,7 @@ pub struct Zone {
     memory: Memory,
     prefault: bool,
     node: Option<u32>,
+    dma: Option<bool>,
 }
 
 impl Zone {
@@ -283,6 +294,7 @@ impl Zone {
             memory,
             prefault: spec.prefault,
             node: spec.host_numa_node,
+            dma: spec.dma,
         })
     }
 
@@ -328,7 +340,11 @@ impl Zone {
             }
         };
         self.prepare(&mapping)?;
-        Region::new(&self.request.id, range.gpa, mapping).map_err(|(_, error)| error.into())
+        let region =
+            Region::new(&self.request.id, range.gpa, mapping).map_err(|(_, error)| error)?;
+        region
+            .with_dma(self.dma)
+            .map_err(|(_, source)| ZoneMapError::Dma { id: id(), source })
     }
 
     fn map_host(

@@ -8,6 +8,7 @@ use daxhund_dax::{
 };
 use thiserror::Error;
 
+use crate::memory::dma::DmaRefused;
 use crate::memory::mapping::MapMemoryError;
 use crate::memory::region::RegionError;
 
@@ -197,4 +198,13 @@ pub enum PmemMapError {
     /// The region.
     #[error(transparent)]
     Region(#[from] RegionError),
+    /// Devices can't reach it.
+    #[error("pmem {id}")]
+    Dma {
+        /// Which device.
+        id: String,
+        /// Why.
+        #[source]
+        source: DmaRefused,
+    },
 }

@@ -47,6 +47,8 @@ pub struct PmemSpec {
     pub offset: u64,
     /// The guest's writes are its own and gone with the VMM.
     pub discard_writes: bool,
+    /// Whether passed-through devices reach it; absent is as its kind of memory wants it.
+    pub dma: Option<bool>,
 }
 
 /// Makes what the guest has stored durable.
@@ -70,6 +72,7 @@ pub struct PmemBacking {
     size: u64,
     align: u64,
     flusher: Arc<dyn Flush>,
+    dma: Option<bool>,
 }
 
 impl PmemBacking {
@@ -124,6 +127,7 @@ impl PmemBacking {
             size: range.len(),
             align,
             flusher: Arc::new(flusher),
+            dma: spec.dma,
         })
     }
 
@@ -195,6 +199,7 @@ impl PmemBacking {
             size,
             align,
             flusher,
+            dma: spec.dma,
         })
     }
 
@@ -237,7 +242,10 @@ impl PmemBacking {
                     .map_err(|source| PmemMapError::Host { id: id(), source })?,
             ),
         };
-        Region::new(&self.id, gpa, mapping).map_err(|(_, error)| error.into())
+        let region = Region::new(&self.id, gpa, mapping).map_err(|(_, error)| error)?;
+        region
+            .with_dma(self.dma)
+            .map_err(|(_, source)| PmemMapError::Dma { id: id(), source })
     }
 
     /// What the guest's flush requests have to do.
