@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 const MAY_BE_UNSAFE: &[&str] = &[
     "backends/dax/src/ofd.rs",
     "backends/dax/src/pages.rs",
+    "backends/pin/src/pages.rs",
+    "backends/pin/src/sys.rs",
     "vmm/src/inherited.rs",
     "vmm/src/kvm/interrupts.rs",
     "vmm/src/kvm/kick.rs",
@@ -16,6 +18,7 @@ const MAY_BE_UNSAFE: &[&str] = &[
     "vmm/src/memory/discard.rs",
     "vmm/src/memory/mapping.rs",
     "vmm/src/memory/region.rs",
+    "vmm/src/vfio/descriptor.rs",
     "vmm/src/virtio/blk/syscalls.rs",
     "vmm/src/virtio/blk/uring.rs",
     "vmm/src/virtio/net/tap.rs",

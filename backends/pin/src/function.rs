@@ -1,5 +1,7 @@
 //! What a PCI function that VFIO lends to this process can be asked (`linux/vfio.h`). A fake implements it in tests.
 
+#![forbid(unsafe_code)]
+
 use std::fmt;
 use std::io;
 use std::ops::Range;
@@ -77,7 +79,7 @@ pub trait HostFunction: fmt::Debug + Send + Sync {
     /// Facts of a kind of interrupt.
     fn irq(&self, kind: IrqKind) -> IrqInfo;
     /// From now on vectors `start..start + events.len()` write these events (`None`: nothing). The first call of a kind
-    /// enables it in the device; one kind of INTx, MSI and MSI-X can be enabled at a time.
+    /// enables it in the device; one kind of `INTx`, MSI and MSI-X can be enabled at a time.
     fn set_irqs(
         &self,
         kind: IrqKind,
@@ -86,7 +88,7 @@ pub trait HostFunction: fmt::Debug + Send + Sync {
     ) -> io::Result<()>;
     /// Disables all vectors of a kind.
     fn disable_irqs(&self, kind: IrqKind) -> io::Result<()>;
-    /// INTx only: each write of `event` unmasks it in the host (`VFIO_IRQ_SET_ACTION_UNMASK` with an event).
+    /// `INTx` only: each write of `event` unmasks it in the host (`VFIO_IRQ_SET_ACTION_UNMASK` with an event).
     fn unmask_intx_by(&self, event: BorrowedFd<'_>) -> io::Result<()>;
     /// Resets the function (`VFIO_DEVICE_RESET`, else a hot reset of its bus where everybody on it is ours).
     fn reset(&self) -> io::Result<()>;
