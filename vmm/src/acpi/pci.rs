@@ -10,13 +10,14 @@
 //! [`Hotplug`](crate::pci::Hotplug) lose nothing.
 //!
 //! No `_OSC`: the platform keeps control, so Linux uses ACPI hotplug (acpiphp), which wants `_ADR`, `_EJ0`, `_STA` and
-//! `_SUN` of every slot. No `_PRT`: no device raises an interrupt pin.
+//! `_SUN` of every slot. `_PRT` says which interrupt pin A of a slot is; function 0 of a slot is all there is, and it has
+//! no other pin.
 //! Sources: ACPI 6.5, 5.6.6, 5.6.9, 6.3, 6.5; PCI Firmware 3.3, 4.1.3 and 4.2.
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{
     AddressSpace, AddressSpaceCacheable, And, Arg, EISAName, IO, If, Interrupt, Local, Method,
-    MethodCall, Name, ONE, Path, Return, Store, ZERO,
+    MethodCall, Name, ONE, Package, Path, Return, Store, ZERO,
 };
 
 use super::HotplugDescription;
@@ -26,7 +27,9 @@ use super::aml::{
 use crate::pci::hotplug::{
     self, BLOCK, BUTTON, CHECK, EJECT, EJECT_REQUEST, PENDING, POWER_BUTTON, PRESENT,
 };
-use crate::pci::{CONFIG_PORT_COUNT, CONFIG_PORTS, HOST_BRIDGE_SLOT, SLOTS, SegmentLayout, Window};
+use crate::pci::{
+    CONFIG_PORT_COUNT, CONFIG_PORTS, HOST_BRIDGE_SLOT, SLOTS, SegmentLayout, Window, pin_gsi,
+};
 
 /// Notification values, ACPI 6.5, 5.6.6.
 const DEVICE_CHECK: u32 = 1;
@@ -71,6 +74,7 @@ pub(super) fn host_bridge(
         name("_CCA", &ONE),
         windows(segment),
         registers("REGS", base, BLOCK, &fields),
+        pins(),
         status_method(),
         notify_method(),
         scan_method(),
@@ -105,6 +109,18 @@ fn windows(segment: &SegmentLayout) -> Encoded {
 
 fn last(window: Window) -> u64 {
     window.end() - 1
+}
+
+/// `_PRT`: a row for each slot, ACPI 6.5, 6.2.13. All functions of the device, pin A, no link device, the interrupt.
+fn pins() -> Encoded {
+    let rows: Vec<Encoded> = hotplug_slots()
+        .map(|slot| {
+            let address = u32::from(slot) << 16 | 0xffff;
+            let gsi = pin_gsi(slot);
+            encoded(&Package::new(vec![&address, &ZERO, &ZERO, &gsi]))
+        })
+        .collect();
+    name("_PRT", &Package::new(refs(&rows)))
 }
 
 /// `STAT (bit)`: `_STA` of a slot.

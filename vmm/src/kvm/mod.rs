@@ -14,6 +14,7 @@ mod kick;
 mod slots;
 mod topology;
 mod vcpu;
+mod vfio;
 mod vm;
 
 pub use cpuid::{CpuidError, CpuidTemplate};
@@ -23,4 +24,5 @@ pub use kick::{KickError, KickTarget};
 pub use slots::{MemorySlots, SlotError, SlotLease, SlotRange};
 pub use topology::{Topology, TopologyError};
 pub use vcpu::{BootRegisters, BoundVcpu, Exit, Io, SetupError, Vcpu, VcpuFault};
-pub use vm::{CreateVmError, Doorbells, Vm};
+pub use vfio::VfioRegistry;
+pub use vm::{CreateVmError, Doorbells, Pins, Vm};

@@ -4,7 +4,7 @@
 //! second-level entry of the range before the ioctl returns; nothing may be unmapped before that.
 
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
@@ -55,13 +55,13 @@ pub enum SlotError {
     },
 }
 
-/// The slot table of one VM.
-#[derive(Debug)]
+/// The slot table of one VM; clones are the same table.
+#[derive(Debug, Clone)]
 pub struct MemorySlots {
     vm: Arc<VmFd>,
     max: usize,
     /// Index is the slot number; `None` is free.
-    used: Vec<Option<SlotRange>>,
+    used: Arc<Mutex<Vec<Option<SlotRange>>>>,
 }
 
 impl MemorySlots {
@@ -69,43 +69,40 @@ impl MemorySlots {
         Self {
             vm,
             max,
-            used: Vec::new(),
+            used: Arc::default(),
         }
     }
 
     /// Lets the guest reach `range`.
     ///
-    /// The caller keeps the host memory mapped until [`MemorySlots::delete`] has succeeded; `memory::Ram` is the one
-    /// caller and owns that order.
-    pub fn create(&mut self, range: SlotRange) -> Result<SlotLease, SlotError> {
-        let index = match self.used.iter().position(Option::is_none) {
+    /// The caller keeps the host memory mapped until [`MemorySlots::delete`] has succeeded: `memory::Ram` for guest
+    /// memory, the window of a BAR for registers of a passed-through function.
+    pub fn create(&self, range: SlotRange) -> Result<SlotLease, SlotError> {
+        let mut used = self.used.lock().unwrap_or_else(PoisonError::into_inner);
+        let index = match used.iter().position(Option::is_none) {
             Some(free) => free,
-            None if self.used.len() < self.max => {
-                self.used.push(None);
-                self.used.len() - 1
+            None if used.len() < self.max => {
+                used.push(None);
+                used.len() - 1
             }
             None => return Err(SlotError::Exhausted { max: self.max }),
         };
         let slot = u32::try_from(index).map_err(|_| SlotError::Exhausted { max: self.max })?;
         self.set("create", slot, range, range.size)?;
-        self.used[index] = Some(range);
+        used[index] = Some(range);
         Ok(SlotLease { slot, range })
     }
 
     /// The undo of [`MemorySlots::create`]. On failure the lease comes back and the slot is still live.
-    pub fn delete(&mut self, lease: SlotLease) -> Result<(), (SlotLease, SlotError)> {
+    pub fn delete(&self, lease: SlotLease) -> Result<(), (SlotLease, SlotError)> {
+        let mut used = self.used.lock().unwrap_or_else(PoisonError::into_inner);
         match self.set("delete", lease.slot, lease.range, 0) {
             Ok(()) => {
-                self.used[lease.slot as usize] = None;
+                used[lease.slot as usize] = None;
                 Ok(())
             }
             Err(error) => Err((lease, error)),
         }
-    }
-
-    /// The slot ranges that exist, for diagnosis.
-    pub fn ranges(&self) -> impl Iterator<Item = SlotRange> + '_ {
-        self.used.iter().flatten().copied()
     }
 
     fn set(
@@ -122,9 +119,8 @@ impl MemorySlots {
             memory_size: size,
             userspace_addr: range.host_address,
         };
-        // SAFETY: the range is guest memory that nothing in this process holds a Rust reference into, and
-        // `memory::Ram` keeps it mapped from before a slot is created until after it is deleted (a size of 0
-        // deletes). KVM checks that the addresses are user addresses of this process.
+        // SAFETY: the range is guest memory or registers that nothing in this process holds a Rust reference into, and
+        // who creates a slot keeps it mapped until after it is deleted (a size of 0 deletes). KVM checks that the addresses are user addresses of this process.
         unsafe { self.vm.set_user_memory_region(region) }.map_err(|e| SlotError::Refused {
             what,
             slot,

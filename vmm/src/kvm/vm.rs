@@ -13,6 +13,7 @@ use super::kick;
 use super::slots::MemorySlots;
 use super::topology::Topology;
 use super::vcpu::Vcpu;
+use super::vfio::VfioRegistry;
 
 /// Three pages that Intel hosts without unrestricted guest mode use for a task state segment
 /// (`KVM_SET_TSS_ADDR`), with the identity map page just below; the range is in the MMIO hole, above the local APIC
@@ -68,7 +69,7 @@ impl Vm {
         })
     }
 
-    /// The table of memory slots; one per VM.
+    /// The table of memory slots; ask once per VM and clone it.
     pub fn memory_slots(&self) -> MemorySlots {
         MemorySlots::new(Arc::clone(&self.fd), self.max_slots)
     }
@@ -105,6 +106,16 @@ impl Vm {
         Interrupts::new(Arc::clone(&self.fd))
     }
 
+    /// Level-triggered interrupts with an end-of-interrupt notice.
+    pub fn pins(&self) -> Pins {
+        Pins(Arc::clone(&self.fd))
+    }
+
+    /// KVM's list of the VFIO files that this VM uses; one per VM.
+    pub fn vfio_registry(&self) -> VfioRegistry {
+        VfioRegistry::new(&self.fd)
+    }
+
     /// Doorbells of devices: guest stores that write an event without an exit to user space.
     pub fn doorbells(&self) -> Doorbells {
         Doorbells(Arc::clone(&self.fd))
@@ -132,6 +143,27 @@ impl Doorbells {
     pub fn disconnect(&self, address: u64, event: &EventFd) -> io::Result<()> {
         self.0
             .unregister_ioevent(event, &IoEventAddress::Mmio(address), NoDatamatch)
+            .map_err(io::Error::from)
+    }
+}
+
+/// Interrupts that stay raised until the guest has seen to them (`KVM_IRQFD` with `KVM_IRQFD_FLAG_RESAMPLE`).
+#[derive(Debug, Clone)]
+pub struct Pins(Arc<VmFd>);
+
+impl Pins {
+    /// From now on a write of `trigger` raises `gsi`; when the guest ends the interrupt, KVM lowers it and writes
+    /// `resample`. Several may share one `gsi`.
+    pub fn connect(&self, gsi: u32, trigger: &EventFd, resample: &EventFd) -> io::Result<()> {
+        self.0
+            .register_irqfd_with_resample(trigger, resample, gsi)
+            .map_err(io::Error::from)
+    }
+
+    /// The undo of [`Pins::connect`].
+    pub fn disconnect(&self, gsi: u32, trigger: &EventFd) -> io::Result<()> {
+        self.0
+            .unregister_irqfd(trigger, gsi)
             .map_err(io::Error::from)
     }
 }

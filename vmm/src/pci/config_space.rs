@@ -9,8 +9,8 @@
 //! - Whether an address makes sense is not known here: after a write of all ones (how a guest finds the size) with
 //!   decode on, a BAR claims to answer at the end of the address space. The [`Segment`](super::Segment) decides.
 //!
-//! Not here: I/O BARs, expansion ROMs, bridges, and the express capability: Linux looks for extended capabilities only
-//! where that is, virtio has none, and a passed-through function brings its own.
+//! Not here: I/O BARs, bridges, and the express capability: Linux looks for extended capabilities only where that is,
+//! virtio has none, and a passed-through function brings its own.
 //! Sources: PCI Local Bus 3.0, chapter 6; PCI Express Base 5.0, 7.5.1.
 
 use std::fmt;
@@ -26,36 +26,59 @@ const CONVENTIONAL: usize = 256;
 /// Base address registers of a type-0 header.
 pub const BARS: u8 = 6;
 
+/// Number of the expansion ROM where a BAR has one: after the last BAR.
+pub const ROM_BAR: u8 = BARS;
+/// What can answer at an address: the BARs and the ROM.
+const PLACES: usize = BARS as usize + 1;
+
 /// Offset of the command register.
-pub(super) const COMMAND: u16 = 0x04;
+pub(crate) const COMMAND: u16 = 0x04;
 /// Offset of the first BAR.
-pub(super) const FIRST_BAR: u16 = 0x10;
-const STATUS: u16 = 0x06;
-const REVISION: u16 = 0x08;
-const CLASS: u16 = 0x09;
-const SUBSYSTEM: u16 = 0x2c;
-const CAPABILITIES: u16 = 0x34;
+pub(crate) const FIRST_BAR: u16 = 0x10;
+/// Offset of the expansion ROM's base address.
+pub(super) const ROM: u16 = 0x30;
+/// Offset of the status register.
+pub(crate) const STATUS: u16 = 0x06;
+/// Offset of the revision id.
+pub(crate) const REVISION: u16 = 0x08;
+/// Offset of the class code: interface, sub-class, base class.
+pub(crate) const CLASS: u16 = 0x09;
+/// Offset of the subsystem's vendor id and id.
+pub(crate) const SUBSYSTEM: u16 = 0x2c;
+/// Offset of the pointer to the first capability.
+pub(crate) const CAPABILITIES: u16 = 0x34;
 const INTERRUPT_LINE: u16 = 0x3c;
 const INTERRUPT_PIN: u16 = 0x3d;
 const FIRST_CAPABILITY: usize = 0x40;
 
 /// The function answers in its memory BARs.
-pub(super) const COMMAND_MEMORY: u16 = 1 << 1;
-const COMMAND_BUS_MASTER: u16 = 1 << 2;
+pub(crate) const COMMAND_MEMORY: u16 = 1 << 1;
+/// The function reaches memory by itself.
+pub(crate) const COMMAND_BUS_MASTER: u16 = 1 << 2;
 const COMMAND_PARITY: u16 = 1 << 6;
 const COMMAND_SERR: u16 = 1 << 8;
-const COMMAND_INTX_DISABLE: u16 = 1 << 10;
+/// The function does not raise its interrupt pin.
+pub(crate) const COMMAND_INTX_DISABLE: u16 = 1 << 10;
 const COMMAND_WRITABLE: u16 =
     COMMAND_MEMORY | COMMAND_BUS_MASTER | COMMAND_PARITY | COMMAND_SERR | COMMAND_INTX_DISABLE;
-const STATUS_CAPABILITIES: u16 = 1 << 4;
+/// There is a list of capabilities.
+pub(crate) const STATUS_CAPABILITIES: u16 = 1 << 4;
 
 /// Bit 0 of a BAR: it is in I/O space.
-pub(super) const BAR_IO: u32 = 1 << 0;
+pub(crate) const BAR_IO: u32 = 1 << 0;
 /// Bits 2:1 of a memory BAR: the next register has the upper half.
-pub(super) const BAR_64: u32 = 0b10 << 1;
-const BAR_PREFETCHABLE: u32 = 1 << 3;
+pub(crate) const BAR_64: u32 = 0b10 << 1;
+/// Bit 3 of a memory BAR: loads have no side effects.
+pub(crate) const BAR_PREFETCHABLE: u32 = 1 << 3;
 /// The address of a memory BAR begins at bit 4.
 pub(super) const BAR_FLAGS: u32 = 0xf;
+/// Bit 0 of the ROM's register: it answers, if memory decode is on as well.
+const ROM_ENABLE: u32 = 1 << 0;
+/// The address of a ROM begins at bit 11.
+pub(super) const ROM_ADDRESS: u32 = !0x7ff;
+const SMALLEST_ROM: u64 = 0x800;
+/// PCI Local Bus 3.0, 6.2.5.2.
+const LARGEST_ROM: u64 = 16 << 20;
 const SMALLEST_BAR: u64 = 16;
 /// Half of the space, so that the address has a bit to be written.
 const LARGEST_BAR_32: u64 = 1 << 31;
@@ -135,6 +158,14 @@ pub enum BarError {
         /// Its size.
         size: u64,
     },
+    /// Not a size a ROM can have.
+    #[error(
+        "the expansion ROM has {size:#x} bytes: make it a power of two from {SMALLEST_ROM:#x} to {LARGEST_ROM:#x}"
+    )]
+    RomSize {
+        /// Asked for.
+        size: u64,
+    },
 }
 
 /// The capability list is full.
@@ -159,6 +190,8 @@ pub struct ConfigSpace {
     writable: Box<[u8; CONFIG_SPACE]>,
     /// By first register.
     bars: [Option<Bar>; BARS as usize],
+    /// Length of the expansion ROM.
+    rom: Option<u64>,
     /// Where the pointer to the next capability goes.
     last_pointer: usize,
     /// First byte after the capabilities.
@@ -183,6 +216,7 @@ impl ConfigSpace {
             bytes: Box::new([0; CONFIG_SPACE]),
             writable: Box::new([0; CONFIG_SPACE]),
             bars: [None; BARS as usize],
+            rom: None,
             last_pointer: usize::from(CAPABILITIES),
             end: FIRST_CAPABILITY,
         };
@@ -235,6 +269,17 @@ impl ConfigSpace {
         Ok(())
     }
 
+    /// Adds an expansion ROM at address 0, which does not answer. In changes and accesses its number is [`ROM_BAR`].
+    pub fn add_rom(&mut self, size: u64) -> Result<(), BarError> {
+        let possible = size.is_power_of_two() && (SMALLEST_ROM..=LARGEST_ROM).contains(&size);
+        let Some(size_32) = u32::try_from(size).ok().filter(|_| possible) else {
+            return Err(BarError::RomSize { size });
+        };
+        self.allow(ROM, &(!(size_32 - 1) | ROM_ENABLE).to_le_bytes());
+        self.rom = Some(size);
+        Ok(())
+    }
+
     /// Adds a capability: `body` follows the id and the pointer to the next, `writable` says which of its bits the
     /// guest may change (none where it is shorter). Returns the capability's offset.
     pub fn add_capability(
@@ -271,7 +316,8 @@ impl ConfigSpace {
         overwrite(&mut self.bytes[..], register, bytes);
     }
 
-    fn allow(&mut self, register: u16, mask: &[u8]) {
+    /// From now on the guest may change these bits and no others of these bytes.
+    pub fn allow(&mut self, register: u16, mask: &[u8]) {
         overwrite(&mut self.writable[..], register, mask);
     }
 
@@ -308,19 +354,21 @@ impl ConfigSpace {
             *byte = (*byte & !mask) | (new & mask);
         }
         let after = self.answering();
-        let moved = before.into_iter().zip(after).zip(self.bars);
-        moved
-            .filter(|((old, new), _)| old != new)
-            .filter_map(|((old, new), bar)| {
-                let Bar { index, size, .. } = bar?;
-                Some(BarChange {
-                    bar: index,
-                    size,
-                    old,
-                    new,
-                })
+        self.places()
+            .map(|(bar, size)| BarChange {
+                bar,
+                size,
+                old: before[usize::from(bar)],
+                new: after[usize::from(bar)],
             })
+            .filter(|change| change.old != change.new)
             .collect()
+    }
+
+    /// Number and length of everything that has an address.
+    fn places(&self) -> impl Iterator<Item = (u8, u64)> {
+        let bars = self.bars.iter().flatten().map(|bar| (bar.index, bar.size));
+        bars.chain(self.rom.map(|size| (ROM_BAR, size)))
     }
 
     fn within(&self, register: u16) -> usize {
@@ -330,20 +378,23 @@ impl ConfigSpace {
     /// Where its BARs answer now, as if they had just begun to: `old` is `None`.
     pub fn bars(&self) -> Vec<BarChange> {
         let answering = self.answering();
-        self.bars
-            .iter()
-            .flatten()
-            .map(|bar| BarChange {
-                bar: bar.index,
-                size: bar.size,
+        self.places()
+            .map(|(bar, size)| BarChange {
+                bar,
+                size,
                 old: None,
-                new: answering[usize::from(bar.index)],
+                new: answering[usize::from(bar)],
             })
             .collect()
     }
 
     /// What a BAR's registers hold, whether decode is on or not. `None` if there is no such BAR.
     pub fn bar_address(&self, index: u8) -> Option<u64> {
+        if index == ROM_BAR {
+            return self
+                .rom
+                .map(|_| u64::from(self.read_u32(ROM) & ROM_ADDRESS));
+        }
         let bar = (*self.bars.get(usize::from(index))?)?;
         let register = FIRST_BAR + 4 * u16::from(index);
         let low = u64::from(self.read_u32(register) & !BAR_FLAGS);
@@ -354,11 +405,14 @@ impl ConfigSpace {
         Some(u64::from(high) << 32 | low)
     }
 
-    fn answering(&self) -> [Option<u64>; BARS as usize] {
-        let mut all = [None; BARS as usize];
+    fn answering(&self) -> [Option<u64>; PLACES] {
+        let mut all = [None; PLACES];
         if self.memory_enabled() {
             for (index, at) in (0u8..).zip(&mut all) {
                 *at = self.bar_address(index);
+            }
+            if self.read_u32(ROM) & ROM_ENABLE == 0 {
+                all[usize::from(ROM_BAR)] = None;
             }
         }
         all
@@ -377,11 +431,6 @@ impl ConfigSpace {
     /// Whether the guest lets the function reach memory, which is also how it sends messages.
     pub fn bus_master(&self) -> bool {
         self.command() & COMMAND_BUS_MASTER != 0
-    }
-
-    /// Whether the guest forbids the function its interrupt pin.
-    pub fn intx_disabled(&self) -> bool {
-        self.command() & COMMAND_INTX_DISABLE != 0
     }
 
     /// Two bytes, little-endian.
@@ -512,6 +561,30 @@ mod tests {
         space.add_bar(bar64(3, 1 << 63)).unwrap();
     }
 
+    #[test]
+    fn a_rom_answers_with_both_of_its_switches() {
+        let mut space = space(&[bar32(0, 0x1000)]);
+        space.add_rom(0x4_0000).unwrap();
+        space.write(ROM, &[0xff; 4]);
+        assert_eq!(space.read_u32(ROM), 0xfffc_0001);
+        assert_eq!(space.write(ROM, &0xc010_07feu32.to_le_bytes()), []);
+        assert_eq!(space.bar_address(ROM_BAR), Some(0xc010_0000 & !0x3_ffff));
+        assert_eq!(enable(&mut space).len(), 1, "BAR 0 alone");
+        let on = BarChange {
+            bar: ROM_BAR,
+            size: 0x4_0000,
+            old: None,
+            new: Some(0xc010_0000),
+        };
+        assert_eq!(space.write(ROM, &[1]), [on]);
+        assert_eq!(space.bars()[1], on);
+        let off = space.write(COMMAND, &[0]);
+        assert_eq!((off[1].bar, off[1].old), (ROM_BAR, on.new));
+        for size in [0, 0x400, 0x801, 32 << 20, 1 << 32] {
+            assert_eq!(space.add_rom(size), Err(BarError::RomSize { size }));
+        }
+    }
+
     proptest! {
         #[test]
         fn a_guest_changes_nothing_but_what_it_may(
@@ -521,8 +594,9 @@ mod tests {
             let (small, large) = (1u64 << sizes.0, 1u64 << sizes.1);
             let mut space = space(&[bar32(0, small), bar64(4, large)]);
             space.add_capability(0x11, &[0x55; 10], &[0, 0xc0]).unwrap();
+            space.add_rom(0x1_0000).unwrap();
             let fresh = space.clone();
-            let mut answering = [None; 6];
+            let mut answering = [None; PLACES];
             for (register, data) in steps {
                 // Half of them where something is.
                 let register = if register & 1 == 0 { register } else { register % 0x50 };
@@ -535,7 +609,7 @@ mod tests {
                 for change in space.bars() {
                     prop_assert_eq!(answering[usize::from(change.bar)], change.new);
                 }
-                for (index, size) in [(0, small), (4, large)] {
+                for (index, size) in [(0, small), (4, large), (ROM_BAR, 0x1_0000)] {
                     prop_assert!(space.bar_address(index).unwrap().is_multiple_of(size));
                 }
                 let mut read = [0; CONFIG_SPACE];

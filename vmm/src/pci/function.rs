@@ -3,7 +3,7 @@
 /// A change of where a BAR answers, caused by a write to configuration space.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BarChange {
-    /// Which BAR, by its first register: 0 to 5.
+    /// Which BAR, by its first register: 0 to 5; [`ROM_BAR`](super::ROM_BAR) is the expansion ROM.
     pub bar: u8,
     /// Length in bytes, a power of two.
     pub size: u64,

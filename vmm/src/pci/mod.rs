@@ -28,8 +28,14 @@ pub mod testing;
 mod window;
 
 pub use aperture::Aperture;
+pub(crate) use config_space::{
+    BAR_64, BAR_IO, BAR_PREFETCHABLE, CAPABILITIES, CLASS, COMMAND, COMMAND_BUS_MASTER,
+    COMMAND_INTX_DISABLE, COMMAND_MEMORY, FIRST_BAR, REVISION, STATUS, STATUS_CAPABILITIES,
+    SUBSYSTEM,
+};
 pub use config_space::{
     BARS, Bar, BarError, BarWidth, CONFIG_SPACE, CapabilityError, Class, ConfigSpace, Identity,
+    ROM_BAR,
 };
 pub use function::{BarChange, Function, MsiMessage, MsiRoutes};
 pub use hotplug::{Ejected, HOTPLUG_SIZE, Hotplug, Interrupt, OnEjected};
@@ -42,6 +48,14 @@ pub use ports::{CONFIG_PORT_COUNT, CONFIG_PORTS, ConfigPorts};
 pub use segment::{Ecam, InsertError, Segment, SegmentWindows};
 pub use slots::{HOST_BRIDGE_SLOT, SLOTS, Slot, SlotError, Slots};
 pub use window::{Allocator, Window};
+
+/// Global system interrupts that pins of PCI functions raise: those of the I/O APIC that nothing else uses.
+pub const PIN_GSIS: std::ops::Range<u32> = 17..24;
+
+/// The interrupt that pin A of a slot's function raises. Level-triggered, and shared by slots.
+pub fn pin_gsi(slot: u8) -> u32 {
+    PIN_GSIS.start + u32::from(slot) % (PIN_GSIS.end - PIN_GSIS.start)
+}
 
 /// A function's place on bus 0 and the register in its configuration space.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -23,7 +23,9 @@ use thiserror::Error;
 use tracing::debug;
 
 use super::aperture::{Aperture, BarId, Refused};
-use super::config_space::{BAR_64, BAR_FLAGS, BAR_IO, BARS, COMMAND, COMMAND_MEMORY, FIRST_BAR};
+use super::config_space::{
+    BAR_64, BAR_FLAGS, BAR_IO, BARS, COMMAND, COMMAND_MEMORY, FIRST_BAR, ROM, ROM_ADDRESS, ROM_BAR,
+};
 use super::host_bridge::HostBridge;
 use super::slots::{HOST_BRIDGE_SLOT, SLOTS};
 use super::{Allocator, BarChange, CONFIG_SPACE, ConfigAddress, Function, Window};
@@ -198,6 +200,11 @@ impl Segment {
             }
             bar += if wide { 2 } else { 1 };
         }
+        if let Some(size) = probe_rom(function) {
+            let base = self.allocate(placement, slot, ROM_BAR, size, false)?;
+            // Its enable bit is left to the guest.
+            write_bar(function, ROM, false, base);
+        }
         Ok(())
     }
 
@@ -279,6 +286,13 @@ fn probe_size(function: &dyn Function, register: u16, wide: bool) -> Option<u64>
     };
     let sticks = u64::from(high) << 32 | low;
     (low != 0 || (wide && high != 0)).then(|| 1 << sticks.trailing_zeros())
+}
+
+/// Length of the expansion ROM; `None`: there is none.
+fn probe_rom(function: &dyn Function) -> Option<u64> {
+    write_bar(function, ROM, false, ROM_ADDRESS.into());
+    let sticks = read_u32(function, ROM) & ROM_ADDRESS;
+    (sticks != 0).then(|| 1 << sticks.trailing_zeros())
 }
 
 /// For the guest.
