@@ -23,4 +23,5 @@ pub mod memory;
 pub mod monitor;
 pub mod pci;
 pub mod remote;
+pub mod vfio;
 pub mod virtio;

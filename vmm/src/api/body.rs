@@ -59,6 +59,10 @@ pub(super) fn add_vsock(received: Received<'_>) -> Result<Request, ApiError> {
     received.read().map(Box::new).map(Request::AddVsock)
 }
 
+pub(super) fn add_device(received: Received<'_>) -> Result<Request, ApiError> {
+    received.read().map(Box::new).map(Request::AddDevice)
+}
+
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct RemoveDevice {

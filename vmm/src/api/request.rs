@@ -18,7 +18,7 @@ use serde_json::Value;
 use thiserror::Error;
 use tokio::sync::oneshot;
 
-use crate::config::{DiskConfig, NetConfig, PmemConfig, VmConfig, VsockConfig};
+use crate::config::{DeviceConfig, DiskConfig, NetConfig, PmemConfig, VmConfig, VsockConfig};
 
 /// Everything that reaches the owner.
 #[derive(Debug)]
@@ -53,6 +53,8 @@ pub enum Request {
     AddNet(Box<NetConfig>, Vec<OwnedFd>),
     /// Add a vsock device.
     AddVsock(Box<VsockConfig>),
+    /// Add a PCI function of the host.
+    AddDevice(Box<DeviceConfig>),
     /// Ask for a device to be removed.
     RemoveDevice {
         /// Its name.

@@ -139,7 +139,11 @@ where
     I: IntoIterator<Item = OsString>,
 {
     let argv: Vec<OsString> = argv.into_iter().collect();
-    let matches = match unsupported::recognise(Args::command()).try_get_matches_from(&argv) {
+    let mut command = Args::command();
+    if argv.iter().any(|word| word == "--help") {
+        command = args::explained(command);
+    }
+    let matches = match unsupported::recognise(command).try_get_matches_from(&argv) {
         Ok(matches) => matches,
         Err(error) if error.kind() == ErrorKind::DisplayHelp => {
             return Ok(Command::Help(error.render().to_string()));

@@ -160,10 +160,10 @@ fn words_not_built_are_refused_with_the_exact_text() {
         (&["--seccomp", "log"], "--seccomp log"),
         (&["--disk", "path=d,vhost_user=on"], "--disk vhost_user"),
         (&["--net", "socket=/s"], "--net socket"),
-        (&["--platform", "iommufd=on"], "--platform iommufd"),
+        (&["--platform", "iommufd_fd=5"], "--platform iommufd_fd"),
         (
-            &["--memory-zone", "id=a,size=1G,dma=off"],
-            "--memory-zone dma",
+            &["--memory-zone", "id=a,size=1G,align=2M"],
+            "--memory-zone align",
         ),
         (&["--memory", "mergeable=on"], "--memory mergeable=on"),
         (&["--fs", "tag=t", "--device", "path=d"], "--fs"),

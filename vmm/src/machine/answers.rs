@@ -60,6 +60,7 @@ impl Owner {
             Request::AddDisk(word) => self.add(NewDevice::Disk(*word)),
             Request::AddNet(word, fds) => self.add(NewDevice::Net(*word, fds)),
             Request::AddVsock(word) => self.add(NewDevice::Vsock(*word)),
+            Request::AddDevice(word) => self.add(NewDevice::Passthrough(*word)),
             Request::RemoveDevice { id } => self.remove_device(&id),
             Request::Resize {
                 vcpus,
@@ -107,7 +108,7 @@ impl Owner {
         let valid = config
             .validate()
             .map_err(|error| ApiError::from_error(ErrorKind::Internal, &error))?;
-        let vm = RunningVm::boot(valid)
+        let vm = RunningVm::boot(valid, &self.monitor)
             .map_err(|error| ApiError::from_error(ErrorKind::Internal, &error))?;
         self.state = State::Up(Box::new(vm));
         self.watch(ops);

@@ -8,12 +8,12 @@ use thiserror::Error;
 use tracing::warn;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::consumers;
+use super::consumers::KvmSlots;
 use super::devices::{Devices, PlugError};
 use super::events::{Event, EventSender, Events};
 use super::resources::HostResources;
 use super::vcpus::{GuestIo, SpawnError, Vcpus};
-use super::wiring::KvmDoorbells;
+use super::wiring::Fabric;
 use crate::acpi::{self, TablesTooLarge};
 use crate::boot::{self, LoadError, MemoryMap, place};
 use crate::bus::{Bus, Overlap};
@@ -22,8 +22,7 @@ use crate::devices::cmos::{self, Cmos};
 use crate::devices::power::{self, AcpiPower, KeyboardReset, OnPowerRequest};
 use crate::devices::serial::{self, SerialParts, SerialPort};
 use crate::kvm::{CreateVmError, SetupError, Vcpu, Vm};
-use crate::memory::ram::{AttachFailure, DetachError, Ram};
-use crate::memory::region::Region;
+use crate::memory::ram::{ConsumerId, DetachError, JoinError, Ram};
 use crate::pci::{self, ConfigPorts, Hotplug, Segment};
 
 /// Global interrupt of the hotplug registers: the first pin of the I/O APIC that no PC device has.
@@ -41,9 +40,9 @@ pub enum BuildError {
     /// A vCPU's thread.
     #[error(transparent)]
     Thread(#[from] SpawnError),
-    /// Guest memory.
+    /// KVM does not take guest memory.
     #[error(transparent)]
-    Attach(#[from] Box<AttachFailure>),
+    Memory(#[from] JoinError),
     /// A device in its slot.
     #[error(transparent)]
     Plug(#[from] PlugError),
@@ -69,39 +68,50 @@ pub struct Machine {
     hotplug: Arc<Hotplug>,
     pub(super) serial: Option<SerialParts>,
     pub(super) events: Events,
-    pub(super) ram: Ram,
+    /// KVM among those who reach guest memory.
+    slots: ConsumerId,
     vm: Vm,
 }
 
 impl Machine {
-    /// Builds a machine in which `regions` are the memory. On failure everything is let go.
+    /// Builds a machine whose memory is `ram`. On failure everything is let go.
     pub(super) fn build(
         config: &ValidConfig,
         host: &mut HostResources,
-        regions: Vec<Region>,
+        ram: &mut Ram,
     ) -> Result<Self, BuildError> {
         let vm = Vm::create(&host.hypervisor)?;
-        let mut ram = Ram::new(consumers::all(&vm, host));
-        for region in regions {
-            ram.attach(region)?;
-        }
+        let memory_slots = vm.memory_slots();
+        let slots = match ram.join(Box::new(KvmSlots(memory_slots.clone()))) {
+            Ok(slots) => slots,
+            Err(failure) => {
+                if let Some(slots) = failure.stays {
+                    leave(ram, slots);
+                }
+                return Err(failure.into());
+            }
+        };
+        let fabric = Fabric::new(&vm, memory_slots);
+        Self::assemble(config, host, ram, (vm, slots, fabric)).inspect_err(|_| leave(ram, slots))
+    }
+
+    fn assemble(
+        config: &ValidConfig,
+        host: &mut HostResources,
+        ram: &Ram,
+        (vm, slots, fabric): (Vm, ConsumerId, Fabric),
+    ) -> Result<Self, BuildError> {
         let (sender, events) = Events::channel().map_err(BuildError::Event)?;
         let serial = serial_port(&vm, host)?;
         let segments = segments(host);
         let hotplug = hotplug_registers(&vm, &segments, &sender)?;
-        let mut devices = Devices::new(
-            &segments,
-            Arc::clone(&hotplug),
-            vm.interrupts(),
-            KvmDoorbells(vm.doorbells()),
-            ram.view().clone(),
-        );
+        let mut devices = Devices::new(&segments, Arc::clone(&hotplug), fabric, ram.view().clone());
         for device in &mut host.devices {
             devices.plug(device)?;
         }
         let ports = ports(&sender, serial.as_ref(), &segments)?;
         let mmio = mmio(host, &segments, &hotplug)?;
-        let registers = load(config, host, &ram)?;
+        let registers = load(config, host, ram)?;
         let vcpus = vcpus(&vm, host, config.cpus().boot_vcpus, &registers)?;
         let io = Arc::new(GuestIo {
             ports,
@@ -116,7 +126,7 @@ impl Machine {
             hotplug,
             serial,
             events,
-            ram,
+            slots,
             vm,
         })
     }
@@ -136,11 +146,14 @@ impl Machine {
         self.hotplug.press_power_button();
     }
 
-    /// The undo of [`Machine::build`], in reverse: the regions are the caller's again, except those that are stuck.
-    pub(super) fn take_apart(
+    /// The undo of [`Machine::build`], in reverse. `let_go` is called when nothing of the machine uses guest memory any more
+    /// but KVM: it takes memory from those who are to let go before KVM does.
+    pub(super) fn take_apart<T>(
         mut self,
         host: &mut HostResources,
-    ) -> (Vec<Region>, Vec<DetachError>) {
+        ram: &mut Ram,
+        let_go: impl FnOnce(&mut Ram) -> T,
+    ) -> (T, Result<(), DetachError>) {
         self.vcpus.stop();
         let Self {
             vcpus,
@@ -149,7 +162,7 @@ impl Machine {
             hotplug,
             serial,
             events,
-            mut ram,
+            slots,
             vm,
         } = self;
         drop(vcpus);
@@ -159,8 +172,8 @@ impl Machine {
         drop(hotplug);
         host.serial = serial.and_then(SerialParts::into_output);
         drop(events);
-        let (regions, stuck) = ram.detach_all();
-        drop(ram);
+        let let_go = let_go(ram);
+        let left = ram.leave(slots);
         let holders = vm.holders();
         if holders != 1 {
             warn!(
@@ -168,7 +181,14 @@ impl Machine {
                 "the VM is still held by somebody else than its owner"
             );
         }
-        (regions, stuck)
+        (let_go, left)
+    }
+}
+
+/// After a failure: KVM's slots go before the VM does.
+fn leave(ram: &mut Ram, slots: ConsumerId) {
+    if let Err(error) = ram.leave(slots) {
+        warn!(%error, "a VM that is not built keeps its memory slots");
     }
 }
 

@@ -1,20 +1,14 @@
 //! Introduces those who reach guest memory to [`crate::memory::ram`].
+//!
+//! The table of discards is there from the start, the IOMMU from the first passed-through device on
+//! ([`super::dma`]), and KVM with each VM: a reset is another one.
 
-use super::resources::HostResources;
-use crate::kvm::{MemorySlots, SlotLease, SlotRange, Vm};
+use crate::kvm::{MemorySlots, SlotLease, SlotRange};
 use crate::memory::ram::{Consumer, Lease, Rank, Reason};
 use crate::memory::region::Region;
 
-/// Everyone, in the order in which they are visited.
-pub(super) fn all(vm: &Vm, host: &HostResources) -> Vec<Box<dyn Consumer>> {
-    vec![
-        Box::new(KvmSlots(vm.memory_slots())),
-        host.discard.consumer(),
-    ]
-}
-
 /// The guest's own view: KVM memory slots. First to attach, last to let go.
-struct KvmSlots(MemorySlots);
+pub(super) struct KvmSlots(pub(super) MemorySlots);
 
 impl Consumer for KvmSlots {
     fn name(&self) -> &'static str {

@@ -16,12 +16,15 @@ use std::time::Instant;
 use thiserror::Error;
 use tracing::{debug, info, warn};
 
-use super::wiring::{KvmDoorbells, KvmRoutes};
-use crate::kvm::{Interrupts, VectorsError};
+use super::passthrough::PassedThrough;
+use super::seat::Seat;
+use super::wiring::{Fabric, KvmPin, KvmRoutes, KvmWindows};
+use crate::kvm::VectorsError;
 use crate::lifecycle::slot::{self, SlotAction, SlotEvent, SlotState};
 use crate::memory::layout::Gpa;
 use crate::memory::ram::GuestView;
 use crate::pci::{Ejected, Hotplug, InsertError, Segment, Slot, SlotError, Slots};
+use crate::vfio::{self, VfioPci, vectors_needed};
 use crate::virtio::Device;
 use crate::virtio::transport::{Parts, VirtioPci, vectors_for};
 
@@ -34,9 +37,36 @@ pub(super) struct HostDevice {
     /// The slot it has to be in: as configured, or where it was before a reset.
     pub(super) slot: Option<u8>,
     /// The device itself.
-    pub(super) device: Arc<dyn Device>,
+    pub(super) kind: HostKind,
     /// Where the memory that it brings begins in the guest.
     pub(super) memory: Option<Gpa>,
+}
+
+/// What a device is to the host.
+pub(super) enum HostKind {
+    /// Files, taps, sockets, memory; served by this process.
+    Virtio(Arc<dyn Device>),
+    /// Hardware.
+    Passthrough(Arc<PassedThrough>),
+}
+
+impl HostKind {
+    /// What it has counted, for `vm.counters`.
+    pub(super) fn counters(&self) -> Vec<(&'static str, u64)> {
+        match self {
+            Self::Virtio(device) => device.counters(),
+            Self::Passthrough(_) => Vec::new(),
+        }
+    }
+}
+
+impl std::fmt::Debug for HostKind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Virtio(device) => write!(f, "{:?}", device.kind()),
+            Self::Passthrough(_) => f.write_str("Passthrough"),
+        }
+    }
 }
 
 /// Where a function sits, as orchestrators write it.
@@ -94,6 +124,15 @@ pub enum PlugError {
         #[source]
         source: io::Error,
     },
+    /// A function of the host that a guest can't be shown.
+    #[error("device {id}")]
+    Show {
+        /// Which device.
+        id: String,
+        /// Why.
+        #[source]
+        source: Box<vfio::NewError>,
+    },
     /// No addresses.
     #[error("device {id}")]
     Insert {
@@ -110,7 +149,7 @@ struct Plugged {
     id: String,
     bdf: Bdf,
     slot: Slot,
-    transport: Arc<VirtioPci>,
+    seat: Seat,
     memory: Option<Gpa>,
     state: SlotState,
 }
@@ -157,8 +196,7 @@ pub enum RemoveError {
 pub(super) struct Devices {
     boards: Vec<Board>,
     hotplug: Arc<Hotplug>,
-    interrupts: Interrupts,
-    doorbells: Arc<KvmDoorbells>,
+    fabric: Fabric,
     memory: GuestView,
     plugged: Vec<Plugged>,
 }
@@ -167,8 +205,7 @@ impl Devices {
     pub(super) fn new(
         segments: &[Arc<Segment>],
         hotplug: Arc<Hotplug>,
-        interrupts: Interrupts,
-        doorbells: KvmDoorbells,
+        fabric: Fabric,
         memory: GuestView,
     ) -> Self {
         Self {
@@ -180,8 +217,7 @@ impl Devices {
                 })
                 .collect(),
             hotplug,
-            interrupts,
-            doorbells: Arc::new(doorbells),
+            fabric,
             memory,
             plugged: Vec::new(),
         }
@@ -202,16 +238,17 @@ impl Devices {
             .slots
             .reserve(host.slot, &host.id)
             .map_err(|source| PlugError::Slot { id: id(), source })?;
-        let transport = match self.transport(host) {
-            Ok(transport) => transport,
+        let seat = match self.seat(host, slot.number()) {
+            Ok(seat) => seat,
             Err(error) => {
                 self.free(host.segment, slot);
                 return Err(error);
             }
         };
-        let function = Arc::clone(&transport) as Arc<_>;
         let board = &self.boards[usize::from(host.segment)];
-        if let Err(source) = board.segment.insert(slot.number(), function) {
+        if let Err(source) = board.segment.insert(slot.number(), seat.function()) {
+            seat.stop();
+            seat.release();
             self.free(host.segment, slot);
             return Err(PlugError::Insert { id: id(), source });
         }
@@ -221,34 +258,63 @@ impl Devices {
         };
         self.hotplug.set_present(bdf.segment, slot);
         host.slot = Some(slot.number());
-        info!(id = host.id, %bdf, kind = ?host.device.kind(), "device plugged");
+        info!(id = host.id, %bdf, kind = ?host.kind, "device plugged");
         self.plugged.push(Plugged {
             id: host.id.clone(),
             bdf,
             slot,
-            transport,
+            seat,
             memory: host.memory,
             state: SlotState::Present,
         });
         Ok(bdf)
     }
 
-    fn transport(&self, host: &HostDevice) -> Result<Arc<VirtioPci>, PlugError> {
+    fn seat(&self, host: &HostDevice, slot: u8) -> Result<Seat, PlugError> {
         let id = || host.id.clone();
-        let vectors = self
-            .interrupts
-            .vectors(vectors_for(host.device.as_ref()))
-            .map_err(|source| PlugError::Vectors { id: id(), source })?;
-        let parts = Parts {
-            id: host.id.clone(),
-            device: Arc::clone(&host.device),
-            routes: Arc::new(KvmRoutes(vectors)),
-            doorbells: Arc::clone(&self.doorbells) as Arc<_>,
-            memory: self.memory.clone(),
+        let vectors = |count| {
+            let vectors = self.fabric.interrupts.vectors(count);
+            let vectors = vectors.map_err(|source| PlugError::Vectors { id: id(), source })?;
+            Ok(Arc::new(KvmRoutes(vectors)))
         };
-        VirtioPci::new(parts)
-            .map(Arc::new)
-            .map_err(|source| PlugError::Event { id: id(), source })
+        match &host.kind {
+            HostKind::Virtio(device) => {
+                let parts = Parts {
+                    id: id(),
+                    device: Arc::clone(device),
+                    routes: vectors(vectors_for(device.as_ref()))?,
+                    doorbells: Arc::clone(&self.fabric.doorbells) as Arc<_>,
+                    memory: self.memory.clone(),
+                };
+                let transport = VirtioPci::new(parts);
+                let transport =
+                    transport.map_err(|source| PlugError::Event { id: id(), source })?;
+                Ok(Seat::Virtio(Arc::new(transport)))
+            }
+            HostKind::Passthrough(device) => {
+                let function = device.function();
+                let parts = vfio::Parts {
+                    id: id(),
+                    vectors: vectors(vectors_needed(function.as_ref()))?,
+                    host: function,
+                    intx: Some(Arc::new(KvmPin::of_slot(&self.fabric.pins, slot))),
+                    windows: Arc::new(KvmWindows::new(
+                        &self.fabric.slots,
+                        device.registers_in_reach_of(),
+                    )),
+                    exclude_mmap_bars: device.exclude_mmap_bars(),
+                };
+                let function = VfioPci::new(parts).map_err(|source| PlugError::Show {
+                    id: id(),
+                    source: Box::new(source),
+                })?;
+                Ok(Seat::passthrough(
+                    Arc::new(function),
+                    Arc::clone(device),
+                    Arc::clone(&self.fabric.vfio),
+                ))
+            }
+        }
     }
 
     fn free(&mut self, segment: u16, slot: Slot) {
@@ -305,7 +371,7 @@ impl Devices {
         let mut settled = Vec::new();
         let mut index = 0;
         while let Some(plugged) = self.plugged.get_mut(index) {
-            let event = if plugged.state == SlotState::Draining && plugged.transport.is_gone() {
+            let event = if plugged.state == SlotState::Draining && plugged.seat.is_gone() {
                 SlotEvent::Drained
             } else {
                 SlotEvent::Tick { now }
@@ -343,18 +409,16 @@ impl Devices {
             id,
             bdf,
             slot,
-            transport,
+            seat,
             memory,
             state: _,
         } = plugged;
-        let holders = Arc::strong_count(&transport) - 1;
-        if holders > 0 {
+        if !seat.release() {
             warn!(
                 id,
-                holders, "a function is still held by somebody else than its slot"
+                "a function is still held by somebody else than its slot"
             );
         }
-        drop(transport);
         self.hotplug.clear(bdf.segment, slot);
         if !self.boards[usize::from(bdf.segment)].slots.free(slot) {
             warn!(id, %bdf, "the slot had another owner by then");
@@ -383,11 +447,11 @@ impl Devices {
     /// Tells all workers to serve nothing, and waits for it; the ids of devices that did not stop in time.
     pub(super) fn pause(&self, until: Instant) -> Vec<String> {
         for plugged in &self.plugged {
-            plugged.transport.pause();
+            plugged.seat.pause();
         }
         self.plugged
             .iter()
-            .filter(|plugged| !plugged.transport.wait_paused(until))
+            .filter(|plugged| !plugged.seat.wait_paused(until))
             .map(|plugged| plugged.id.clone())
             .collect()
     }
@@ -395,7 +459,7 @@ impl Devices {
     /// The undo of [`Devices::pause`].
     pub(super) fn resume(&self) {
         for plugged in &self.plugged {
-            plugged.transport.resume();
+            plugged.seat.resume();
         }
     }
 
@@ -412,5 +476,5 @@ fn withdraw(boards: &[Board], plugged: &Plugged) {
     if let Some(board) = boards.get(usize::from(plugged.bdf.segment)) {
         board.segment.remove(plugged.bdf.slot);
     }
-    plugged.transport.stop();
+    plugged.seat.stop();
 }

@@ -8,7 +8,8 @@ use std::sync::Arc;
 use thiserror::Error;
 use tracing::info;
 
-use super::devices::HostDevice;
+use super::devices::{HostDevice, HostKind};
+use super::passthrough::OpenPassthroughError;
 use super::resources::HostResources;
 use super::vm::release_one;
 use crate::config::{
@@ -19,6 +20,7 @@ use crate::devices::console::{Console, OpenConsoleError};
 use crate::inherited::{self, InheritedError};
 use crate::memory::layout::Gpa;
 use crate::memory::pmem::{PmemBacking, PmemMapError, PmemOpenError, PmemSpec};
+use crate::memory::ram::Ram;
 use crate::memory::region::Region;
 use crate::pci::NoPlace;
 use crate::virtio::Device;
@@ -81,6 +83,9 @@ pub enum OpenDeviceError {
     /// The balloon.
     #[error(transparent)]
     Balloon(#[from] BalloonSizeError),
+    /// A function of the host.
+    #[error(transparent)]
+    Passthrough(#[from] OpenPassthroughError),
     /// The console's other end.
     #[error("console {id}")]
     Console {
@@ -106,7 +111,7 @@ impl OpenedDevice {
                 id: id.to_owned(),
                 segment: place.segment,
                 slot: place.device,
-                device,
+                kind: HostKind::Virtio(device),
                 memory: None,
             },
             region: None,
@@ -155,10 +160,18 @@ impl HostResources {
 
     /// The undo of all that open a device here. `region` is its memory, taken back from everybody; without it memory
     /// that the device brought is still somebody's, and its place is not used again.
-    pub(super) fn close_device(&mut self, device: &HostDevice, region: Option<Region>) {
+    pub(super) fn close_device(
+        &mut self,
+        device: HostDevice,
+        region: Option<Region>,
+        ram: &mut Ram,
+    ) {
         if let (Some(gpa), Some(region)) = (device.memory, region) {
             release_one(region);
             self.device_memory.free(gpa.0);
+        }
+        if let HostKind::Passthrough(passed) = device.kind {
+            self.close_passthrough(passed, ram);
         }
     }
 

@@ -17,10 +17,15 @@ mod build;
 mod calls;
 mod consumers;
 mod devices;
+mod dma;
 mod events;
 mod host_devices;
+mod notices;
 mod owner;
+mod passthrough;
+mod pin_progress;
 mod resources;
+mod seat;
 mod serial_feed;
 mod timer;
 mod vcpus;
@@ -34,6 +39,7 @@ pub use devices::{PlugError, RemoveError};
 pub use events::{Event, EventSender, Events};
 pub use host_devices::OpenDeviceError;
 pub use owner::OwnerError;
+pub use passthrough::OpenPassthroughError;
 pub use resources::{HostResources, PrepareError};
 pub use vm::{AddError, BalloonResizeError, BootError, PauseError, ResetError};
 
@@ -114,7 +120,7 @@ pub fn run(options: Options) -> Result<Ending, RunError> {
         None => None,
         Some(valid) => {
             monitor.send(&Happened::Booting);
-            let vm = RunningVm::boot(valid)?;
+            let vm = RunningVm::boot(valid, &monitor)?;
             monitor.send(&Happened::Booted);
             Some(vm)
         }

@@ -16,11 +16,12 @@ use std::time::Duration;
 
 use event_manager::{EventManager, EventOps, MutEventSubscriber, SubscriberOps};
 use thiserror::Error;
-use tracing::{debug, info};
+use tracing::{debug, info, warn};
 
 use super::calls::Calls;
 use super::devices::Settled;
 use super::events::Event;
+use super::passthrough::Notice;
 use super::serial_feed::{SerialFeed, add, remove};
 use super::timer::Timer;
 use super::vm::RunningVm;
@@ -107,6 +108,8 @@ pub(super) enum Token {
     Calls,
     /// A removal has to be looked at again.
     Timer,
+    /// The host tells something of a passed-through device.
+    Notices,
     /// A signal; the index into [`Signals`].
     Signal(u32),
 }
@@ -120,7 +123,8 @@ impl Token {
             Self::ConsoleClient => 3,
             Self::Calls => 4,
             Self::Timer => 5,
-            Self::Signal(index) => 6 + index,
+            Self::Notices => 6,
+            Self::Signal(index) => 7 + index,
         }
     }
 
@@ -132,7 +136,8 @@ impl Token {
             3 => Self::ConsoleClient,
             4 => Self::Calls,
             5 => Self::Timer,
-            signal => Self::Signal(signal - 6),
+            6 => Self::Notices,
+            signal => Self::Signal(signal - 7),
         }
     }
 }
@@ -160,6 +165,8 @@ pub(super) struct Owner {
     feed: SerialFeed,
     /// The descriptor of the machine's events that is waited on.
     machine_fd: Option<RawFd>,
+    /// That of what the host tells of its devices.
+    notices_fd: Option<RawFd>,
     ended: Option<Result<Ending, RunError>>,
 }
 
@@ -182,6 +189,7 @@ impl Owner {
             state: running.map_or(State::NoVm, |vm| State::Up(Box::new(vm))),
             feed: SerialFeed::default(),
             machine_fd: None,
+            notices_fd: None,
             ended: None,
         })
     }
@@ -215,6 +223,10 @@ impl Owner {
         if add(ops, fd, Token::Machine) {
             self.machine_fd = Some(fd);
         }
+        let fd = vm.host.notices.as_raw_fd();
+        if add(ops, fd, Token::Notices) {
+            self.notices_fd = Some(fd);
+        }
         let serial = vm.machine.serial.as_ref();
         self.feed.start(ops, serial, &mut vm.host.serial_input);
     }
@@ -223,6 +235,9 @@ impl Owner {
     fn unwatch(&mut self, ops: &mut EventOps<'_>) {
         if let Some(fd) = self.machine_fd.take() {
             remove(ops, fd, Token::Machine);
+        }
+        if let Some(fd) = self.notices_fd.take() {
+            remove(ops, fd, Token::Notices);
         }
         self.feed.stop(ops);
         self.timer.set(None);
@@ -283,6 +298,27 @@ impl Owner {
         }
         let settling = vm.machine.devices.is_settling();
         self.timer.set(settling.then_some(SETTLE_INTERVAL));
+    }
+
+    fn on_notices(&mut self) {
+        let State::Up(vm) = &mut self.state else {
+            return;
+        };
+        for (id, notice) in vm.host.notices.drain() {
+            match notice {
+                Notice::Request => {
+                    warn!(id, "the host wants a passed-through device back");
+                    self.monitor.send(&Happened::DeviceRequested { id: &id });
+                }
+                Notice::Error => {
+                    warn!(
+                        id,
+                        "a passed-through device reports an error that it can't mend"
+                    );
+                    self.monitor.send(&Happened::DeviceError { id: &id });
+                }
+            }
+        }
     }
 
     fn on_signal(&mut self, index: u32) {
@@ -376,6 +412,7 @@ impl MutEventSubscriber for Owner {
                 self.timer.acknowledge();
                 self.settle();
             }
+            Token::Notices => self.on_notices(),
             Token::Signal(index) => self.on_signal(index),
         }
         if self.ended.is_some() {
@@ -398,6 +435,7 @@ mod tests {
             Token::ConsoleClient,
             Token::Calls,
             Token::Timer,
+            Token::Notices,
             Token::Signal(0),
             Token::Signal(2),
         ];

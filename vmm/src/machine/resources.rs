@@ -10,7 +10,9 @@ use thiserror::Error;
 use tracing::info;
 
 use super::devices::HostDevice;
+use super::dma::{self, DmaDomain};
 use super::host_devices::{self, OpenDeviceError, OpenedDevice};
+use super::notices::Notices;
 use crate::boot::{Initramfs, InitramfsError, Kernel, KernelError, Payload};
 use crate::config::{ConsoleConfig, ValidConfig};
 use crate::devices::console::{Console, ConsoleInput, ConsoleOutput, OpenConsoleError};
@@ -19,6 +21,7 @@ use crate::memory::discard::DiscardTable;
 use crate::memory::layout::{LayoutError, RamLayout};
 use crate::memory::region::Region;
 use crate::memory::zone::{Zone, ZoneMapError, ZoneOpenError};
+use crate::monitor::Monitor;
 use crate::pci::{self, LayoutRequest, MemoryArea, PciLayout};
 use crate::virtio::balloon::BalloonDevice;
 
@@ -63,6 +66,9 @@ pub enum PrepareError {
     /// A device.
     #[error(transparent)]
     Device(Box<OpenDeviceError>),
+    /// No descriptor to hear of devices by.
+    #[error("no epoll descriptor could be made; `ulimit -n` raises how many a process may have")]
+    Notices(#[source] std::io::Error),
     /// The serial port's other end.
     #[error("serial port")]
     Serial(#[source] OpenConsoleError),
@@ -97,11 +103,24 @@ pub struct HostResources {
     pub(super) devices: Vec<HostDevice>,
     /// The balloon among them.
     pub(super) balloon: Option<Arc<BalloonDevice>>,
+    /// Where it is told how far a long pin is.
+    pub(super) monitor: Monitor,
+    /// What the host tells of passed-through devices.
+    pub(super) notices: Notices,
+    /// Which way they are to reach memory, if somebody said.
+    pub(super) iommufd: Option<bool>,
+    /// Whether they are to reach each other's registers.
+    pub(super) p2p: bool,
+    /// The memory that they reach. Declared last: the devices go before it.
+    pub(super) dma: Option<DmaDomain>,
 }
 
 impl HostResources {
     /// Takes everything a configuration names. The regions are guest memory, mapped and not yet anybody's.
-    pub fn open(config: &ValidConfig) -> Result<(Self, Vec<Region>), PrepareError> {
+    pub fn open(
+        config: &ValidConfig,
+        monitor: &Monitor,
+    ) -> Result<(Self, Vec<Region>), PrepareError> {
         let hypervisor = Hypervisor::open()?;
         let asked = config.cpus().max_vcpus;
         let max = hypervisor.max_vcpus();
@@ -164,6 +183,11 @@ impl HostResources {
             discard: DiscardTable::new(),
             devices: Vec::new(),
             balloon: None,
+            monitor: monitor.clone(),
+            notices: Notices::new().map_err(PrepareError::Notices)?,
+            iommufd: config.iommufd(),
+            p2p: config.vfio_p2p_dma(),
+            dma: None,
         };
         resources.open_devices(config, &mut regions)?;
         // Last, so that no other error is printed on a terminal in raw mode.
@@ -211,6 +235,10 @@ impl HostResources {
         if let Some(console) = config.console() {
             let opened = host_devices::open_console(console)?;
             take(self, opened);
+        }
+        for device in config.passthrough() {
+            let opened = self.open_passthrough(device, dma::any_dax(regions.iter()))?;
+            self.devices.push(opened.device);
         }
         // Those that want a certain slot come first.
         self.devices.sort_by_key(|device| device.slot.is_none());

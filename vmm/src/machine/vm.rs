@@ -9,16 +9,18 @@ use tracing::{error, info, warn};
 
 use super::build::{BuildError, Machine};
 use super::devices::{Bdf, PlugError, RemoveError, Settled};
+use super::dma;
 use super::host_devices::{self, OpenDeviceError, OpenedDevice};
 use super::resources::{HostResources, PrepareError};
 use crate::api::{ApiError, ErrorKind};
 use crate::config::{
-    ByteSize, ConfigError, DiskConfig, IdAllocator, NetConfig, PmemConfig, ValidConfig, VmConfig,
-    VsockConfig,
+    ByteSize, ConfigError, DeviceConfig, DiskConfig, IdAllocator, NetConfig, PmemConfig,
+    ValidConfig, VmConfig, VsockConfig,
 };
 use crate::memory::layout::Gpa;
-use crate::memory::ram::{AttachFailure, DetachError};
+use crate::memory::ram::{AttachFailure, DetachError, JoinError, Ram};
 use crate::memory::region::Region;
+use crate::monitor::Monitor;
 use crate::virtio::balloon::BalloonSizeError;
 
 /// vCPUs leave the guest at once, workers when the host has answered what they asked of it.
@@ -30,6 +32,12 @@ pub enum BootError {
     /// Something of the host is missing, in use or not what was asked for.
     #[error("can't start the guest")]
     Prepare(#[source] Box<PrepareError>),
+    /// Memory does not take its place.
+    #[error("can't start the guest")]
+    Memory(#[source] Box<AttachFailure>),
+    /// Passed-through devices can't reach memory.
+    #[error("can't start the guest")]
+    Dma(#[source] Box<JoinError>),
     /// The VM can't be built.
     #[error("can't build the machine")]
     Build(#[source] Box<BuildError>),
@@ -99,6 +107,15 @@ pub enum AddError {
     /// Its memory.
     #[error(transparent)]
     Attach(#[from] Box<AttachFailure>),
+    /// The memory that it is to reach.
+    #[error("device {id}")]
+    Dma {
+        /// Which device.
+        id: String,
+        /// Why.
+        #[source]
+        source: Box<JoinError>,
+    },
     /// The machine.
     #[error(transparent)]
     Plug(#[from] PlugError),
@@ -117,6 +134,7 @@ pub(super) enum NewDevice {
     Disk(DiskConfig),
     Net(NetConfig, Vec<OwnedFd>),
     Vsock(VsockConfig),
+    Passthrough(DeviceConfig),
 }
 
 impl NewDevice {
@@ -125,6 +143,7 @@ impl NewDevice {
         match self {
             Self::Pmem(word) => config.pmem.push(word),
             Self::Disk(word) => config.disks.push(word),
+            Self::Passthrough(word) => config.devices.push(word),
             Self::Net(word, fds) if fds.is_empty() => config.net.push(word),
             Self::Net(..) => {
                 return Err(ApiError::new(
@@ -159,24 +178,33 @@ pub(super) struct RunningVm {
     config: VmConfig,
     valid: ValidConfig,
     ids: IdAllocator,
-    pub(super) host: HostResources,
     pub(super) machine: Machine,
+    ram: Ram,
+    pub(super) host: HostResources,
     paused: bool,
 }
 
 impl RunningVm {
     /// Takes everything from the host, builds the machine and lets the guest run.
-    pub(super) fn boot(valid: ValidConfig) -> Result<Self, BootError> {
+    pub(super) fn boot(valid: ValidConfig, monitor: &Monitor) -> Result<Self, BootError> {
         let (mut host, regions) =
-            HostResources::open(&valid).map_err(|e| BootError::Prepare(Box::new(e)))?;
-        let machine = Machine::build(&valid, &mut host, regions)
+            HostResources::open(&valid, monitor).map_err(|e| BootError::Prepare(Box::new(e)))?;
+        // From here on it is taken from everybody before the host's resources go.
+        let mut ram = Ram::new(vec![host.discard.consumer()]);
+        for region in regions {
+            ram.attach(region).map_err(BootError::Memory)?;
+        }
+        host.join_dma(&mut ram)
+            .map_err(|e| BootError::Dma(Box::new(e)))?;
+        let machine = Machine::build(&valid, &mut host, &mut ram)
             .map_err(|e| BootError::Build(Box::new(e)))?;
         let vm = Self {
             config: valid.config().clone(),
             ids: valid.ids().clone(),
             valid,
-            host,
             machine,
+            ram,
+            host,
             paused: false,
         };
         vm.machine.release();
@@ -186,12 +214,16 @@ impl RunningVm {
     /// The undo of [`RunningVm::boot`].
     pub(super) fn shut_down(self) {
         let Self {
-            mut host, machine, ..
+            mut host,
+            mut ram,
+            machine,
+            ..
         } = self;
-        let (regions, stuck) = machine.take_apart(&mut host);
-        for error in &stuck {
+        let ((regions, stuck), left) = machine.take_apart(&mut host, &mut ram, Ram::detach_all);
+        for error in stuck.iter().chain(left.as_ref().err()) {
             error!(error = %error, "memory is not given back");
         }
+        host.close_passthroughs(&mut ram);
         release(regions);
     }
 
@@ -202,27 +234,24 @@ impl RunningVm {
             valid,
             ids,
             mut host,
+            mut ram,
             machine,
             paused: _,
         } = self;
-        let (regions, stuck) = machine.take_apart(&mut host);
-        for error in &stuck {
-            error!(error = %error, "memory is not given back");
-        }
-        if let Some(first) = stuck.into_iter().next() {
-            release(regions);
-            return Err(ResetError::TakeApart(first));
-        }
+        // All others keep what they have: it is the same memory.
+        let ((), left) = machine.take_apart(&mut host, &mut ram, |_| ());
+        left.map_err(ResetError::TakeApart)?;
         info!("reset");
-        let machine = Machine::build(&valid, &mut host, regions)
+        let machine = Machine::build(&valid, &mut host, &mut ram)
             .map_err(|e| ResetError::Build(Box::new(e)))?;
         machine.release();
         Ok(Self {
             config,
             valid,
             ids,
-            host,
             machine,
+            ram,
+            host,
             paused: false,
         })
     }
@@ -274,7 +303,7 @@ impl RunningVm {
     /// For `vm.counters`: each device's, by id.
     pub(super) fn counters(&self) -> Value {
         let devices = self.host.devices.iter().map(|device| {
-            let counters = device.device.counters().into_iter();
+            let counters = device.kind.counters().into_iter();
             let counters = counters.map(|(name, count)| (name.to_owned(), json!(count)));
             (device.id.clone(), Value::Object(counters.collect()))
         });
@@ -366,6 +395,19 @@ impl RunningVm {
                 });
                 host_devices::open_vsock(&valid)?
             }
+            NewDevice::Passthrough(word) => {
+                let valid = word
+                    .validate(segments, &mut ids)
+                    .map_err(ConfigError::from)?;
+                config.devices.push(DeviceConfig {
+                    id: Some(valid.id.clone()),
+                    ..word
+                });
+                let dax = dma::any_dax(self.ram.regions());
+                self.host
+                    .open_passthrough(&valid, dax)
+                    .map_err(OpenDeviceError::from)?
+            }
         };
         let added = self.plug(opened)?;
         self.ids = ids;
@@ -377,10 +419,19 @@ impl RunningVm {
     fn plug(&mut self, opened: OpenedDevice) -> Result<(String, Bdf), AddError> {
         let OpenedDevice { mut device, region } = opened;
         if let Some(region) = region
-            && let Err(mut failure) = self.machine.ram.attach(region)
+            && let Err(mut failure) = self.ram.attach(region)
         {
-            self.host.close_device(&device, failure.region.take());
+            let region = failure.region.take();
+            self.host.close_device(device, region, &mut self.ram);
             return Err(failure.into());
+        }
+        if let Err(source) = self.host.join_dma(&mut self.ram) {
+            let id = device.id.clone();
+            self.host.close_device(device, None, &mut self.ram);
+            return Err(AddError::Dma {
+                id,
+                source: Box::new(source),
+            });
         }
         match self.machine.devices.plug(&mut device) {
             Ok(bdf) => {
@@ -391,7 +442,7 @@ impl RunningVm {
             }
             Err(error) => {
                 let region = device.memory.and_then(|gpa| self.detach(gpa));
-                self.host.close_device(&device, region);
+                self.host.close_device(device, region, &mut self.ram);
                 Err(error.into())
             }
         }
@@ -419,7 +470,7 @@ impl RunningVm {
         let region = memory.and_then(|gpa| self.detach(gpa));
         if let Some(index) = self.host.devices.iter().position(|device| device.id == id) {
             let device = self.host.devices.remove(index);
-            self.host.close_device(&device, region);
+            self.host.close_device(device, region, &mut self.ram);
         }
         self.config.remove_device(id);
         self.ids.release(id);
@@ -427,7 +478,7 @@ impl RunningVm {
 
     /// Takes a device's memory from everybody. Memory that somebody does not let go of stays mapped and placed.
     fn detach(&mut self, gpa: Gpa) -> Option<Region> {
-        match self.machine.ram.detach(gpa) {
+        match self.ram.detach(gpa) {
             Ok(region) => Some(region),
             Err(error) => {
                 error!(error = %error, "memory of a device that is gone stays mapped");

@@ -47,6 +47,27 @@ pub enum Event<'a> {
         /// The device's name.
         id: &'a str,
     },
+    /// The host wants a passed-through device back.
+    DeviceRequested {
+        /// The device's name.
+        id: &'a str,
+    },
+    /// A passed-through device reports an error that it can't mend.
+    DeviceError {
+        /// The device's name.
+        id: &'a str,
+    },
+    /// Memory is being pinned for devices, and it takes a while.
+    PinProgress {
+        /// Bytes that are pinned.
+        done_bytes: &'a str,
+        /// Bytes that are to be.
+        total_bytes: &'a str,
+        /// How fast it was so far.
+        bytes_per_second: Option<&'a str>,
+        /// How long the rest takes at that rate.
+        eta_ms: Option<&'a str>,
+    },
     /// The guest's kernel panicked and said so.
     GuestPanic {
         /// What it said.
@@ -93,6 +114,9 @@ impl Event<'_> {
             Self::Deleted => "deleted",
             Self::DeviceRemoved { .. } => "device-removed",
             Self::DeviceRemovalUnanswered { .. } => "device-removal-unanswered",
+            Self::DeviceRequested { .. } => "device-requested",
+            Self::DeviceError { .. } => "device-error",
+            Self::PinProgress { .. } => "pin-progress",
             Self::GuestPanic { .. } => "panic",
             Self::VirtioActivated { .. } => "activated",
             Self::VirtioReset { .. } => "reset",
@@ -101,9 +125,28 @@ impl Event<'_> {
 
     fn properties(&self) -> Vec<(&'static str, &str)> {
         match self {
+            Self::PinProgress {
+                done_bytes,
+                total_bytes,
+                bytes_per_second,
+                eta_ms,
+            } => {
+                let known = [
+                    ("done_bytes", Some(*done_bytes)),
+                    ("total_bytes", Some(*total_bytes)),
+                    ("bytes_per_second", *bytes_per_second),
+                    ("eta_ms", *eta_ms),
+                ];
+                let known = known.into_iter();
+                known
+                    .filter_map(|(name, text)| Some((name, text?)))
+                    .collect()
+            }
             Self::DeviceRemoved { id, bdf } => vec![("id", id), ("bdf", bdf)],
             Self::GuestPanic { event } => vec![("event", event)],
             Self::DeviceRemovalUnanswered { id }
+            | Self::DeviceRequested { id }
+            | Self::DeviceError { id }
             | Self::VirtioActivated { id }
             | Self::VirtioReset { id } => vec![("id", id)],
             _ => Vec::new(),

@@ -4,11 +4,10 @@ use std::path::PathBuf;
 
 use clap::{Arg, Command, Parser, Subcommand};
 
-use crate::config::{DiskConfig, NetConfig, PmemConfig, VsockConfig};
+use crate::config::{DeviceConfig, DiskConfig, NetConfig, PmemConfig, VsockConfig};
 
 /// Subcommands of `ch-remote` that daxhund does not build, so that they are refused by name.
 pub(super) const UNSUPPORTED: &[&str] = &[
-    "add-device",
     "add-fs",
     "add-generic-vhost-user",
     "add-user-device",
@@ -47,6 +46,13 @@ pub(super) struct Args {
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Sub {
+    /// Add a PCI function of the host
+    #[command(long_about = DeviceConfig::WORD.help())]
+    AddDevice {
+        /// Its keys and values
+        #[arg(value_name = "KEY=VALUE,..")]
+        word: String,
+    },
     /// Add a disk
     #[command(long_about = DiskConfig::WORD.help())]
     AddDisk {

@@ -29,7 +29,9 @@ use thiserror::Error;
 pub use client::{Client, ClientError, Method, Refusal, Response};
 
 use crate::cli::CONTRACT_VERSION;
-use crate::config::{ByteSize, DiskConfig, NetConfig, PmemConfig, VsockConfig, WordError};
+use crate::config::{
+    ByteSize, DeviceConfig, DiskConfig, NetConfig, PmemConfig, VsockConfig, WordError,
+};
 use crate::inherited::{self, InheritedError};
 use args::{Args, Sub, UNSUPPORTED};
 
@@ -148,6 +150,7 @@ fn ask(sub: Sub, input: &mut dyn Read) -> Result<Ask, RemoteError> {
             ask.body = Some(config(&path, input)?);
             Ok(ask)
         }
+        Sub::AddDevice { word } => Ask::with("vm.add-device", &DeviceConfig::parse(&word)?),
         Sub::AddPmem { word } => Ask::with("vm.add-pmem", &PmemConfig::parse(&word)?),
         Sub::AddDisk { word } => Ask::with("vm.add-disk", &DiskConfig::parse(&word)?),
         Sub::AddVsock { word } => Ask::with("vm.add-vsock", &VsockConfig::parse(&word)?),

@@ -190,13 +190,13 @@ fn overlapping_regions_are_refused() {
     assert_eq!(b.ram.view().memory().num_regions(), 3);
 }
 
-fn fake(name: &'static str, b: &Bench, refuse_attach: bool, stuck: &Arc<Mutex<bool>>) -> Box<Fake> {
-    Box::new(Fake {
+fn fake(name: &'static str, b: &Bench, refuse_attach: bool, stuck: &Arc<Mutex<bool>>) -> Fake {
+    Fake {
         name,
         log: Arc::clone(&b.log),
         refuse_attach,
         refuse_detach: Arc::clone(stuck),
-    })
+    }
 }
 
 #[test]
@@ -207,10 +207,10 @@ fn one_that_comes_later_is_replayed_what_exists_and_lets_go_in_its_turn() {
     }
     let free = Arc::default();
     let dma = fake("dma", &b, false, &free);
-    b.ram.join(dma).unwrap();
+    b.ram.join(Box::new(dma)).unwrap();
     // Comes after DMA, and still lets go after it.
     let tables = fake("vhost", &b, false, &free);
-    b.ram.join(tables).unwrap();
+    b.ram.join(Box::new(tables)).unwrap();
     b.ram.attach(region(3 * SIZE)).unwrap();
     b.log.lock().unwrap().clear();
     for page in [0, 3] {
@@ -233,7 +233,7 @@ fn one_that_leaves_lets_go_of_everything_and_can_be_tried_again() {
     b.ram.attach(region(SIZE)).unwrap();
     let stuck = Arc::new(Mutex::new(false));
     let dma = fake("dma", &b, false, &stuck);
-    let id = b.ram.join(dma).unwrap();
+    let id = b.ram.join(Box::new(dma)).unwrap();
     *stuck.lock().unwrap() = true;
     assert!(matches!(
         b.ram.leave(id),
@@ -259,7 +259,7 @@ fn one_that_leaves_lets_go_of_everything_and_can_be_tried_again() {
 
 /// Takes all but one region.
 struct Choosy {
-    inner: Box<Fake>,
+    inner: Fake,
     refuses: u64,
 }
 
