@@ -46,11 +46,16 @@ fn run(command: Command) -> Result<ExitCode, Box<dyn Error>> {
                 Freshness::Cached
             };
             for kernel in provision::provide(&kernels.host_kernels, freshness)?.kernels {
-                note(&format!(
-                    "host kernel {}: {}",
-                    kernel.series, kernel.release
-                ));
+                note(&format!("host kernel {}: {}", kernel.name, kernel.release));
             }
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Kernel => {
+            let kernel = provision::build_lab_kernel()?;
+            note(&format!(
+                "kernel {}: {}; choose it with `--host-kernel {}`",
+                kernel.name, kernel.release, kernel.name
+            ));
             Ok(ExitCode::SUCCESS)
         }
         Command::Demo { host } => {

@@ -93,8 +93,8 @@ pub fn run(
             name: HOST_TEST,
             run: |_| Ok(()),
         };
-        for test in std::iter::once(host_test).chain(tests::all()) {
-            let name = format!("{}::{}", kernel.series, test.name);
+        for test in std::iter::once(host_test).chain(tests::all(&kernel.name)) {
+            let name = format!("{}::{}", kernel.name, test.name);
             if selection.has(&name) {
                 let (runner, kernel) = (Arc::clone(&runner), kernel.clone());
                 trials.push(Trial::test(name.clone(), move || {
@@ -113,15 +113,13 @@ pub fn run(
 
 /// Whether any guest test has one of these names.
 pub fn any_guest_test(selection: &Selection, kernels: &[Kernel]) -> bool {
-    let names = || {
-        tests::all()
-            .into_iter()
-            .map(|test| test.name)
-            .chain([HOST_TEST])
+    let names = |kernel: &Kernel| {
+        let tests = tests::all(&kernel.name).into_iter();
+        tests.map(|test| test.name).chain([HOST_TEST])
     };
     kernels
         .iter()
-        .any(|kernel| names().any(|name| selection.has(&format!("{}::{name}", kernel.series))))
+        .any(|kernel| names(kernel).any(|name| selection.has(&format!("{}::{name}", kernel.name))))
 }
 
 /// Runs the workspace's own tests.
@@ -215,11 +213,11 @@ impl Runner {
 fn say_which(kernels: &[Kernel]) {
     let found: Vec<String> = kernels
         .iter()
-        .map(|kernel| format!("{} ({})", kernel.series, kernel.release))
+        .map(|kernel| format!("{} ({})", kernel.name, kernel.release))
         .collect();
     note(&format!("host kernels: {}", found.join(", ")));
     for series in SERIES {
-        if !kernels.iter().any(|kernel| kernel.series == series) {
+        if !kernels.iter().any(|kernel| kernel.name == series) {
             note(&format!(
                 "host kernel {series}: not among them (not asked for, or not in this distribution's package sources)"
             ));
@@ -248,6 +246,7 @@ pub fn chain(error: &dyn std::error::Error) -> String {
 #[cfg(test)]
 mod tests_of_selection {
     use super::*;
+    use crate::provision::lab_kernel;
 
     #[test]
     fn a_part_of_the_name_selects() {
@@ -263,11 +262,13 @@ mod tests_of_selection {
 
     #[test]
     fn test_names_are_unique() {
-        let mut names: Vec<&str> = tests::all().iter().map(|test| test.name).collect();
+        let tests = tests::all(lab_kernel::NAME);
+        let mut names: Vec<&str> = tests.iter().map(|test| test.name).collect();
         let count = names.len();
         names.sort_unstable();
         names.dedup();
         assert_eq!(names.len(), count);
         assert!(!names.contains(&HOST_TEST));
+        assert!(tests::all("6.12").len() < count);
     }
 }

@@ -135,6 +135,61 @@ pub struct PciBar {
     pub flags: u64,
 }
 
+/// Answer to `interrupts`: what has come from a PCI function, for the driver that has it.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct InterruptReport {
+    /// How it comes.
+    pub kind: InterruptKind,
+    /// How often, on all vectors and processors.
+    pub count: u64,
+}
+
+/// How a PCI function interrupts.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum InterruptKind {
+    /// A vector for each cause.
+    MsiX,
+    /// A message.
+    Msi,
+    /// A wire, which may be shared.
+    IntX,
+}
+
+/// Answer to `edu-dma`: one for each target.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct DmaReport {
+    /// As it was asked for.
+    pub target: String,
+    /// Guest-physical address.
+    pub address: u64,
+    /// What the device has written there.
+    pub written: Transfer,
+    /// What the device has read from there.
+    pub read: Transfer,
+}
+
+/// What has become of a transfer by DMA.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Transfer {
+    /// Every word is as it was sent.
+    Arrived,
+    /// Every word is what it was before.
+    Nothing,
+    /// Anything else.
+    Damaged,
+}
+
+/// Answer to `edu-interrupts`.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct EduReport {
+    /// Interrupts that have come, each of them raised, seen in the device's status, and acknowledged.
+    pub interrupts: u64,
+    /// The factorial of 10 as the device has computed it, the end of which it announces by one more interrupt.
+    pub factorial: u32,
+}
+
 /// Answer to `hostile`.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 pub struct HostileReport {

@@ -185,6 +185,8 @@ pub struct Inventory {
     pub processes: Vec<String>,
     /// Every dax device with driver, size, alignment and permissions.
     pub dax_devices: Vec<String>,
+    /// Every PCI function with its driver, and the driver that it is kept for.
+    pub pci_devices: Vec<String>,
     /// Mounted file systems.
     pub mounts: Vec<String>,
     /// File locks.

@@ -7,7 +7,8 @@
 #![allow(unsafe_code)]
 
 use std::ffi::c_void;
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
+use std::mem::MaybeUninit;
 use std::ptr::NonNull;
 
 use lab_agent::guest_protocol::{PhysicalReport, pattern_word};
@@ -81,6 +82,23 @@ impl Words {
         // SAFETY: the range is inside the mapping; writing it back changes nothing that this process sees.
         let synced = unsafe { msync(start.as_ptr().cast(), bytes, MsyncFlags::SYNC) };
         synced.map_err(|error| format!("cannot write {bytes} mapped bytes back: {error}"))
+    }
+
+    /// Reads its first bytes from a place in a file, the kernel or a device writing straight into it; gives how many have come.
+    pub(crate) fn read_from(
+        &mut self,
+        file: &File,
+        offset: u64,
+        bytes: usize,
+    ) -> Result<usize, String> {
+        assert!(bytes <= self.count * WORD_BYTES);
+        let start = self.start.as_ptr().cast::<MaybeUninit<u8>>();
+        // SAFETY: the range is inside the mapping, which is borrowed exclusively; bytes that need not be initialised have no
+        // invalid values, and this process does nothing with them through the slice: only the kernel writes there.
+        let place = unsafe { std::slice::from_raw_parts_mut(start, bytes) };
+        rustix::io::pread(file, place, offset)
+            .map(|(read, _)| read.len())
+            .map_err(|error| format!("cannot read {bytes} bytes at {offset}: {error}"))
     }
 
     /// Copies all of it over the start of `into`, as fast as the processor does.
@@ -219,7 +237,12 @@ pub(crate) struct Registers {
 
 /// One access of a width, with its bounds and alignment checked.
 macro_rules! access {
-    ($write:ident, $width:ty) => {
+    ($write:ident, $read:ident, $width:ty) => {
+        pub(crate) fn $read(&self, offset: usize) -> $width {
+            // SAFETY: the place is mapped and aligned for this width, and a register has no invalid values.
+            unsafe { self.place::<$width>(offset).read_volatile() }
+        }
+
         pub(crate) fn $write(&mut self, offset: usize, value: $width) {
             let place = self.place::<$width>(offset);
             // SAFETY: `place` is mapped writable and aligned for this width. What the device does then is the test's purpose.
@@ -236,19 +259,10 @@ impl Registers {
         })
     }
 
-    access!(write8, u8);
-    access!(write16, u16);
-    access!(write32, u32);
-
-    pub(crate) fn read8(&self, offset: usize) -> u8 {
-        // SAFETY: the place is mapped, and a register has no invalid values.
-        unsafe { self.place::<u8>(offset).read_volatile() }
-    }
-
-    pub(crate) fn read16(&self, offset: usize) -> u16 {
-        // SAFETY: the place is mapped and aligned, and a register has no invalid values.
-        unsafe { self.place::<u16>(offset).read_volatile() }
-    }
+    access!(write8, read8, u8);
+    access!(write16, read16, u16);
+    access!(write32, read32, u32);
+    access!(write64, read64, u64);
 
     /// Whether a register of this width fits at an offset.
     pub(crate) fn has<T>(&self, offset: usize) -> bool {
@@ -306,6 +320,20 @@ mod tests {
         registers.write16(4, 0x5566);
         registers.write8(7, 0x77);
         assert_eq!((registers.read16(4), registers.read8(7)), (0x5566, 0x77));
+        registers.write64(8, 0x0102_0304_0506_0708);
+        assert_eq!(registers.read32(12), 0x0102_0304);
+        assert_eq!(registers.read64(8), 0x0102_0304_0506_0708);
+    }
+
+    #[test]
+    fn a_file_is_read_into_a_mapping() {
+        let (path, file) = file(12288);
+        file.write_all_at(&7_u64.to_ne_bytes(), 4096).unwrap();
+        std::fs::remove_file(path).unwrap();
+        let mut words = Words::anonymous(8192).unwrap();
+        assert_eq!(words.read_from(&file, 4096, 8192).unwrap(), 8192);
+        assert_eq!((words.get(0), words.get(1)), (7, 0));
+        assert_eq!(words.read_from(&file, 8192, 8192).unwrap(), 4096);
     }
 
     #[test]

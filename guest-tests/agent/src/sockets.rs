@@ -4,13 +4,13 @@
 //! that number, so the sender's clock stops when everything has arrived and not when it is in a buffer.
 
 use std::fs;
-use std::io::{self, BufRead, BufReader, Read, Write};
+use std::io::{self, BufRead, BufReader, BufWriter, Read, Write};
 use std::net::{TcpListener, TcpStream, ToSocketAddrs};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use lab_agent::guest_protocol::RateReport;
+use lab_agent::guest_protocol::{RateReport, pattern_word};
 
 use crate::wait;
 
@@ -19,6 +19,7 @@ pub(crate) const SILENCE: Duration = Duration::from_secs(20);
 /// Longest transfer that a server takes part in.
 const TRANSFER_LIMIT_BYTES: u64 = 1 << 32;
 const CHUNK_BYTES: usize = 64 * 1024;
+const WORD_BYTES: u64 = 8;
 
 /// Who sends in a transfer.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -109,6 +110,42 @@ pub(crate) fn transfer(address: &str, sender: Sender, bytes: u64) -> Result<Rate
         bytes,
         seconds: began.elapsed().as_secs_f64(),
     })
+}
+
+/// Sends a pattern to an echo and compares what comes back, both at once.
+pub(crate) fn there_and_back(address: &str, bytes: u64, seed: u64) -> Result<RateReport, String> {
+    let mut from = connect_tcp(address)?;
+    let failed = |error: io::Error| format!("the echo at {address} failed: {error}");
+    let mut to = from.try_clone().map_err(failed)?;
+    let words = bytes / WORD_BYTES;
+    let began = Instant::now();
+    let sender = thread::spawn(move || send_words(&mut to, words, seed));
+    let mut word = [0; 8];
+    let mut buffered = BufReader::with_capacity(CHUNK_BYTES, &mut from);
+    for index in 0..words {
+        buffered.read_exact(&mut word).map_err(|error| {
+            format!("{}: {index} of {words} words have come back", failed(error))
+        })?;
+        if u64::from_le_bytes(word) != pattern_word(index, seed) {
+            return Err(format!(
+                "word {index} has come back from {address} as {word:02x?}"
+            ));
+        }
+    }
+    let sent = sender.join().map_err(|_| "the sender panicked")?;
+    sent.map_err(failed)?;
+    Ok(RateReport {
+        operations: 1,
+        bytes: words * WORD_BYTES,
+        seconds: began.elapsed().as_secs_f64(),
+    })
+}
+
+fn send_words(stream: &mut TcpStream, words: u64, seed: u64) -> io::Result<()> {
+    let mut buffered = BufWriter::with_capacity(CHUNK_BYTES, stream);
+    (0..words)
+        .try_for_each(|index| buffered.write_all(&pattern_word(index, seed).to_le_bytes()))?;
+    buffered.flush()
 }
 
 fn send(stream: &mut TcpStream, bytes: u64) -> io::Result<()> {
@@ -230,6 +267,22 @@ mod tests {
             let report = transfer(&address, sender, 300_001).unwrap();
             assert_eq!(report.bytes, 300_001, "{sender:?}");
         }
+        server.join().unwrap();
+    }
+
+    #[test]
+    fn what_comes_back_is_compared() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let server = thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            echo(&mut stream.try_clone().unwrap(), &mut stream).unwrap();
+            let (mut stream, _) = listener.accept().unwrap();
+            stream.write_all(&[0; 8]).unwrap();
+        });
+        assert_eq!(there_and_back(&address, 800_000, 3).unwrap().bytes, 800_000);
+        let message = there_and_back(&address, 8, 3).unwrap_err();
+        assert!(message.contains("word 0"), "{message}");
         server.join().unwrap();
     }
 

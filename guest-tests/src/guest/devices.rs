@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use lab_agent::guest_protocol::{
-    ACKNOWLEDGED_MARK, ExecReport, HostileReport, PciFunction, PersistReport, PhysicalReport,
-    RateReport,
+    ACKNOWLEDGED_MARK, DmaReport, EduReport, ExecReport, HostileReport, InterruptReport,
+    PciFunction, PersistReport, PhysicalReport, RateReport,
 };
 
 use super::{ASK_DEADLINE, Guest, GuestError};
@@ -118,6 +118,58 @@ impl Guest {
         bytes: u64,
     ) -> Result<RateReport, GuestError> {
         self.ask_for(&format!("{how} {address} {bytes}"), SCRIPT_DEADLINE)
+    }
+
+    /// Moves a pattern to an echo and back.
+    pub fn there_and_back(
+        &mut self,
+        address: &str,
+        bytes: u64,
+        seed: u64,
+    ) -> Result<RateReport, GuestError> {
+        self.ask_for(
+            &format!("tcp-return {address} {bytes} {seed}"),
+            SCRIPT_DEADLINE,
+        )
+    }
+
+    /// Reads the start of a drive by direct I/O into a file that is mapped there, and compares the mapping with the seed's pattern.
+    pub fn read_into_mapping(
+        &mut self,
+        path: &str,
+        bytes: u64,
+        file: &str,
+        seed: u64,
+    ) -> Result<PhysicalReport, GuestError> {
+        self.ask_for(
+            &format!("blkmap {path} {bytes} {file} {seed}"),
+            SCRIPT_DEADLINE,
+        )
+    }
+
+    /// How a PCI function interrupts, and how often it has.
+    pub fn interrupts(&mut self, address: &str) -> Result<InterruptReport, GuestError> {
+        self.ask_for(&format!("interrupts {address}"), ASK_DEADLINE)
+    }
+
+    /// Has an edu device write to each target and read from it: an address of a page that the kernel leaves alone, or `file:PATH`
+    /// for the start of a file on persistent memory. `home` is one more such page, which the device reaches.
+    pub fn edu_dma(
+        &mut self,
+        address: &str,
+        home: u64,
+        targets: &[&str],
+    ) -> Result<Vec<DmaReport>, GuestError> {
+        let command = format!("edu-dma {address} {home:#x} {}", targets.join(" "));
+        self.ask_for(&command, SCRIPT_DEADLINE)
+    }
+
+    /// Has an edu device interrupt by wire, `count` times and once more.
+    pub fn edu_interrupts(&mut self, address: &str, count: u32) -> Result<EduReport, GuestError> {
+        self.ask_for(
+            &format!("edu-interrupts {address} {count}"),
+            SCRIPT_DEADLINE,
+        )
     }
 
     /// Starts to write records and to acknowledge them; the guest is busy with that for the rest of its life.

@@ -15,6 +15,10 @@ pub const HOST_ADDRESS: &str = "192.168.77.1";
 pub const GUEST_ADDRESS: &str = "192.168.77.2";
 /// Where the transfer server listens.
 pub const SERVER: &str = "192.168.77.1:5201";
+/// Requests, 3 s apart, until there is no lease to be had: a link needs a moment to come up.
+const LEASE_TRIES: u32 = 10;
+/// Makes the program that udhcpc calls with what it was given.
+const LEASE_SCRIPT: &str = r#"printf '#!/bin/sh\n[ "$1" = bound ] || exit 0\nip addr flush dev $interface\nip addr add $ip/24 dev $interface\necho $ip > /tmp/leased\n' > /tmp/lease"#;
 const SERVING_DEADLINE: Duration = Duration::from_secs(30);
 
 /// The value of `--net` for a tap that the VMM makes and gives the host's address; `more` is added.
@@ -42,5 +46,15 @@ impl Guest {
         ))?;
         self.sh(&format!("ping -c 2 -w 20 {HOST_ADDRESS}"))?;
         Ok(())
+    }
+
+    /// Gets an address for an interface by DHCP; gives the address.
+    pub fn lease(&mut self, interface: &str) -> Result<String, GuestError> {
+        self.await_path(&format!("/sys/class/net/{interface}"))?;
+        self.sh(LEASE_SCRIPT)?;
+        self.sh(&format!(
+            "chmod +x /tmp/lease && ip link set {interface} up && udhcpc -i {interface} -f -q -n -t {LEASE_TRIES} -s /tmp/lease"
+        ))?;
+        Ok(self.cat("/tmp/leased")?.trim().to_owned())
     }
 }

@@ -27,6 +27,7 @@ pub fn differences(before: &Inventory, after: &Inventory) -> Vec<String> {
     for (kind, before, after) in [
         ("process", &before.processes, &after.processes),
         ("dax device", &before.dax_devices, &after.dax_devices),
+        ("pci device", &before.pci_devices, &after.pci_devices),
         ("mount", &before.mounts, &after.mounts),
         ("lock", &before.locks, &after.locks),
         ("file", &before.files, &after.files),

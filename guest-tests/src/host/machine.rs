@@ -1,18 +1,25 @@
 //! What the emulated host is made of, and how QEMU is told.
 //!
 //! One processor and an IOMMU, as passthrough wants it; nested virtualisation as AMD does it, which the emulator
-//! implements; persistent memory modules, sparse, so that their size costs nothing until it is touched.
+//! implements; persistent memory modules, sparse, so that their size costs nothing until it is touched; and cards to pass
+//! through (see [`super::cards`]).
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use lab_agent::host_protocol::PORT_NAME;
 
+use super::cards::Card;
+
 /// AMD, for nested virtualisation. Without XSAVE: the emulator does not tell KVM when a guest sets XCR0, so KVM runs the guest
 /// with another one after the next exit, and the guest loses vector registers. (With XSAVE and no AVX the guest's kernel
 /// does not warn, but a guest was seen to end in a triple fault.)
 /// Without the fast string instructions: the emulator executes them byte by byte, and every copy of the host's kernel with them.
 const CPU: &str = "EPYC-Milan,+svm,+npt,-xsave,-erms,-fsrm";
+/// Interrupt remapping, which VFIO wants. Addresses as wide as most servers' IOMMUs have them; QEMU's default is narrower.
+const IOMMU: &str = "intel-iommu,intremap=on,eim=off,aw-bits=48";
+/// The IOMMU is there for who asks for it: the host's own devices go past it, as fast as without one.
+const CMDLINE: &str = "console=ttyS0 quiet panic=-1 intel_iommu=on iommu=pt";
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
 
@@ -58,6 +65,8 @@ pub struct Machine {
     pub memory_bytes: u64,
     /// Persistent memory modules, at increasing addresses.
     pub dimms: Vec<Dimm>,
+    /// Devices to pass through.
+    pub cards: Vec<Card>,
     /// More arguments for QEMU.
     pub qemu_arguments: Vec<String>,
     /// More words for the kernel's command line.
@@ -78,6 +87,7 @@ impl Default for Machine {
             cpus: 1,
             memory_bytes: 3 * GIB,
             dimms: vec![dimm(6, 2 * MIB), dimm(2, 2 * MIB), dimm(3, GIB)],
+            cards: Card::ALL.to_vec(),
             qemu_arguments: Vec::new(),
             cmdline: Vec::new(),
         }
@@ -91,6 +101,8 @@ pub(super) struct Wiring<'a> {
     pub(super) initramfs: &'a Path,
     pub(super) share: &'a Path,
     pub(super) console_log: &'a Path,
+    /// Directory of the cards' disks.
+    pub(super) disks: &'a Path,
     /// Connected sockets that QEMU inherits.
     pub(super) agent_fd: i32,
     pub(super) qmp_fd: i32,
@@ -119,7 +131,7 @@ impl Machine {
             )
             .into(),
         );
-        add("-device", "intel-iommu,intremap=on,eim=off".into());
+        add("-device", IOMMU.into());
         add("-display", "none".into());
         for (index, dimm) in self.dimms.iter().enumerate() {
             let size = dimm.size_bytes;
@@ -172,7 +184,12 @@ impl Machine {
         );
         add("-kernel", wiring.kernel.into());
         add("-initrd", wiring.initramfs.into());
-        let mut cmdline = vec!["console=ttyS0 quiet panic=-1".to_owned()];
+        for card in &self.cards {
+            for (flag, value) in card.arguments(wiring.disks) {
+                add(flag, value);
+            }
+        }
+        let mut cmdline = vec![CMDLINE.to_owned()];
         cmdline.extend(self.cmdline.iter().cloned());
         add("-append", cmdline.join(" ").into());
         arguments.extend([
@@ -196,7 +213,7 @@ fn dimm_id(index: usize) -> String {
 }
 
 /// QEMU's option parser takes a comma as the end of a value unless it is doubled.
-fn with_path(prefix: &str, path: &Path) -> OsString {
+pub(super) fn with_path(prefix: &str, path: &Path) -> OsString {
     format!("{prefix}{}", path.display().to_string().replace(',', ",,")).into()
 }
 
@@ -214,6 +231,7 @@ mod tests {
             initramfs: Path::new("/k/initramfs"),
             share: Path::new(share),
             console_log: Path::new("/log"),
+            disks: Path::new("/disks"),
             agent_fd: 7,
             qmp_fd: 8,
         };
@@ -254,7 +272,9 @@ mod tests {
     fn nothing_listens() {
         let text = arguments("/s");
         assert!(
-            !text.contains("server") && !text.contains("-netdev") && text.contains("-nodefaults")
+            !text.contains("server") && !text.contains("hostfwd") && text.contains("-nodefaults")
         );
+        let networks = text.matches("-netdev").count();
+        assert_eq!(networks, text.matches("-netdev user,restrict=on,").count());
     }
 }

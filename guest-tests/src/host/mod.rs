@@ -6,10 +6,13 @@
 //! Invariants: a host that exists has answered; every wait has a deadline; dropping a host ends its QEMU, and the
 //! kernel ends it when the lab is killed. A host knows nothing of guests: see [`crate::guest`].
 
+pub mod account;
+pub mod cards;
 pub mod channel;
 pub mod figures;
 pub mod inventory;
 pub mod machine;
+pub mod passthrough;
 pub mod process;
 pub mod qmp;
 mod vm;
@@ -191,29 +194,17 @@ impl Host {
 
     /// Runs a script that must succeed; gives its standard output.
     pub fn sh(&self, script: &str) -> Result<String, HostError> {
-        self.check(&["sh", "-c", script])
+        check(&self.channel, &["sh", "-c", script])
     }
 
     /// As [`Host::run`], with another deadline.
     pub fn run_within(&self, argv: &[&str], deadline: Duration) -> Result<Output, HostError> {
-        let spec = SpawnSpec {
-            argv: argv.iter().map(|word| (*word).to_owned()).collect(),
-            ..SpawnSpec::default()
-        };
-        self.spawn(spec)?.finish(deadline)
+        run_within(&self.channel, argv, deadline)
     }
 
     /// Runs a program that must succeed; gives its standard output.
     pub fn check(&self, argv: &[&str]) -> Result<String, HostError> {
-        let output = self.run(argv)?;
-        if output.status.success() {
-            return Ok(output.stdout);
-        }
-        Err(HostError::Failed {
-            command: argv.join(" "),
-            status: output.status,
-            stderr: output.stderr,
-        })
+        check(&self.channel, argv)
     }
 
     /// Starts a program.
@@ -410,6 +401,28 @@ impl Host {
         }
         Ok(devices)
     }
+}
+
+/// Runs a program to its end; a failure is a result.
+fn run_within(channel: &Channel, argv: &[&str], deadline: Duration) -> Result<Output, HostError> {
+    let spec = SpawnSpec {
+        argv: argv.iter().map(|word| (*word).to_owned()).collect(),
+        ..SpawnSpec::default()
+    };
+    Process::start(channel.clone(), spec)?.finish(deadline)
+}
+
+/// Runs a program that must succeed; gives its standard output.
+fn check(channel: &Channel, argv: &[&str]) -> Result<String, HostError> {
+    let output = run_within(channel, argv, RUN_DEADLINE)?;
+    if output.status.success() {
+        return Ok(output.stdout);
+    }
+    Err(HostError::Failed {
+        command: argv.join(" "),
+        status: output.status,
+        stderr: output.stderr,
+    })
 }
 
 /// A device on its way.

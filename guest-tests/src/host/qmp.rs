@@ -2,7 +2,7 @@
 
 use std::io::{self, BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
@@ -34,12 +34,15 @@ pub enum QmpError {
 #[derive(Debug)]
 pub struct Qmp {
     lines: BufReader<UnixStream>,
+    /// Names of devices that have gone, in order, until somebody has waited for them.
+    deleted: Vec<String>,
 }
 
 impl Qmp {
     pub(super) fn open(socket: UnixStream) -> Result<Self, QmpError> {
         let mut qmp = Self {
             lines: BufReader::new(socket),
+            deleted: Vec::new(),
         };
         let failed = |source| QmpError::Io {
             command: "(greeting)".to_owned(),
@@ -63,7 +66,30 @@ impl Qmp {
         Ok(qmp)
     }
 
-    /// Carries out a command and gives what it returns. Events are passed over.
+    /// Takes a device away in the order that hot-unplug has: the machine is asked, and may take its time. See [`Qmp::await_deleted`].
+    pub fn unplug(&mut self, id: &str) -> Result<(), QmpError> {
+        self.deleted.retain(|name| name != id);
+        self.execute("device_del", &json!({ "id": id })).map(|_| ())
+    }
+
+    /// Waits until a device is gone that was to be unplugged.
+    pub fn await_deleted(&mut self, id: &str) -> Result<(), QmpError> {
+        let failed = |source| QmpError::Io {
+            command: format!("(the end of {id})"),
+            source,
+        };
+        let end = Instant::now() + ANSWER_DEADLINE;
+        while !self.deleted.iter().any(|name| name == id) {
+            if Instant::now() >= end {
+                return Err(failed(io::ErrorKind::TimedOut.into()));
+            }
+            self.read().map_err(failed)?;
+        }
+        self.deleted.retain(|name| name != id);
+        Ok(())
+    }
+
+    /// Carries out a command and gives what it returns. Events are passed over, but for the end of a device, which is remembered.
     pub fn execute(&mut self, command: &str, arguments: &Value) -> Result<Value, QmpError> {
         let failed = |source| QmpError::Io {
             command: command.to_owned(),
@@ -100,7 +126,13 @@ impl Qmp {
         if self.lines.read_line(&mut line)? == 0 {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
-        Ok(serde_json::from_str(&line)?)
+        let message: Value = serde_json::from_str(&line)?;
+        if message["event"] == "DEVICE_DELETED"
+            && let Some(name) = message["data"]["device"].as_str()
+        {
+            self.deleted.push(name.to_owned());
+        }
+        Ok(message)
     }
 }
 
@@ -119,6 +151,23 @@ mod tests {
             }
         });
         near
+    }
+
+    #[test]
+    fn the_end_of_a_device_is_waited_for_whenever_it_comes() {
+        let socket = monitor(&[
+            r#"{"return":{}}"#,
+            r#"{"return":{}}"#,
+            "{\"event\":\"DEVICE_DELETED\",\"data\":{\"device\":\"a\",\"path\":\"/a\"}}\n{\"return\":{}}\n\
+             {\"event\":\"DEVICE_DELETED\",\"data\":{\"path\":\"/b/x\"}}\n\
+             {\"event\":\"DEVICE_DELETED\",\"data\":{\"device\":\"b\",\"path\":\"/b\"}}",
+        ]);
+        let mut qmp = Qmp::open(socket).unwrap();
+        qmp.unplug("a").unwrap();
+        qmp.unplug("b").unwrap();
+        qmp.await_deleted("b").unwrap();
+        qmp.await_deleted("a").unwrap();
+        assert!(matches!(qmp.await_deleted("a"), Err(QmpError::Io { .. })));
     }
 
     #[test]

@@ -77,6 +77,9 @@ impl Vm {
         let console_log = spec.logs.join("console.log");
         let qemu_log = spec.logs.join("qemu.log");
         let log = File::create(&qemu_log).map_err(prepare(&qemu_log))?;
+        for card in &spec.machine.cards {
+            card.make_disk(&spec.logs).map_err(prepare(&spec.logs))?;
+        }
         let (agent, agent_far) = UnixStream::pair().map_err(prepare(Path::new("a socket pair")))?;
         let (qmp, qmp_far) = UnixStream::pair().map_err(prepare(Path::new("a socket pair")))?;
         let wiring = Wiring {
@@ -84,6 +87,7 @@ impl Vm {
             initramfs: &spec.initramfs,
             share: &spec.share,
             console_log: &console_log,
+            disks: &spec.logs,
             agent_fd: agent_far.as_raw_fd(),
             qmp_fd: qmp_far.as_raw_fd(),
         };

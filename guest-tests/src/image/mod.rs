@@ -24,7 +24,7 @@ use crate::share::Initramfs;
 use tree::{Tree, TreeError};
 
 /// Counts changes of what an image holds that its inputs do not show.
-const FORM: &str = "2";
+const FORM: &str = "3";
 /// What release binaries link.
 const RUNTIME: [&str; 4] = [
     "libc.so.6",
@@ -104,6 +104,8 @@ pub fn host(
     if !place.is_file() {
         let mut tree = base(tools, agent, "host", &["ndctl", "daxctl", "kmod"])?;
         for name in KMOD_NAMES {
+            // In place of busybox's, which do not know what is built in; the kernel looks in the other directory.
+            tree.link(&format!("bin/{name}"), "/bin/kmod");
             tree.link(&format!("sbin/{name}"), "/bin/kmod");
         }
         // ndctl wants to see the directory of its keys.

@@ -29,7 +29,15 @@ const HOST: [(&str, &str); 12] = [
     ("hwpoison_inject", ""),
 ];
 /// Modules of the emulated host that are there for those who load them.
-const HOST_AT_HAND: [&str; 3] = ["crc32c_generic", "ext4", "brd"];
+const HOST_AT_HAND: [&str; 7] = [
+    "crc32c_generic",
+    "ext4",
+    "brd",
+    "vfio_pci",
+    "vfio_iommu_type1",
+    "nvme",
+    "e1000e",
+];
 /// Modules that a kernel may lack: a debugging aid, and what later kernels have as plain functions.
 const OPTIONAL: [&str; 2] = ["hwpoison_inject", "crc32c_generic"];
 /// Drivers of a guest's devices.
@@ -45,6 +53,8 @@ const GUEST_DEVICES: [&str; 8] = [
 ];
 /// More of them, whose names say less.
 const GUEST_SOCKETS: [&str; 1] = ["vmw_vsock_virtio_transport"];
+/// Drivers of what is passed through to a guest; there for guests with tools only, to keep the others small.
+const GUEST_PASSED_THROUGH: [&str; 3] = ["nvme", "e1000e", "uio_pci_generic"];
 /// A guest's file systems. They ask for the checksum by an alias, which nobody resolves in a guest without modprobe.
 const GUEST_FILE_SYSTEMS: [&str; 3] = ["crc32c_generic", "ext4", "xfs"];
 /// Where a guest's agent finds, under a module's name, the files to load for it, in order.
@@ -52,7 +62,9 @@ const GUEST_INDEX: &str = "etc/lab/modprobe";
 
 /// What the lists above say, for the key of an image made with them.
 pub(super) fn fingerprint() -> String {
-    format!("{HOST:?}{HOST_AT_HAND:?}{GUEST_DEVICES:?}{GUEST_SOCKETS:?}{GUEST_FILE_SYSTEMS:?}")
+    format!(
+        "{HOST:?}{HOST_AT_HAND:?}{GUEST_DEVICES:?}{GUEST_SOCKETS:?}{GUEST_PASSED_THROUGH:?}{GUEST_FILE_SYSTEMS:?}"
+    )
 }
 
 /// A module with what it depends on; nothing when the kernel may lack it and does.
@@ -70,14 +82,14 @@ pub(super) fn add_for_guest(
     kernel: &Kernel,
     form: Initramfs,
 ) -> Result<(), ImageError> {
-    let file_systems: &[&str] = match form {
-        Initramfs::Plain => &[],
-        Initramfs::Tools => &GUEST_FILE_SYSTEMS,
+    let more: [&[&str]; 2] = match form {
+        Initramfs::Plain => [&[], &[]],
+        Initramfs::Tools => [&GUEST_FILE_SYSTEMS, &GUEST_PASSED_THROUGH],
     };
     for name in GUEST_DEVICES
         .iter()
         .chain(&GUEST_SOCKETS)
-        .chain(file_systems)
+        .chain(more.into_iter().flatten())
     {
         let mut list = String::new();
         for module in with_dependencies(kernel, name)? {
@@ -90,7 +102,8 @@ pub(super) fn add_for_guest(
     Ok(())
 }
 
-/// Adds the host's modules, the order in which to load them, and the index that modprobe needs for more.
+/// Adds the host's modules, the order in which to load them, and the index that modprobe needs: for more of them, and to know what
+/// is built in.
 pub(super) fn add_for_host(
     tree: &mut Tree,
     cache: &Cache,
@@ -126,8 +139,13 @@ pub(super) fn add_for_host(
         }
     }
     tree.file("etc/lab/modules", 0o644, list.into());
-    if loaded.is_empty() {
+    let lists = kernel.built_in_lists()?;
+    if loaded.is_empty() && lists.is_empty() {
         return Ok(());
+    }
+    for (name, data) in lists {
+        let path = directory.join(name);
+        std::fs::write(&path, data).map_err(failed(&path))?;
     }
     // depmod is one of kmod's names, and kmod knows which it is by how it is called.
     let depmod = scratch.path().join("depmod");

@@ -62,8 +62,8 @@ pub enum KernelError {
 /// A kernel, ready to boot.
 #[derive(Clone, Debug)]
 pub struct Kernel {
-    /// First two numbers of the release, as in `6.12`.
-    pub series: String,
+    /// What it is asked for by: the first two numbers of the release, as in `6.12`; or the name of the lab's own.
+    pub name: String,
     /// What `uname -r` says on it.
     pub release: String,
     /// The image as distributed.
@@ -126,7 +126,7 @@ impl Kernel {
         modules: Option<PathBuf>,
     ) -> Result<Self, KernelError> {
         let numbers = numbers(&release);
-        let series = numbers
+        let name = numbers
             .iter()
             .take(2)
             .map(u64::to_string)
@@ -134,12 +134,24 @@ impl Kernel {
             .join(".");
         let vmlinux = extract(cache, &release, &bzimage)?;
         Ok(Self {
-            series,
+            name,
             release,
             bzimage,
             vmlinux,
             modules,
         })
+    }
+
+    /// What says which modules are built in, by file name: nothing for a single image, of which nobody knows.
+    pub fn built_in_lists(&self) -> Result<Vec<(&'static str, Vec<u8>)>, KernelError> {
+        let Some(root) = &self.modules else {
+            return Ok(Vec::new());
+        };
+        let names = ["modules.builtin", "modules.builtin.modinfo"];
+        let present = names.into_iter().filter(|name| root.join(name).is_file());
+        present
+            .map(|name| Ok((name, read(&root.join(name))?)))
+            .collect()
     }
 
     /// The named modules and what they depend on, in an order in which they can be loaded. What is built in is left out.
@@ -297,7 +309,7 @@ fn read(path: &Path) -> Result<Vec<u8>, KernelError> {
 }
 
 /// The numbers of a release or version, for comparing.
-fn numbers(release: &str) -> Vec<u64> {
+pub(super) fn numbers(release: &str) -> Vec<u64> {
     release
         .split(|c: char| !c.is_ascii_digit())
         .filter(|digits| !digits.is_empty())

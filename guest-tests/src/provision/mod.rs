@@ -7,6 +7,7 @@
 pub mod apt;
 pub mod cache;
 pub mod kernel;
+pub mod lab_kernel;
 pub mod libraries;
 mod vmlinux;
 
@@ -19,6 +20,7 @@ use crate::progress::{note, step};
 use apt::{AptError, Package};
 use cache::{Cache, CacheError};
 use kernel::{Kernel, KernelError};
+use lab_kernel::LabKernelError;
 
 /// Emulates the host.
 pub const QEMU: &str = "qemu-system-x86_64";
@@ -50,6 +52,9 @@ pub enum ProvisionError {
     /// A kernel.
     #[error(transparent)]
     Kernel(#[from] KernelError),
+    /// The lab's own kernel.
+    #[error(transparent)]
+    LabKernel(#[from] LabKernelError),
     /// Asked for a series that is in neither the cache nor the sources.
     #[error(
         "no kernel {series} in {sources}: this distribution's package sources offer {offered:?}; choose one of those or give a path"
@@ -128,6 +133,14 @@ pub fn provide(wanted: &[String], freshness: Freshness) -> Result<Provisioned, P
     })
 }
 
+/// Builds the lab's own kernel, unless the cache has it.
+pub fn build_lab_kernel() -> Result<Kernel, ProvisionError> {
+    let cache = Cache::open()?;
+    let _lock = cache.lock()?;
+    fetch_lists()?;
+    Ok(lab_kernel::build(&cache)?)
+}
+
 fn provide_qemu() -> Result<(), ProvisionError> {
     if apt::program_in_path(QEMU) {
         return Ok(());
@@ -166,7 +179,9 @@ fn provide_kernels(
         return provide_all_series(cache, freshness);
     }
     let provide_one = |name: &String| {
-        if Path::new(name).exists() {
+        if name == lab_kernel::NAME {
+            Ok(lab_kernel::cached(cache)?)
+        } else if Path::new(name).exists() {
             Ok(Kernel::from_path(cache, Path::new(name))?)
         } else {
             provide_series(cache, name, freshness)

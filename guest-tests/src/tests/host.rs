@@ -1,6 +1,12 @@
 //! The emulated host is what the other tests take it for.
 
+use std::collections::BTreeSet;
+
+use super::support::eventually;
 use super::{GuestTest, Lab, TestError, claim};
+use crate::host::account::{DmaMaps, DmaWatch};
+use crate::host::cards::Card;
+use crate::provision::lab_kernel;
 
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
@@ -17,6 +23,14 @@ pub(super) const TESTS: &[GuestTest] = &[
     GuestTest {
         name: "programs_run_and_are_told_apart",
         run: programs_run_and_are_told_apart,
+    },
+    GuestTest {
+        name: "host_has_cards_that_vfio_takes_and_gives_back",
+        run: host_has_cards_that_vfio_takes_and_gives_back,
+    },
+    GuestTest {
+        name: "host_cards_are_pulled_out_and_put_in",
+        run: host_cards_are_pulled_out_and_put_in,
     },
     GuestTest {
         name: "daxhund_runs_on_a_bare_host",
@@ -122,4 +136,57 @@ fn programs_run_and_are_told_apart(lab: &mut Lab) -> Result<(), TestError> {
         missing.is_err_and(|error| error.to_string().contains("no-such-program")),
         || "a missing program was run".to_owned(),
     )
+}
+
+fn host_has_cards_that_vfio_takes_and_gives_back(lab: &mut Lab) -> Result<(), TestError> {
+    let before = lab.host.pci()?;
+    let cards: Vec<Card> = before.iter().map(|device| device.card).collect();
+    claim(cards == Card::ALL, || {
+        format!("not all cards are there: {before:?}")
+    })?;
+    let groups: BTreeSet<u32> = before.iter().filter_map(|device| device.group).collect();
+    claim(groups.len() == Card::ALL.len(), || {
+        format!("each should be in a group of its own: {before:?}")
+    })?;
+    let watch = DmaWatch::begin(&lab.host)?;
+    for card in Card::ALL {
+        let binding = lab.host.bind_vfio(card)?;
+        let group = binding.group_file();
+        lab.host.check(&["test", "-c", &group])?;
+        if lab.kernel.name == lab_kernel::NAME {
+            lab.host.check(&["test", "-c", "/dev/iommu"])?;
+            lab.host
+                .check(&["test", "-d", &format!("{}/vfio-dev", binding.path())])?;
+        }
+        binding.release()?;
+        claim(!lab.host.exists(&group)?, || format!("{group} is left"))?;
+    }
+    // Nobody but the cards is behind the IOMMU: the host's own devices map nothing.
+    let maps = watch.read()?;
+    claim(maps == DmaMaps::default(), || {
+        format!("the host maps memory for devices that nobody uses: {maps:?}")
+    })?;
+    watch.end()?;
+    let after = lab.host.pci()?;
+    claim(after == before, || {
+        format!("the cards are not as before: {before:?}, {after:?}")
+    })
+}
+
+fn host_cards_are_pulled_out_and_put_in(lab: &mut Lab) -> Result<(), TestError> {
+    for card in Card::ALL.into_iter().filter(|card| card.has_port()) {
+        let before = lab.host.pci_device(card)?;
+        lab.host.pull_out(card)?;
+        lab.host.await_pulled_out(card)?;
+        claim(!lab.host.exists(&before.path())?, || {
+            format!("{before:?} is out, the host still has it")
+        })?;
+        lab.host.put_in(card)?;
+        lab.host.await_put_in(&before)?;
+        // Its driver is found a moment later where that is built in.
+        eventually("the card is as before", || {
+            Ok(lab.host.pci_device(card)?.driver == before.driver)
+        })?;
+    }
+    Ok(())
 }

@@ -11,6 +11,7 @@ mod host;
 mod hostile;
 mod hotplug;
 mod net;
+mod passthrough;
 mod pci;
 mod persistence;
 mod pmem;
@@ -29,6 +30,7 @@ use crate::host::channel::HostError;
 use crate::host::figures::FiguresError;
 use crate::host::qmp::QmpError;
 use crate::provision::kernel::Kernel;
+use crate::provision::lab_kernel;
 use crate::setup::{Setup, StartError};
 
 /// What a test works with.
@@ -88,23 +90,30 @@ pub fn claim(holds: bool, message: impl FnOnce() -> String) -> Result<(), TestEr
     }
 }
 
-/// Every test, in the order in which they run.
-pub fn all() -> Vec<GuestTest> {
+/// Every test for a kernel of this name, in the order in which they run. What only the lab's own kernel can do is tested on no other.
+pub fn all(kernel: &str) -> Vec<GuestTest> {
+    let iommufd = if kernel == lab_kernel::NAME {
+        passthrough::iommufd_tests()
+    } else {
+        Vec::new()
+    };
     [
-        host::TESTS,
-        boot::TESTS,
-        power::TESTS,
-        consoles::TESTS,
-        start_errors::TESTS,
-        pci::TESTS,
-        pmem::TESTS,
-        persistence::TESTS,
-        blk::TESTS,
-        net::TESTS,
-        small_devices::TESTS,
-        hotplug::TESTS,
-        api::TESTS,
-        hostile::TESTS,
+        host::TESTS.to_vec(),
+        boot::TESTS.to_vec(),
+        power::TESTS.to_vec(),
+        consoles::TESTS.to_vec(),
+        start_errors::TESTS.to_vec(),
+        pci::TESTS.to_vec(),
+        pmem::TESTS.to_vec(),
+        persistence::TESTS.to_vec(),
+        blk::TESTS.to_vec(),
+        net::TESTS.to_vec(),
+        small_devices::TESTS.to_vec(),
+        hotplug::TESTS.to_vec(),
+        api::TESTS.to_vec(),
+        hostile::TESTS.to_vec(),
+        passthrough::tests(),
+        iommufd,
     ]
     .concat()
 }

@@ -408,7 +408,7 @@ fn numbers_of_vcpus_that_cannot_be_are_refused(lab: &mut Lab) -> Result<(), Test
 }
 
 fn what_is_not_built_is_refused_by_name(lab: &mut Lab) -> Result<(), TestError> {
-    for flag in ["--device", "--fs", "--user-device", "--vdpa", "--tpm"] {
+    for flag in ["--fs", "--user-device", "--vdpa", "--tpm"] {
         let message = format!("not supported by daxhund: {flag}");
         refused(
             lab,

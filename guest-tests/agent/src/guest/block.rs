@@ -9,6 +9,8 @@ use std::time::{Duration, Instant};
 use lab_agent::guest_protocol::{PhysicalReport, RateReport, pattern_word};
 use rustix::fs::{FallocateFlags, OFlags, fallocate};
 
+use crate::memory::Words;
+
 /// What direct I/O wants offsets, lengths and addresses aligned to.
 const BLOCK_BYTES: usize = 4096;
 const CHUNK_BYTES: usize = 64 * 1024;
@@ -62,6 +64,34 @@ pub(crate) fn zero(path: &str, offset: u64, bytes: u64) -> Result<(), String> {
     let how = FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE;
     fallocate(&file, how, offset, bytes)
         .map_err(|error| format!("cannot zero {bytes} bytes of {path} at {offset}: {error}"))
+}
+
+/// Reads the start of a device straight into a mapped file, so that the device writes where the file lies, and compares the
+/// mapping with the seed's pattern. The file is as long at least.
+pub(crate) fn read_into(
+    path: &str,
+    bytes: u64,
+    into: &str,
+    seed: u64,
+) -> Result<PhysicalReport, String> {
+    let file = open_direct(path, false)?;
+    let length = usize::try_from(bytes).map_err(|_| "too long")?;
+    let mut words = Words::of_device(into, length)?;
+    let read = words
+        .read_from(&file, 0, length)
+        .map_err(|message| format!("from {path} into {into}: {message}"))?;
+    if read != length {
+        return Err(format!("{path} has given {read} of {bytes} bytes"));
+    }
+    let wrong =
+        |index: &usize| words.get(*index) != u64::from_le(pattern_word(*index as u64, seed));
+    let mut wrong_indices = (0..words.len()).filter(wrong);
+    let first = wrong_indices.next();
+    Ok(PhysicalReport {
+        words: words.len() as u64,
+        wrong_words: first.map_or(0, |_| 1 + wrong_indices.count() as u64),
+        first_wrong_offset: first.map(|index| index as u64 * WORD_BYTES),
+    })
 }
 
 /// Compares with the seed's pattern.

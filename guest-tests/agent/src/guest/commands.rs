@@ -8,17 +8,20 @@ use lab_agent::guest_protocol::{ExecReport, MemInfo, NumaNode};
 use rustix::system::{RebootCommand, reboot};
 use serde_json::{Value, json};
 
-use super::{bandwidth, block, hostile, kernel_log, modules, pattern, pci, persist, vsock};
+use super::{
+    bandwidth, block, edu, hostile, interrupts, kernel_log, modules, pattern, pci, persist, vsock,
+};
 use crate::sockets::{self, Sender};
 use crate::{memory, wait};
 
 const HELP: &str = "ping | help | meminfo | cpus | cat PATH | dmesg | pattern BYTES|all | physwrite ADDRESS BYTES SEED | \
                     physread ADDRESS BYTES SEED | rtc | numa | iomem | exec WORD... | sh SCRIPT | \
-                    modprobe NAME... | await PATH SECONDS | await-gone PATH SECONDS | pci | persist PATH SEED append|map COUNT | \
+                    modprobe NAME... | interrupts BDF | edu-dma BDF HOME TARGET... | edu-interrupts BDF COUNT | \
+                    await PATH SECONDS | await-gone PATH SECONDS | pci | persist PATH SEED append|map COUNT | \
                     persist-check PATH SEED | blkwrite PATH OFFSET BYTES SEED | blkread PATH OFFSET BYTES SEED | \
-                    blkzero PATH OFFSET BYTES | pci-move BDF ADDRESS | \
+                    blkzero PATH OFFSET BYTES | blkmap PATH BYTES FILE SEED | pci-move BDF ADDRESS | \
                     iops PATH SECONDS DEPTH | bandwidth WHAT PATH BYTES SECONDS | tcp-echo PORT | tcp-send ADDRESS BYTES | \
-                    tcp-receive ADDRESS BYTES | vsock-echo PORT | vsock-ask PORT TEXT | hostile CASE BDF MEMORY | shell | \
+                    tcp-receive ADDRESS BYTES | tcp-return ADDRESS BYTES SEED | vsock-echo PORT | vsock-ask PORT TEXT | hostile CASE BDF MEMORY | shell | \
                     poweroff | reboot | halt | triple-fault | panic";
 
 /// Left free by `pattern all`, so that the kernel itself can go on.
@@ -59,6 +62,11 @@ pub(crate) fn run(words: &[&str]) -> Result<Value, String> {
             Ok(json!({}))
         }
         ["pci"] => to_json(&pci::list()?),
+        ["interrupts", address] => to_json(&interrupts::count(address)?),
+        ["edu-dma", address, home, ref targets @ ..] => {
+            to_json(&edu::dma(address, number(home)?, targets)?)
+        }
+        ["edu-interrupts", address, count] => to_json(&edu::interrupts(address, narrow(count)?)?),
         ["persist", path, seed, how, count] => {
             let how = persist::How::parse(how)?;
             let (seed, count) = (number(seed)?, number(count)?);
@@ -80,6 +88,12 @@ pub(crate) fn run(words: &[&str]) -> Result<Value, String> {
             block::zero(path, number(offset)?, number(bytes)?)?;
             Ok(json!({}))
         }
+        ["blkmap", path, bytes, file, seed] => to_json(&block::read_into(
+            path,
+            number(bytes)?,
+            file,
+            number(seed)?,
+        )?),
         ["pci-move", address, to] => {
             hostile::move_bar(address, number(to)?)?;
             Ok(json!({}))
@@ -105,6 +119,11 @@ pub(crate) fn run(words: &[&str]) -> Result<Value, String> {
         ["tcp-receive", address, bytes] => {
             to_json(&sockets::transfer(address, Sender::Server, number(bytes)?)?)
         }
+        ["tcp-return", address, bytes, seed] => to_json(&sockets::there_and_back(
+            address,
+            number(bytes)?,
+            number(seed)?,
+        )?),
         ["vsock-echo", port] => {
             vsock::serve_echo(narrow(port)?)?;
             Ok(json!({}))
@@ -153,7 +172,7 @@ fn narrow<T: TryFrom<u64>>(word: &str) -> Result<T, String> {
 }
 
 /// Decimal, or hexadecimal after `0x`.
-fn number(word: &str) -> Result<u64, String> {
+pub(super) fn number(word: &str) -> Result<u64, String> {
     let parsed = match word.strip_prefix("0x") {
         Some(digits) => u64::from_str_radix(digits, 16),
         None => word.parse(),

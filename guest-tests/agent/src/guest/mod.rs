@@ -6,9 +6,12 @@
 mod bandwidth;
 mod block;
 mod commands;
+mod edu;
 mod hostile;
+mod interrupts;
 mod kernel_log;
 mod modules;
+mod page_map;
 mod pattern;
 mod pci;
 mod persist;

@@ -9,6 +9,7 @@ use std::os::unix::fs::FileExt;
 
 use lab_agent::guest_protocol::{PatternReport, WrongWord, pattern_word};
 
+use super::page_map::{FRAME_MASK, physical_address};
 use crate::memory::Words;
 
 const PAGE_BYTES: usize = 4096;
@@ -16,9 +17,6 @@ const PAGE_WORDS: usize = PAGE_BYTES / 8;
 /// Wrong words that are reported one by one.
 const EXAMPLES: usize = 8;
 const FOUR_GIB: u64 = 1 << 32;
-/// Bit of a page map entry that says that the page is in memory, and the bits of its frame number.
-const PRESENT: u64 = 1 << 63;
-const FRAME_MASK: u64 = (1 << 55) - 1;
 
 /// The word that a pass writes at an index.
 type Pattern = fn(u64) -> u64;
@@ -97,17 +95,6 @@ fn locate(words: &Words, report: &mut PatternReport) -> Result<(), String> {
         done += count;
     }
     Ok(())
-}
-
-fn physical_address(address: usize) -> Option<u64> {
-    let mut entry = [0; 8];
-    let map = File::open("/proc/self/pagemap").ok()?;
-    map.read_exact_at(&mut entry, (address / PAGE_BYTES * 8) as u64)
-        .ok()?;
-    let entry = u64::from_ne_bytes(entry);
-    let frame = entry & FRAME_MASK;
-    (entry & PRESENT != 0 && frame != 0)
-        .then(|| frame * PAGE_BYTES as u64 + (address % PAGE_BYTES) as u64)
 }
 
 #[cfg(test)]

@@ -14,6 +14,7 @@ pub(crate) fn take() -> io::Result<Inventory> {
     let mut inventory = Inventory {
         processes: processes()?,
         dax_devices: dax_devices(),
+        pci_devices: pci_devices(),
         mounts: lines("/proc/mounts")?,
         locks: lines("/proc/locks")?
             .iter()
@@ -28,6 +29,7 @@ pub(crate) fn take() -> io::Result<Inventory> {
     for list in [
         &mut inventory.processes,
         &mut inventory.dax_devices,
+        &mut inventory.pci_devices,
         &mut inventory.mounts,
         &mut inventory.locks,
         &mut inventory.files,
@@ -72,11 +74,7 @@ fn dax_devices() -> Vec<String> {
     let describe = |entry: fs::DirEntry| {
         let path = entry.path();
         let name = entry.file_name().to_string_lossy().into_owned();
-        let driver = fs::read_link(path.join("driver")).ok();
-        let driver = driver
-            .as_deref()
-            .and_then(Path::file_name)
-            .map_or("none".into(), |name| name.to_string_lossy());
+        let driver = driver_of(&path);
         let node = fs::metadata(Path::new("/dev").join(&name));
         let mode = node.map_or("no node".to_owned(), |node| {
             format!("mode {:o} uid {}", node.mode() & 0o7777, node.uid())
@@ -88,6 +86,28 @@ fn dax_devices() -> Vec<String> {
         )
     };
     entries.map(describe).collect()
+}
+
+fn pci_devices() -> Vec<String> {
+    let entries = fs::read_dir("/sys/bus/pci/devices")
+        .into_iter()
+        .flatten()
+        .flatten();
+    let describe = |entry: fs::DirEntry| {
+        let path = entry.path();
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let kept_for = word(&path, "driver_override");
+        format!("{name} driver {} override {kept_for}", driver_of(&path))
+    };
+    entries.map(describe).collect()
+}
+
+fn driver_of(device: &Path) -> String {
+    let driver = fs::read_link(device.join("driver")).ok();
+    let name = driver.as_deref().and_then(Path::file_name);
+    name.map_or("none".to_owned(), |name| {
+        name.to_string_lossy().into_owned()
+    })
 }
 
 fn huge_pages() -> Vec<String> {

@@ -1,0 +1,176 @@
+//! Devices of the host that a guest has for itself.
+//!
+//! Stories are told twice where the kernel's two interfaces could differ: by groups, which every kernel has, and by iommufd, which only
+//! the lab's own kernel has. Bindings outlive guests: vfio-pci gives no device up that somebody uses.
+
+mod coming_and_going;
+mod devices;
+mod reach;
+mod refusals;
+
+use lab_agent::guest_protocol::{InterruptKind, PciFunction};
+
+use super::support::{MIB, dax_zone, spec_on};
+use super::{GuestTest, Lab, TestError, claim};
+use crate::guest::{Guest, GuestSpec};
+use crate::host::account::vfio_interrupts;
+use crate::host::cards::{Card, ECHO_ADDRESS, LEASED_PREFIX};
+use crate::host::passthrough::Binding;
+use crate::share::Initramfs;
+
+/// Drivers of what is passed through, for the guest.
+const DRIVERS: [&str; 2] = ["nvme", "e1000e"];
+
+/// On every kernel.
+pub(super) fn tests() -> Vec<GuestTest> {
+    [
+        devices::TESTS,
+        reach::TESTS,
+        coming_and_going::TESTS,
+        refusals::TESTS,
+    ]
+    .concat()
+}
+
+/// On a kernel with iommufd.
+pub(super) fn iommufd_tests() -> Vec<GuestTest> {
+    [
+        devices::IOMMUFD_TESTS,
+        reach::IOMMUFD_TESTS,
+        coming_and_going::IOMMUFD_TESTS,
+        refusals::IOMMUFD_TESTS,
+    ]
+    .concat()
+}
+
+/// The kernel's interface.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum By {
+    Groups,
+    Iommufd,
+}
+
+/// The value of `--device`.
+fn word(binding: &Binding) -> String {
+    let (path, id) = (binding.path(), binding.device().card.id());
+    format!("path={path},id={id}")
+}
+
+/// A guest with tools, these zones and these devices, before it is started.
+fn spec(lab: &Lab, by: By, zones: &[&str], bindings: &[&Binding]) -> GuestSpec {
+    let mut spec = spec_on(lab, zones);
+    spec.initramfs = Initramfs::Tools;
+    if by == By::Iommufd {
+        spec.arguments
+            .extend(["--platform", "iommufd=on"].map(str::to_owned));
+    }
+    if !bindings.is_empty() {
+        spec.arguments.push("--device".to_owned());
+    }
+    spec.arguments
+        .extend(bindings.iter().map(|binding| word(binding)));
+    spec
+}
+
+/// The usual RAM: 512 MiB of the first dax device.
+fn ram(lab: &Lab) -> String {
+    dax_zone(lab, "z0", 0, 512 * MIB, 0)
+}
+
+/// A guest that has these devices, up, its drivers loaded.
+fn boot(lab: &Lab, by: By, bindings: &[&Binding]) -> Result<Guest, TestError> {
+    let mut guest = Guest::boot(&lab.host, &spec(lab, by, &[&ram(lab)], bindings))?;
+    guest.modprobe(&DRIVERS)?;
+    Ok(guest)
+}
+
+/// The functions of a card's kind that the guest has found, in order of address.
+fn functions(guest: &mut Guest, card: Card) -> Result<Vec<PciFunction>, TestError> {
+    let mut found = guest.pci()?;
+    found.retain(|function| function.id == card.pci_id());
+    Ok(found)
+}
+
+/// The only function of a card's kind: where orchestrators look, with the class that it has on the host.
+fn function(guest: &mut Guest, card: Card) -> Result<PciFunction, TestError> {
+    let mut found = functions(guest, card)?;
+    match (found.pop(), found.is_empty()) {
+        (Some(function), true) => {
+            claim(
+                function.address.starts_with("0000:00:") && function.class == card.class(),
+                || {
+                    format!(
+                        "{} should be on bus 0 with class {:#x}: {function:?}",
+                        card.id(),
+                        card.class()
+                    )
+                },
+            )?;
+            Ok(function)
+        }
+        _ => Err(TestError::Claim(format!(
+            "expected one {}, the guest has {:?}",
+            card.id(),
+            guest.pci()?
+        ))),
+    }
+}
+
+/// The guest's driver has the card.
+fn is_driven(guest: &mut Guest, card: Card) -> Result<PciFunction, TestError> {
+    let address = function(guest, card)?.address;
+    guest.await_path(&format!("/sys/bus/pci/devices/{address}/driver"))?;
+    let function = function(guest, card)?;
+    claim(function.driver.as_deref() == card.driver(), || {
+        format!(
+            "{} should have the driver {:?}: {function:?}",
+            card.id(),
+            card.driver()
+        )
+    })?;
+    Ok(function)
+}
+
+/// Gets an address for the guest's only network card, and sees data come back whole from the far side.
+fn carries_data(guest: &mut Guest, bytes: u64) -> Result<(), TestError> {
+    guest.await_path("/sys/class/net/eth0")?;
+    let address = guest.lease("eth0")?;
+    claim(address.starts_with(LEASED_PREFIX), || {
+        format!("leased {address}, expected {LEASED_PREFIX}*")
+    })?;
+    let report = guest.there_and_back(ECHO_ADDRESS, bytes, 5)?;
+    claim(report.bytes == bytes, || format!("{report:?}"))
+}
+
+/// Writes to a drive and reads back what was written.
+fn keeps_blocks(guest: &mut Guest, path: &str, bytes: u64, seed: u64) -> Result<(), TestError> {
+    guest.await_path(path)?;
+    guest.fill_blocks(path, 0, bytes, seed)?;
+    let report = guest.compare_blocks(path, 0, bytes, seed)?;
+    claim(report.wrong_words == 0 && report.words == bytes / 8, || {
+        format!("{path} does not read back as written: {report:?}")
+    })
+}
+
+/// Whatever interrupts the host for the guest has interrupted the guest, in the way expected.
+fn interrupts_arrive(
+    lab: &Lab,
+    guest: &mut Guest,
+    binding: &Binding,
+    kind: InterruptKind,
+) -> Result<(), TestError> {
+    let card = binding.device().card;
+    let address = function(guest, card)?.address;
+    let seen = guest.interrupts(&address)?;
+    claim(seen.kind == kind && seen.count > 0, || {
+        format!(
+            "{} should interrupt the guest by {kind:?}: {seen:?}",
+            card.id()
+        )
+    })?;
+    let taken = vfio_interrupts(&lab.host, &binding.device().address)?;
+    let sum: u64 = taken.iter().map(|(_, count)| count).sum();
+    claim(sum > 0, || {
+        format!("the guest has {seen:?}, the host has taken none for it: {taken:?}")
+    })
+}
