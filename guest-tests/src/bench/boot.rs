@@ -156,7 +156,7 @@ pub fn run(setup: &Setup, peers: &[Peer], repeat: u32) -> Result<PathBuf, BenchE
         source: error.into(),
     })?;
     let work = Workload {
-        kernel: kernel_path(&kernel.release, ImageForm::Elf),
+        kernel: kernel_path(&kernel.release, ImageForm::BzImage),
         initramfs: initramfs_path(&kernel.release, Initramfs::Plain),
         cmdline: GuestSpec::new(&kernel.release, &[]).whole_cmdline(),
         dax: dax.path.clone(),
