@@ -21,8 +21,10 @@
 //! - Every mapping is shared, starts at an address that is a multiple of the device's alignment, and was readable
 //!   at both ends when it was handed out.
 //!
+//! [`Watch`] tells when a device that is mapped goes away without notice.
+//!
 //! # Not here
-//! No hugetlb or anonymous memory, no pins, no waiting for removals, and nothing that changes the host: the one write
+//! No hugetlb or anonymous memory, no pins, and nothing that changes the host: the one write
 //! to sysfs is `deep_flush` ([`Flusher`]), and no byte of a device is written.
 //!
 //! # Example
@@ -62,6 +64,8 @@ mod size;
 mod sysfs;
 #[cfg(test)]
 mod testing;
+mod uevent;
+mod watch;
 
 pub use classify::{ClassifyError, FileBacking, NotDaxKind, PathKind};
 pub use device::{
@@ -79,3 +83,4 @@ pub use persistence::{Flusher, FlusherError, PersistenceDomain};
 pub use range::{Asked, DaxRange, RangeError};
 pub use size::ByteSize;
 pub use sysfs::SysfsError;
+pub use watch::{Lost, Pace, Sign, Unheard, Watch, WatchError, WatchId};

@@ -118,48 +118,18 @@ pub struct UnmapError {
 
 impl DaxMapping {
     pub(crate) fn new(lock: RangeLock) -> Result<Self, MapError> {
-        let (device, range) = (lock.device(), lock.range());
-        let (path, align) = (device.path.clone(), device.facts.align_bytes);
-        let part = match (usize::try_from(range.len()), usize::try_from(align)) {
-            (Ok(len), Ok(align)) => Part {
-                offset: range.offset(),
-                len,
-                align,
-            },
-            (Err(_), _) | (_, Err(_)) => {
-                return Err(MapError::AddressSpace {
-                    path,
-                    range,
-                    align: ByteSize(align),
-                    source: io::Error::from_raw_os_error(libc::EOVERFLOW),
-                });
-            }
-        };
-        let pages = Pages::map(&device.file, part).map_err(|step| match step {
-            MapStep::Reserve(source) => MapError::AddressSpace {
-                path: path.clone(),
-                range,
-                align: ByteSize(align),
-                source,
-            },
-            // What device-dax answers once its driver has been unbound.
-            MapStep::Map(source) if source.raw_os_error() == Some(libc::ENXIO) => {
-                MapError::Vanished {
-                    path: path.clone(),
-                    range,
-                }
-            }
-            MapStep::Map(source) | MapStep::Advise(source) => MapError::Refused {
-                path: path.clone(),
-                range,
-                source,
-            },
-        })?;
+        let pages = map_pages(&lock)?;
+        let (path, range) = (lock.device().path.clone(), lock.range());
         let mapping = Self { pages, lock };
         match mapping.probe()? {
             Probe::Present => Ok(mapping),
             Probe::Gone => Err(MapError::Vanished { path, range }),
         }
+    }
+
+    /// The same memory once more, at another address. Not to outlive this mapping: the range is locked only as long.
+    pub fn again(&self) -> Result<Pages, MapError> {
+        map_pages(&self.lock)
     }
 
     /// The first byte. The memory can vanish under any access; use volatile accesses only.
@@ -238,6 +208,44 @@ impl DaxMapping {
             }
         }
     }
+}
+
+fn map_pages(lock: &RangeLock) -> Result<Pages, MapError> {
+    let (device, range) = (lock.device(), lock.range());
+    let (path, align) = (device.path.clone(), device.facts.align_bytes);
+    let part = match (usize::try_from(range.len()), usize::try_from(align)) {
+        (Ok(len), Ok(align)) => Part {
+            offset: range.offset(),
+            len,
+            align,
+        },
+        (Err(_), _) | (_, Err(_)) => {
+            return Err(MapError::AddressSpace {
+                path,
+                range,
+                align: ByteSize(align),
+                source: io::Error::from_raw_os_error(libc::EOVERFLOW),
+            });
+        }
+    };
+    Pages::map(&device.file, part).map_err(|step| match step {
+        MapStep::Reserve(source) => MapError::AddressSpace {
+            path: path.clone(),
+            range,
+            align: ByteSize(align),
+            source,
+        },
+        // What device-dax answers once its driver has been unbound.
+        MapStep::Map(source) if source.raw_os_error() == Some(libc::ENXIO) => MapError::Vanished {
+            path: path.clone(),
+            range,
+        },
+        MapStep::Map(source) | MapStep::Advise(source) => MapError::Refused {
+            path: path.clone(),
+            range,
+            source,
+        },
+    })
 }
 
 #[cfg(test)]

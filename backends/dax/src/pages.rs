@@ -172,6 +172,42 @@ impl Pages {
     }
 }
 
+/// What a load would find.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Touched {
+    /// Memory.
+    Present,
+    /// SIGBUS: nothing is behind the mapping.
+    Gone,
+    /// SIGBUS: what is there is poisoned.
+    Poisoned,
+    /// SIGSEGV: nothing is mapped there any more.
+    Unmapped,
+}
+
+/// Has the kernel fault in the page with `address`, for reading (`MADV_POPULATE_READ`): it answers where a load would get
+/// a signal. Any address will do, also one that is not mapped any more.
+pub(crate) fn touch(address: usize) -> io::Result<Touched> {
+    const PAGE: usize = 4096;
+    let page = address & !(PAGE - 1);
+    // SAFETY: populating for reading changes no byte of memory and no bounds of a mapping, whosever it is; what it does is
+    // what a load there would, and where that would be a signal it is an error.
+    let populated = unsafe {
+        madvise(
+            ptr::without_provenance_mut(page),
+            PAGE,
+            Advice::LinuxPopulateRead,
+        )
+    };
+    match populated {
+        Ok(()) => Ok(Touched::Present),
+        Err(rustix::io::Errno::FAULT) => Ok(Touched::Gone),
+        Err(rustix::io::Errno::HWPOISON) => Ok(Touched::Poisoned),
+        Err(rustix::io::Errno::NOMEM) => Ok(Touched::Unmapped),
+        Err(error) => Err(error.into()),
+    }
+}
+
 impl Drop for Pages {
     fn drop(&mut self) {
         // A failure leaves the range mapped with nothing referring to it; `unmap` is the way to hear of one.
@@ -247,8 +283,14 @@ mod tests {
         let pages = Pages::map(&file, part).unwrap();
         assert!(pages.can_read(4095).unwrap());
         assert!(!pages.can_read(4096).unwrap());
+        let address = pages.as_ptr() as usize;
+        assert_eq!(touch(address + 4095).unwrap(), Touched::Present);
+        assert_eq!(touch(address + 4096).unwrap(), Touched::Gone);
         file.set_len(0).unwrap();
         assert!(!pages.can_read(0).unwrap());
+        assert_eq!(touch(address).unwrap(), Touched::Gone);
+        pages.unmap().unwrap();
+        assert_eq!(touch(address).unwrap(), Touched::Unmapped);
     }
 
     #[test]
