@@ -14,8 +14,11 @@
 //! - The kernel forgets all maps when the last group leaves, and so does the ledger.
 //! - Each map is one call: the kernel takes any size, and unmaps only what was mapped with one call.
 //!
-//! The kernel holds one lock for each container while it pins, so parallel maps gain nothing. It counts pages as it pins
-//! them, which shows how far a map is; device-dax pages are not counted.
+//! The kernel holds one lock for each container while it pins, so parallel maps gain nothing: two threads took, against one,
+//! 1.43 (0.97 to 1.85) of the time for 4 GiB of device-dax in 8 parts, 1.30 (1.18 to 1.78) for 2 GiB of hugetlb and 1.03 (0.92 to
+//! 2.14) for 2 GiB of anonymous memory (median, least and greatest of 3 rounds of `cargo lab bench pin --only parts`, Linux 6.12
+//! emulated with two processors, on a machine that was busy besides). It counts pages as it pins them, which shows how far a
+//! map is; device-dax pages are not counted.
 
 #![forbid(unsafe_code)]
 
