@@ -7,12 +7,13 @@ use std::io;
 use std::sync::Arc;
 
 use daxhund::memory::ram::GuestView;
+use daxhund::memory::snapshot::Snapshot;
 use daxhund::pci::{Function, MsiMessage, MsiRoutes};
 use daxhund::virtio::rng::{RngDevice, RngSpec};
 use daxhund::virtio::transport::{Doorbells, Parts, VirtioPci};
 use daxhund_fuzz::Input;
 use libfuzzer_sys::fuzz_target;
-use vm_memory::{GuestAddress, GuestMemoryMmap};
+use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 
 struct Nobody;
@@ -41,7 +42,7 @@ fuzz_target!(|data: &[u8]| {
         id: "fuzz".to_owned(),
         src: "/dev/zero".into(),
     };
-    let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)]).expect("1 MiB");
+    let memory = Snapshot::from_ranges(&[(GuestAddress(0), 1 << 20)]).expect("1 MiB");
     let function = VirtioPci::new(Parts {
         id: "fuzz".to_owned(),
         device: Arc::new(RngDevice::open(spec).expect("/dev/zero")),

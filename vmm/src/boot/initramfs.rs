@@ -9,8 +9,9 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use crate::memory::snapshot::Snapshot;
 use thiserror::Error;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 
 /// An initramfs can't be used.
 #[derive(Debug, Error)]
@@ -132,11 +133,7 @@ impl Initramfs {
         &self.path
     }
 
-    pub(super) fn load(
-        &mut self,
-        memory: &GuestMemoryMmap,
-        address: u64,
-    ) -> Result<(), InitramfsError> {
+    pub(super) fn load(&mut self, memory: &Snapshot, address: u64) -> Result<(), InitramfsError> {
         let failed = |path: &Path| {
             let path = path.to_owned();
             move |source| InitramfsError::Load {

@@ -11,9 +11,10 @@ use linux_loader::loader::bootparam::setup_header;
 use linux_loader::loader::elf::PvhBootCapability;
 use linux_loader::loader::{BzImage, Elf, KernelLoader};
 use thiserror::Error;
-use vm_memory::{ByteValued, GuestAddress, GuestMemoryMmap};
+use vm_memory::{ByteValued, GuestAddress};
 
 use super::place;
+use crate::memory::snapshot::Snapshot;
 
 /// A kernel can't be used.
 #[derive(Debug, Error)]
@@ -185,7 +186,7 @@ impl Kernel {
         }
     }
 
-    pub(super) fn load(&mut self, memory: &GuestMemoryMmap) -> Result<Entry, KernelError> {
+    pub(super) fn load(&mut self, memory: &Snapshot) -> Result<Entry, KernelError> {
         let high_memory = GuestAddress(place::HIGH_MEMORY);
         let failed = |path: &Path| {
             let path = path.to_owned();

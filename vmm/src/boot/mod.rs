@@ -17,7 +17,7 @@ use std::path::PathBuf;
 use linux_loader::loader::Cmdline;
 use thiserror::Error;
 use tracing::debug;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 
 pub use initramfs::{Initramfs, InitramfsError};
 pub use kernel::{Kernel, KernelError};
@@ -25,6 +25,7 @@ pub use params::{MemoryMap, MemoryMapError};
 
 use crate::acpi::Tables;
 use crate::kvm::BootRegisters;
+use crate::memory::snapshot::Snapshot;
 
 /// What the user wants booted, opened and checked but not loaded: reboots load it again from the same open files.
 #[derive(Debug)]
@@ -91,7 +92,7 @@ pub enum LoadError {
 /// Loads everything; the result is where the boot vCPU starts.
 pub fn load(
     payload: &mut Payload,
-    memory: &GuestMemoryMmap,
+    memory: &Snapshot,
     map: &MemoryMap,
     acpi: &Tables,
 ) -> Result<BootRegisters, LoadError> {
@@ -177,14 +178,14 @@ pub fn load(
     Ok(registers)
 }
 
-fn write(memory: &GuestMemoryMmap, address: u64, bytes: &[u8]) -> Result<(), LoadError> {
+fn write(memory: &Snapshot, address: u64, bytes: &[u8]) -> Result<(), LoadError> {
     memory
         .write_slice(bytes, GuestAddress(address))
         .map_err(|source| LoadError::Write { address, source })
 }
 
 /// Where Linux looks for firmware tables: an earlier guest's must not be found.
-fn clear_firmware_corner(memory: &GuestMemoryMmap) -> Result<(), LoadError> {
+fn clear_firmware_corner(memory: &Snapshot) -> Result<(), LoadError> {
     for (start, end) in place::FIRMWARE_CORNER {
         let zeros = vec![0; usize::try_from(end - start).expect("less than a MiB")];
         write(memory, start, &zeros)?;
@@ -193,7 +194,7 @@ fn clear_firmware_corner(memory: &GuestMemoryMmap) -> Result<(), LoadError> {
 }
 
 /// Returns its length without the terminating zero.
-fn write_cmdline(memory: &GuestMemoryMmap, text: &str) -> Result<u32, LoadError> {
+fn write_cmdline(memory: &Snapshot, text: &str) -> Result<u32, LoadError> {
     let max = place::CMDLINE_SIZE - 1;
     if text.len() > max {
         return Err(LoadError::CmdlineTooLong {

@@ -11,9 +11,10 @@ use linux_loader::loader::elf::start_info::{
     hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info,
 };
 use thiserror::Error;
-use vm_memory::{GuestAddress, GuestMemoryMmap};
+use vm_memory::GuestAddress;
 
 use super::{LoadError, place};
+use crate::memory::snapshot::Snapshot;
 
 /// E820 address range types; the PVH map uses the same numbers.
 const RAM: u32 = 1;
@@ -131,7 +132,7 @@ fn low(value: u64) -> u32 {
 }
 
 pub(super) fn write_zero_page(
-    memory: &GuestMemoryMmap,
+    memory: &Snapshot,
     header: Option<&setup_header>,
     handover: &Handover<'_>,
 ) -> Result<(), LoadError> {
@@ -171,7 +172,7 @@ pub(super) fn write_zero_page(
 }
 
 pub(super) fn write_start_info(
-    memory: &GuestMemoryMmap,
+    memory: &Snapshot,
     handover: &Handover<'_>,
 ) -> Result<(), LoadError> {
     let entries: Vec<hvm_memmap_table_entry> = handover

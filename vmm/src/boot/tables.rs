@@ -1,11 +1,10 @@
 //! The processor tables a 64-bit entry needs (segment descriptors, an identity map of the first GiB), and the reset
 //! vector.
 
-use vm_memory::GuestMemoryMmap;
-
 use super::{LoadError, place, write};
 use crate::devices::power;
 use crate::kvm::BootRegisters;
+use crate::memory::snapshot::Snapshot;
 
 /// Real-mode code for the reset vector: writes the ACPI reset register, then waits for what comes of it.
 fn reset_code() -> Vec<u8> {
@@ -23,7 +22,7 @@ fn reset_code() -> Vec<u8> {
     ]
 }
 
-pub(super) fn write_reset_vector(memory: &GuestMemoryMmap) -> Result<(), LoadError> {
+pub(super) fn write_reset_vector(memory: &Snapshot) -> Result<(), LoadError> {
     write(memory, place::RESET_VECTOR, &reset_code())
 }
 
@@ -33,7 +32,7 @@ const ENTRIES: u64 = 512;
 const LARGE_PAGE: u64 = 2 << 20;
 
 pub(super) fn write_descriptors(
-    memory: &GuestMemoryMmap,
+    memory: &Snapshot,
     registers: &BootRegisters,
 ) -> Result<(), LoadError> {
     let bytes: Vec<u8> = registers
@@ -45,7 +44,7 @@ pub(super) fn write_descriptors(
 }
 
 /// Whole pages are written: what was in them before must not be taken for entries.
-pub(super) fn write_page_tables(memory: &GuestMemoryMmap) -> Result<(), LoadError> {
+pub(super) fn write_page_tables(memory: &Snapshot) -> Result<(), LoadError> {
     table(memory, place::PAGE_TABLE_LEVEL_4, |i| {
         (i == 0).then_some(place::PAGE_TABLE_LEVEL_3 | PRESENT_WRITABLE)
     })?;
@@ -57,11 +56,7 @@ pub(super) fn write_page_tables(memory: &GuestMemoryMmap) -> Result<(), LoadErro
     })
 }
 
-fn table(
-    memory: &GuestMemoryMmap,
-    at: u64,
-    entry: impl Fn(u64) -> Option<u64>,
-) -> Result<(), LoadError> {
+fn table(memory: &Snapshot, at: u64, entry: impl Fn(u64) -> Option<u64>) -> Result<(), LoadError> {
     let bytes: Vec<u8> = (0..ENTRIES)
         .flat_map(|i| entry(i).unwrap_or(0).to_le_bytes())
         .collect();

@@ -309,12 +309,13 @@ impl Consumer for TableConsumer {
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
-    use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryMmap};
+    use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
     use super::*;
     use crate::memory::layout::Gpa;
     use crate::memory::mapping::memfd;
     use crate::memory::ram::Ram;
+    use crate::memory::snapshot::Snapshot;
 
     const MIB: u64 = 1 << 20;
 
@@ -353,7 +354,7 @@ mod tests {
         (table, ram)
     }
 
-    fn byte(memory: &GuestMemoryMmap, gpa: u64) -> u8 {
+    fn byte(memory: &Snapshot, gpa: u64) -> u8 {
         memory.read_obj(GuestAddress(gpa)).unwrap()
     }
 

@@ -12,6 +12,11 @@ use daxhund_dax::Pages;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 use thiserror::Error;
 
+const PAGE: u64 = 4096;
+
+/// `f_type` of hugetlbfs, memfds from its pool included (linux/magic.h).
+const HUGETLBFS_MAGIC: i64 = 0x9584_58f6;
+
 /// What to map.
 #[derive(Debug, Clone)]
 pub enum Source {
@@ -100,6 +105,16 @@ impl HostMapping {
         Ok(mapping)
     }
 
+    /// The same memory once more, at another address; `None` where there is no other way to it.
+    pub fn again(&self, align: u64) -> Result<Option<Self>, MapMemoryError> {
+        match &self.source {
+            Source::File { shared: true, .. } | Source::DaxFile { .. } => {
+                Self::new(self.source.clone(), self.pages.len() as u64, align).map(Some)
+            }
+            Source::File { shared: false, .. } | Source::Anonymous { .. } => Ok(None),
+        }
+    }
+
     /// Replaces the reservation by the memory itself.
     fn place(&self) -> io::Result<()> {
         let (address, len) = (self.pages.as_ptr().cast(), self.pages.len());
@@ -171,6 +186,20 @@ impl HostMapping {
     /// What it is a mapping of.
     pub fn source(&self) -> &Source {
         &self.source
+    }
+
+    /// What it can be split at, in bytes: the page size of what is behind it.
+    pub fn page_bytes(&self) -> usize {
+        let bytes = match &self.source {
+            Source::Anonymous { huge_bytes, .. } => huge_bytes.unwrap_or(PAGE),
+            // The block size of hugetlbfs is its page size; all others map by ordinary pages.
+            Source::File { file, .. } | Source::DaxFile { file, .. } => rustix::fs::fstatfs(file)
+                .ok()
+                .filter(|fs| fs.f_type == HUGETLBFS_MAGIC)
+                .and_then(|fs| u64::try_from(fs.f_bsize).ok())
+                .unwrap_or(PAGE),
+        };
+        usize::try_from(bytes).unwrap_or_else(|_| self.len())
     }
 
     /// The file and offset behind the range, where there is one that others can map too.

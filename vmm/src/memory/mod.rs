@@ -9,16 +9,29 @@
 //!
 //! Persistent memory walks the same way from step 3 on; [`pmem`] is its step 1.
 //! [`dma`] says whether passed-through devices reach a region.
+//! [`tombstones`] are where memory was that the host took away.
+//! Devices of this process reach what is attached through a [`snapshot`].
+//! [`loss`] says whether a region is still there, [`sigbus`] survives a touch when it is not; [`poison`] remembers.
 //! [`discard`] gives pages back that the guest does not use, where nothing is lost by it.
 
 #[allow(unsafe_code, reason = "wraps madvise")]
 pub mod discard;
 pub mod dma;
+pub mod incidents;
 pub mod layout;
+pub mod loss;
 #[allow(unsafe_code, reason = "wraps mmap and its kin")]
 pub mod mapping;
 pub mod pmem;
+pub mod poison;
 pub mod ram;
 #[allow(unsafe_code, reason = "hands a mapping to vm-memory")]
 pub mod region;
+#[allow(
+    unsafe_code,
+    reason = "handles a signal, maps memory over what is lost"
+)]
+pub mod sigbus;
+pub mod snapshot;
+pub mod tombstones;
 pub mod zone;

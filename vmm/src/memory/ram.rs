@@ -16,15 +16,14 @@
 use std::sync::Arc;
 
 use thiserror::Error;
-use vm_memory::{
-    GuestAddress, GuestMemoryAtomic, GuestMemoryMmap, GuestRegionCollection, GuestRegionMmap,
-};
+use vm_memory::{GuestAddress, GuestMemoryAtomic, GuestMemoryRegion};
 
 use super::layout::Gpa;
 use super::region::Region;
+use super::snapshot::{Snapshot, SnapshotRegion};
 
 /// What devices see of guest memory.
-pub type GuestView = GuestMemoryAtomic<GuestMemoryMmap>;
+pub type GuestView = GuestMemoryAtomic<Snapshot>;
 
 /// The reason a consumer gives.
 pub type Reason = Box<dyn std::error::Error + Send + Sync>;
@@ -220,7 +219,7 @@ impl Ram {
             members: Vec::new(),
             next_member: 0,
             attached: Vec::new(),
-            view: GuestView::new(GuestMemoryMmap::new()),
+            view: GuestView::new(Snapshot::new()),
         };
         for consumer in consumers {
             ram.seat(consumer);
@@ -408,6 +407,32 @@ impl Ram {
         Ok(attached.region)
     }
 
+    /// Has devices of the host let go of a region at once, before anything else is done about it: its memory is not ours any
+    /// more. Everybody else still has it; [`Ram::detach`] is to follow.
+    pub fn cut_dma(&mut self, gpa: Gpa) -> Result<(), DetachError> {
+        let attached = self.attached.iter_mut().find(|a| a.region.gpa() == gpa);
+        let attached = attached.ok_or(DetachError::Unknown { gpa })?;
+        // By rank, so that they are the last ones.
+        while let Some((id, lease)) = attached.leases.pop() {
+            let member = self.members.iter_mut().find(|member| member.id == id);
+            let consumer = &mut member.expect("it leaves when it has let go").consumer;
+            if consumer.rank() != Rank::Dma {
+                attached.leases.push((id, lease));
+                break;
+            }
+            if let Err((lease, source)) = consumer.detach(&attached.region, lease) {
+                attached.leases.push((id, lease));
+                return Err(DetachError::Refused {
+                    consumer: consumer.name(),
+                    zone: attached.region.zone().to_owned(),
+                    gpa,
+                    source,
+                });
+            }
+        }
+        Ok(())
+    }
+
     /// Detaches everything, highest address first. What is stuck stays, and is named.
     pub fn detach_all(&mut self) -> (Vec<Region>, Vec<DetachError>) {
         let mut addresses: Vec<Gpa> = self.regions().map(Region::gpa).collect();
@@ -452,19 +477,15 @@ impl Ram {
 
     /// Gives the devices a new snapshot: the regions every consumer has.
     fn publish(&self) {
-        let mut regions: Vec<Arc<GuestRegionMmap>> = self
+        let mut regions: Vec<Arc<SnapshotRegion>> = self
             .attached
             .iter()
             .filter(|a| a.state == State::Present)
             .map(|a| a.region.guest_region())
             .collect();
-        regions.sort_by_key(|r| vm_memory::GuestMemoryRegion::start_addr(r.as_ref()));
-        let snapshot = if regions.is_empty() {
-            GuestMemoryMmap::new()
-        } else {
-            GuestRegionCollection::from_arc_regions(regions)
-                .expect("regions are sorted here and `attach` let none overlap")
-        };
+        regions.sort_by_key(|r| r.start_addr());
+        let snapshot =
+            Snapshot::of(regions).expect("regions are sorted here and `attach` let none overlap");
         let guard = self
             .view
             .lock()

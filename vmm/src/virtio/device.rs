@@ -112,6 +112,10 @@ pub trait Device: Send + Sync {
     /// reset, when all workers of the time before are gone.
     fn activate(&self, activation: Activation) -> Result<Vec<Box<dyn Worker>>, ActivateError>;
 
+    /// What it is made of is taken back by the host: nothing of it is touched any more, and requests end in errors. Most
+    /// devices have nothing that is taken without notice.
+    fn sever(&self) {}
+
     /// Counters for `vm.counters`, by name.
     fn counters(&self) -> Vec<(&'static str, u64)> {
         Vec::new()

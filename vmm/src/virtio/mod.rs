@@ -17,12 +17,17 @@
 //! - No queue is served on a vCPU thread. A vCPU that touches a register returns at once.
 //! - Guest memory is reached through a snapshot of `GuestView` taken for one batch of work and dropped after it, so
 //!   that memory can be taken away from the guest; never by a Rust reference.
+//! - Memory can be lost while it is read, and then what is read is scratch. Nothing comes of a chain before all of it was
+//!   read and [`Queue::is_torn`] has said no; system calls get addresses behind which there is never scratch
+//!   ([`crate::memory::snapshot`]).
 //! - A reset at any moment is answered: the status register reads 0 only when no worker touches guest memory any more.
 
 pub mod balloon;
 pub mod blk;
 pub mod console;
 pub mod device;
+#[cfg(test)]
+mod loss;
 pub mod net;
 pub mod pmem;
 pub mod queue;

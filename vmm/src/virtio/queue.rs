@@ -1,6 +1,7 @@
 //! One virtqueue with its two doorbells: a thin, checked layer over `virtio-queue`.
 
 use std::fmt;
+use std::io::{self, Read};
 use std::ops::Deref;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
@@ -10,6 +11,8 @@ use thiserror::Error;
 use virtio_queue::{DescriptorChain, QueueOwnedT, QueueT};
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend as GuestMemory};
 use vmm_sys_util::eventfd::EventFd;
+
+use crate::memory::loss::{Epoch, Lost};
 
 /// The rings make no sense: the driver broke the rules, or their memory is gone.
 #[derive(Debug, Error)]
@@ -39,6 +42,8 @@ pub struct Queue {
     pushed: bool,
     /// Index of the used ring when [`Queue::notify`] last looked.
     told: u16,
+    /// Before the chain last popped was read.
+    epoch: Epoch,
 }
 
 impl Queue {
@@ -57,6 +62,7 @@ impl Queue {
             interrupts: 0,
             pushed: false,
             told: 0,
+            epoch: Epoch::now(),
         }
     }
 
@@ -92,7 +98,40 @@ impl Queue {
     ///
     /// `memory` is a snapshot, cheap to clone (`GuestView::memory()`). The chain has at most as many descriptors as the
     /// queue: a loop ends there.
+    ///
+    /// The chain is read as it is walked, and memory can be lost meanwhile: see [`Queue::is_torn`].
     pub fn pop<M>(&mut self, memory: M) -> Result<Option<DescriptorChain<M>>, QueueError>
+    where
+        M: Clone + Deref,
+        M::Target: GuestMemory,
+    {
+        loop {
+            self.epoch = Epoch::now();
+            let popped = self.take(memory.clone());
+            if !self.is_torn() {
+                return popped;
+            }
+            // Memory was lost meanwhile, these rings or something else: read again. What is lost is an error from now on, so
+            // this ends when nothing more is lost.
+            if let Ok(Some(_)) = popped {
+                self.unpop();
+            }
+        }
+    }
+
+    /// Whether memory was lost since the chain last popped began to be read. Asked when all of it has been read and before
+    /// anything comes of it. Then nothing of it may be believed: [`Queue::unpop`], and pop it again; what is lost is an
+    /// error from then on, and what is not is read as it is.
+    pub fn is_torn(&self) -> bool {
+        self.epoch.unbroken().is_err()
+    }
+
+    /// What [`Queue::is_torn`] compares with, for who reads a chain without the queue at hand.
+    pub fn epoch(&self) -> Epoch {
+        self.epoch
+    }
+
+    fn take<M>(&mut self, memory: M) -> Result<Option<DescriptorChain<M>>, QueueError>
     where
         M: Clone + Deref,
         M::Target: GuestMemory,
@@ -231,6 +270,31 @@ impl Queue {
     }
 }
 
+/// A reader of a chain that gives no byte that may be scratch.
+#[derive(Debug)]
+pub struct Untorn<R> {
+    from: R,
+    epoch: Epoch,
+}
+
+impl<R: Read> Untorn<R> {
+    /// `epoch` is the queue's ([`Queue::epoch`]).
+    pub fn new(from: R, epoch: Epoch) -> Self {
+        Self { from, epoch }
+    }
+}
+
+impl<R: Read> Read for Untorn<R> {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        let read = self.from.read(into)?;
+        self.epoch.unbroken().map_err(|Lost| {
+            into.fill(0);
+            io::Error::from_raw_os_error(libc::EFAULT)
+        })?;
+        Ok(read)
+    }
+}
+
 impl fmt::Debug for Queue {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Queue")
@@ -244,10 +308,10 @@ impl fmt::Debug for Queue {
 mod tests {
     use std::sync::atomic::AtomicUsize;
 
-    use vm_memory::GuestMemoryMmap;
     use vmm_sys_util::eventfd::EFD_NONBLOCK;
 
     use super::*;
+    use crate::memory::snapshot::Snapshot;
 
     const AVAILABLE: u64 = 0x1000;
     const USED: u64 = 0x2000;
@@ -261,7 +325,7 @@ mod tests {
         }
     }
 
-    fn queue(memory: &GuestMemoryMmap, event_index: bool) -> (Queue, Arc<Count>) {
+    fn queue(memory: &Snapshot, event_index: bool) -> (Queue, Arc<Count>) {
         let mut rings = virtio_queue::Queue::new(4).unwrap();
         rings
             .try_set_avail_ring_address(GuestAddress(AVAILABLE))
@@ -276,17 +340,17 @@ mod tests {
         (queue, count)
     }
 
-    fn index(memory: &GuestMemoryMmap) -> u16 {
+    fn index(memory: &Snapshot) -> u16 {
         memory.read_obj(GuestAddress(USED + 2)).unwrap()
     }
 
-    fn entry(memory: &GuestMemoryMmap, slot: u64) -> [u32; 2] {
+    fn entry(memory: &Snapshot, slot: u64) -> [u32; 2] {
         memory.read_obj(GuestAddress(USED + 4 + slot * 8)).unwrap()
     }
 
     #[test]
     fn chains_pushed_together_are_entries_in_order() {
-        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x4000)]).unwrap();
+        let memory = Snapshot::from_ranges(&[(GuestAddress(0), 0x4000)]).unwrap();
         let (mut queue, _) = queue(&memory, true);
         queue.push_all(&memory, &[]).unwrap();
         assert_eq!(index(&memory), 0);
@@ -304,7 +368,7 @@ mod tests {
 
     #[test]
     fn an_event_at_any_entry_pushed_together_is_signalled() {
-        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x4000)]).unwrap();
+        let memory = Snapshot::from_ranges(&[(GuestAddress(0), 0x4000)]).unwrap();
         for (event, wanted) in [(0u16, 1), (1, 1), (2, 1), (3, 0), (u16::MAX, 0)] {
             let (mut queue, count) = queue(&memory, true);
             let at = GuestAddress(AVAILABLE + 4 + 2 * 4);
@@ -319,7 +383,7 @@ mod tests {
     /// Seen with Linux: it waited for a frame of one chain, which a frame of several followed before it was told.
     #[test]
     fn an_event_is_not_missed_for_what_follows_it() {
-        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x4000)]).unwrap();
+        let memory = Snapshot::from_ranges(&[(GuestAddress(0), 0x4000)]).unwrap();
         let at = GuestAddress(AVAILABLE + 4 + 2 * 4);
         for event in 0u16..4 {
             let (mut queue, count) = queue(&memory, true);
@@ -334,7 +398,7 @@ mod tests {
 
     #[test]
     fn nothing_pushed_is_nothing_to_tell() {
-        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x4000)]).unwrap();
+        let memory = Snapshot::from_ranges(&[(GuestAddress(0), 0x4000)]).unwrap();
         for event_index in [false, true] {
             let (mut queue, count) = queue(&memory, event_index);
             for told in [0, 1, 1] {

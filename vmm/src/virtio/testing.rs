@@ -13,13 +13,14 @@ use std::time::{Duration, Instant};
 use event_manager::{EventManager, SubscriberId, SubscriberOps};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use virtio_queue::QueueT;
-use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::device::{ActivateError, Activation, Device, Signals};
 use super::queue::{Interrupt, Queue};
 use super::worker::{Crew, Worker};
 use crate::memory::ram::GuestView;
+use crate::memory::snapshot::Snapshot;
 
 /// Size of the memory.
 pub const MEMORY: u64 = 64 << 20;
@@ -104,7 +105,7 @@ impl Ring {
 /// Drives one device.
 pub struct Driver {
     view: GuestView,
-    memory: Arc<GuestMemoryMmap>,
+    memory: Arc<Snapshot>,
     rings: Vec<Ring>,
     next_buffer: u64,
     /// What the device has said.
@@ -133,8 +134,12 @@ impl Driver {
     /// Memory and empty rings for `device`, of its own largest sizes but at most 256.
     pub fn new(device: &dyn Device) -> Self {
         let size = usize::try_from(MEMORY).expect("64 bits");
-        let memory =
-            GuestMemoryMmap::from_ranges(&[(GuestAddress(0), size)]).expect("64 MiB of memory");
+        let memory = Snapshot::from_ranges(&[(GuestAddress(0), size)]).expect("64 MiB of memory");
+        Self::with_memory(device, memory)
+    }
+
+    /// As [`Driver::new`], with memory that the caller has: [`MEMORY`] bytes from 0 on, and maybe more elsewhere.
+    pub fn with_memory(device: &dyn Device, memory: Snapshot) -> Self {
         let view = GuestView::new(memory);
         let memory = (*view.memory()).clone();
         let rings = device
@@ -165,7 +170,7 @@ impl Driver {
     }
 
     /// Guest memory.
-    pub fn memory(&self) -> &GuestMemoryMmap {
+    pub fn memory(&self) -> &Snapshot {
         &self.memory
     }
 

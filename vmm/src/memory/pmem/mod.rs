@@ -365,9 +365,10 @@ mod tests {
     use std::os::unix::fs::{FileExt, symlink};
 
     use tempfile::{NamedTempFile, TempDir};
-    use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+    use vm_memory::{Bytes, GuestAddress};
 
     use super::*;
+    use crate::memory::snapshot::Snapshot;
 
     const GIB: u64 = 1 << 30;
 
@@ -400,8 +401,8 @@ mod tests {
         text
     }
 
-    fn guest(region: &Region) -> GuestMemoryMmap {
-        GuestMemoryMmap::from_arc_regions(vec![region.guest_region()]).unwrap()
+    fn guest(region: &Region) -> Snapshot {
+        Snapshot::of(vec![region.guest_region()]).unwrap()
     }
 
     /// A host with one dax device, whose memory is `/dev/zero`.

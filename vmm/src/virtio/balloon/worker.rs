@@ -8,12 +8,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use tracing::warn;
 use virtio_queue::DescriptorChain;
-use vm_memory::{GuestAddressSpace, GuestMemoryLoadGuard, GuestMemoryMmap};
+use vm_memory::{GuestAddressSpace, GuestMemoryLoadGuard};
 
 use super::State;
 use super::pages::runs;
 use crate::memory::discard::{Discard, Discarded};
+use crate::memory::loss::{Epoch, Lost};
 use crate::memory::ram::GuestView;
+use crate::memory::snapshot::Snapshot;
 use crate::virtio::device::Signals;
 use crate::virtio::queue::{Queue, QueueError};
 use crate::virtio::worker::Worker;
@@ -27,7 +29,7 @@ const SHARE_CALLS: usize = LIST / 4;
 /// Bytes given back before it does.
 const SHARE_BYTES: u64 = 1 << 30;
 
-type Chain = DescriptorChain<GuestMemoryLoadGuard<GuestMemoryMmap>>;
+type Chain = DescriptorChain<GuestMemoryLoadGuard<Snapshot>>;
 
 /// Every cause of work: a queue's doorbell.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -72,6 +74,7 @@ struct Giver {
     discard: Arc<dyn Discard>,
     state: Arc<State>,
     list: Vec<u8>,
+    ranges: Vec<(u64, u64)>,
 }
 
 impl BalloonWorker {
@@ -90,6 +93,7 @@ impl BalloonWorker {
                 discard,
                 state,
                 list: vec![0; LIST],
+                ranges: Vec::new(),
             },
             broken: false,
         }
@@ -116,9 +120,14 @@ impl BalloonWorker {
             };
             let head = chain.head_index();
             let work = match token {
-                Token::Inflate => self.giver.inflate(&memory, chain),
-                Token::Deflate => self.giver.deflate(&memory, chain),
-                Token::Report => self.giver.report(chain),
+                Token::Inflate => self.giver.inflate(&memory, chain, queue.epoch()),
+                Token::Deflate => self.giver.deflate(&memory, chain, queue.epoch()),
+                Token::Report => self.giver.report(chain, queue.epoch()),
+            };
+            let Ok(work) = work else {
+                // Memory was lost while it was read; nothing was given back for it.
+                queue.unpop();
+                continue;
             };
             // An empty chain costs something too.
             sum.calls += work.calls + 1;
@@ -135,41 +144,50 @@ impl BalloonWorker {
 }
 
 impl Giver {
-    fn inflate(&mut self, memory: &GuestMemoryMmap, chain: Chain) -> Work {
-        let Some(len) = self.read_list(memory, chain) else {
-            return self.bad();
+    fn inflate(&mut self, memory: &Snapshot, chain: Chain, epoch: Epoch) -> Result<Work, Lost> {
+        let list = self.read_list(memory, chain);
+        epoch.unbroken()?;
+        let Some(len) = list else {
+            return Ok(self.bad());
         };
         count(&self.state.inflated, (len / 4) as u64);
         let mut work = Work::default();
         for run in runs(&self.list[..len]) {
             work.add(&self.state, self.discard.discard(run.gpa, run.len));
         }
-        work
+        Ok(work)
     }
 
     /// The pages come back by themselves when they are touched.
-    fn deflate(&mut self, memory: &GuestMemoryMmap, chain: Chain) -> Work {
-        let Some(len) = self.read_list(memory, chain) else {
-            return self.bad();
+    fn deflate(&mut self, memory: &Snapshot, chain: Chain, epoch: Epoch) -> Result<Work, Lost> {
+        let list = self.read_list(memory, chain);
+        epoch.unbroken()?;
+        let Some(len) = list else {
+            return Ok(self.bad());
         };
         count(&self.state.deflated, (len / 4) as u64);
-        Work::default()
+        Ok(Work::default())
     }
 
-    fn report(&mut self, chain: Chain) -> Work {
-        let mut work = Work::default();
+    fn report(&mut self, chain: Chain, epoch: Epoch) -> Result<Work, Lost> {
+        self.ranges.clear();
         let mut ranges = chain.writable();
         for range in ranges.by_ref().take(RANGES) {
-            let len = u64::from(range.len());
-            count(&self.state.reported_bytes, len);
-            work.add(&self.state, self.discard.discard(range.addr().0, len));
+            self.ranges.push((range.addr().0, u64::from(range.len())));
         }
-        count(&self.state.ignored, ranges.count() as u64);
-        if work.calls == 0 { self.bad() } else { work }
+        let ignored = ranges.count() as u64;
+        epoch.unbroken()?;
+        let mut work = Work::default();
+        for (gpa, len) in &self.ranges {
+            count(&self.state.reported_bytes, *len);
+            work.add(&self.state, self.discard.discard(*gpa, *len));
+        }
+        count(&self.state.ignored, ignored);
+        Ok(if work.calls == 0 { self.bad() } else { work })
     }
 
     /// Fills `list` and tells how much of it; `None` when the chain has no list or can't be read.
-    fn read_list(&mut self, memory: &GuestMemoryMmap, chain: Chain) -> Option<usize> {
+    fn read_list(&mut self, memory: &Snapshot, chain: Chain) -> Option<usize> {
         let mut reader = chain.reader(memory).ok()?;
         let all = reader.available_bytes() / 4 * 4;
         let len = all.min(LIST);

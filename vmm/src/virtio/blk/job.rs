@@ -11,9 +11,10 @@
 
 use std::sync::Arc;
 
-use vm_memory::{GuestAddress, GuestMemoryMmap};
+use vm_memory::GuestAddress;
 
 use super::pieces::{NotMemory, Pieces, Vector, Vectors};
+use crate::memory::snapshot::Snapshot;
 
 /// What the host is to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -128,7 +129,7 @@ impl Job {
         &mut self,
         step: Step,
         offset: u64,
-        memory: &Arc<GuestMemoryMmap>,
+        memory: &Arc<Snapshot>,
         data: impl Iterator<Item = (GuestAddress, usize)>,
         len: u64,
         align: Option<usize>,
@@ -287,8 +288,8 @@ mod tests {
 
     const NOT_THERE: i32 = -libc::EOPNOTSUPP;
 
-    fn memory() -> Arc<GuestMemoryMmap> {
-        Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap())
+    fn memory() -> Arc<Snapshot> {
+        Arc::new(Snapshot::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap())
     }
 
     fn transfer(step: Step, at: u64, len: usize, align: Option<usize>) -> Job {

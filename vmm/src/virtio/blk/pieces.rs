@@ -4,14 +4,13 @@
 //! - Every vector lies in the memory snapshot that the same value holds, or the value has no vectors. The snapshot goes
 //!   only when the vectors go, so whoever holds the value may hand them to the kernel.
 //! - Nothing here reads or writes through a vector; copies go through the snapshot, by guest address.
+//! - Vectors are addresses for system calls: memory that goes away is `EFAULT` there, and never scratch.
 
 use std::mem::{align_of, offset_of, size_of};
 use std::sync::Arc;
 
-use vm_memory::{
-    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
-    MemoryRegionAddress,
-};
+use crate::memory::snapshot::Snapshot;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
 /// The most vectors of one system call (`IOV_MAX`).
 pub(super) const MOST_VECTORS: usize = 1024;
@@ -69,7 +68,7 @@ pub(super) struct NotMemory;
 /// The data of one request, and how much of it has been moved.
 #[derive(Debug, Default)]
 pub(super) struct Pieces {
-    memory: Option<Arc<GuestMemoryMmap>>,
+    memory: Option<Arc<Snapshot>>,
     spans: Vec<(GuestAddress, usize)>,
     vectors: Vec<Vector>,
     /// The first vector that is not moved in full.
@@ -90,13 +89,14 @@ impl Pieces {
     /// Starts over with these pieces of `memory`.
     pub(super) fn fill(
         &mut self,
-        memory: &Arc<GuestMemoryMmap>,
+        memory: &Arc<Snapshot>,
         pieces: impl Iterator<Item = (GuestAddress, usize)>,
     ) -> Result<(), NotMemory> {
         self.clear();
         for (address, len) in pieces {
             self.spans.push((address, len));
-            if self.resolve(memory, address, len).is_err() {
+            let is_there = memory.check(address, len).is_ok();
+            if !is_there || self.resolve(memory, address, len).is_err() {
                 self.clear();
                 return Err(NotMemory);
             }
@@ -107,7 +107,7 @@ impl Pieces {
 
     fn resolve(
         &mut self,
-        memory: &GuestMemoryMmap,
+        memory: &Snapshot,
         mut address: GuestAddress,
         mut len: usize,
     ) -> Result<(), NotMemory> {
@@ -182,7 +182,7 @@ impl Pieces {
     fn each<E>(
         &self,
         len: usize,
-        mut copy: impl FnMut(&GuestMemoryMmap, GuestAddress, usize) -> Result<(), E>,
+        mut copy: impl FnMut(&Snapshot, GuestAddress, usize) -> Result<(), E>,
     ) -> Result<(), NotMemory> {
         let memory = self.memory.as_ref().ok_or(NotMemory)?;
         let (mut skip, mut left) = (self.moved, len);
@@ -213,10 +213,10 @@ mod tests {
     const PAGE: usize = 4096;
 
     /// Two regions with a hole between them, and two that touch.
-    fn memory() -> Arc<GuestMemoryMmap> {
+    fn memory() -> Arc<Snapshot> {
         let regions = [(0, PAGE), (0x10000, PAGE), (0x11000, PAGE)];
         let regions = regions.map(|(at, len)| (GuestAddress(at), len));
-        Arc::new(GuestMemoryMmap::from_ranges(&regions).unwrap())
+        Arc::new(Snapshot::from_ranges(&regions).unwrap())
     }
 
     fn filled(pieces: &[(u64, usize)]) -> Result<Pieces, NotMemory> {

@@ -11,12 +11,13 @@ use std::sync::Arc;
 
 use virtio_bindings::virtio_blk as spec;
 use virtio_queue::DescriptorChain;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use super::image::{Image, Storage};
 use super::job::{Job, Status, Step};
 use super::pieces::NotMemory;
 use super::{MOST_DISCARD_SECTORS, MOST_ZEROES_SECTORS, SECTOR};
+use crate::memory::snapshot::Snapshot;
 
 /// More than any driver sends: the kernel takes 1024 vectors at a time, and header and status have one each.
 const MOST_DESCRIPTORS: usize = 1026;
@@ -92,7 +93,7 @@ pub(super) enum Plan {
 
 impl Chain {
     /// Reads the descriptors.
-    pub(super) fn read(&mut self, chain: DescriptorChain<&GuestMemoryMmap>) {
+    pub(super) fn read(&mut self, chain: DescriptorChain<&Snapshot>) {
         self.head = chain.head_index();
         self.readable.clear();
         self.writable.clear();
@@ -128,13 +129,13 @@ impl Chain {
     }
 
     /// The last byte that can be written.
-    fn status(&self, memory: &GuestMemoryMmap) -> Option<GuestAddress> {
+    fn status(&self, memory: &Snapshot) -> Option<GuestAddress> {
         let last = self.writable.iter().rev().find(|span| span.len > 0)?;
         let at = last.address.0.checked_add(u64::from(last.len) - 1)?;
         memory.check_address(GuestAddress(at))
     }
 
-    fn header(&self, memory: &GuestMemoryMmap) -> Option<(Kind, u64)> {
+    fn header(&self, memory: &Snapshot) -> Option<(Kind, u64)> {
         let mut header = [0; HEADER_LEN];
         let first = self.readable.first()?;
         if u64::from(first.len) >= HEADER {
@@ -176,12 +177,7 @@ impl Chain {
     }
 
     /// Decides, and makes `job` what the host has to do.
-    pub(super) fn plan(
-        &self,
-        memory: &Arc<GuestMemoryMmap>,
-        terms: &Terms<'_>,
-        job: &mut Job,
-    ) -> Plan {
+    pub(super) fn plan(&self, memory: &Arc<Snapshot>, terms: &Terms<'_>, job: &mut Job) -> Plan {
         let Some(status) = self.status(memory) else {
             return Plan::GiveBack;
         };
@@ -211,7 +207,7 @@ impl Chain {
 
     fn transfer(
         &self,
-        memory: &Arc<GuestMemoryMmap>,
+        memory: &Arc<Snapshot>,
         terms: &Terms<'_>,
         job: &mut Job,
         step: Step,
@@ -248,7 +244,7 @@ impl Chain {
         }
     }
 
-    fn id(&self, memory: &GuestMemoryMmap, serial: &[u8; ID]) -> Result<Plan, Status> {
+    fn id(&self, memory: &Snapshot, serial: &[u8; ID]) -> Result<Plan, Status> {
         let mut rest = &serial[..];
         for (address, len) in self.data_in() {
             let (now, later) = rest.split_at(len.min(rest.len()));
@@ -264,7 +260,7 @@ impl Chain {
     /// Discard and write zeroes: one range, as the configuration space says.
     fn range(
         &self,
-        memory: &GuestMemoryMmap,
+        memory: &Snapshot,
         terms: &Terms<'_>,
         job: &mut Job,
         kind: Kind,
@@ -336,7 +332,7 @@ fn part(spans: &[Span], skip: u64, len: u64) -> impl Iterator<Item = (GuestAddre
 
 /// Copies what the parts have; `None` when they are not memory or not enough.
 fn gather(
-    memory: &GuestMemoryMmap,
+    memory: &Snapshot,
     parts: impl Iterator<Item = (GuestAddress, usize)>,
     into: &mut [u8],
 ) -> Option<()> {

@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use tracing::error;
-use vm_memory::{Bytes, GuestAddressSpace, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddressSpace};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::counters::{Counters, Tally};
@@ -23,6 +23,7 @@ use super::image::Image;
 use super::job::{Job, Next, Status, Step};
 use super::request::{Chain, Plan, Terms};
 use crate::memory::ram::GuestView;
+use crate::memory::snapshot::Snapshot;
 use crate::virtio::device::{ActivateError, Signals};
 use crate::virtio::queue::{Queue, QueueError};
 use crate::virtio::worker;
@@ -172,7 +173,7 @@ impl Worker {
     }
 
     /// Takes chains as long as there are any, but no more than a driver can have at a time.
-    fn take_all(&mut self, memory: &Arc<GuestMemoryMmap>) -> Result<bool, QueueError> {
+    fn take_all(&mut self, memory: &Arc<Snapshot>) -> Result<bool, QueueError> {
         let mut answered = false;
         for _ in 0..self.queue.size() {
             if !self.engine.has_room() {
@@ -187,14 +188,21 @@ impl Worker {
         Ok(answered)
     }
 
-    fn begin(&mut self, memory: &Arc<GuestMemoryMmap>) -> Result<bool, QueueError> {
+    fn begin(&mut self, memory: &Arc<Snapshot>) -> Result<bool, QueueError> {
         let mut job = self.spare.pop().unwrap_or_else(|| Box::new(Job::new()));
         let terms = Terms {
             image: &self.image,
             readonly: self.readonly,
             write_through: self.caching.is_through(),
         };
-        match self.chain.plan(memory, &terms, &mut job) {
+        let plan = self.chain.plan(memory, &terms, &mut job);
+        if self.queue.is_torn() {
+            // Nothing has come of it yet. It is taken again, and what is lost is known then.
+            self.keep(job);
+            self.queue.unpop();
+            return Ok(false);
+        }
+        match plan {
             Plan::Start(kind, bytes) => {
                 self.tally.begun(kind, bytes);
                 self.engine.start(job);
@@ -216,7 +224,7 @@ impl Worker {
     }
 
     /// Answers what the host has done, and has it go on with what is done in part.
-    fn answer_finished(&mut self, memory: &GuestMemoryMmap) -> Result<bool, QueueError> {
+    fn answer_finished(&mut self, memory: &Snapshot) -> Result<bool, QueueError> {
         let mut answered = false;
         loop {
             self.engine.reap(&mut self.finished);
@@ -272,7 +280,7 @@ impl Worker {
 
     fn answer(
         &mut self,
-        memory: &GuestMemoryMmap,
+        memory: &Snapshot,
         job: &Job,
         status: Status,
         written: u32,

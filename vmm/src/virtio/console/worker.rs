@@ -14,7 +14,7 @@ use super::{Counters, Loan, Resized};
 use crate::devices::console::Input;
 use crate::memory::ram::GuestView;
 use crate::virtio::device::Signals;
-use crate::virtio::queue::{Queue, QueueError};
+use crate::virtio::queue::{Queue, QueueError, Untorn};
 use crate::virtio::worker::Worker;
 
 /// Bytes moved before the event loop looks at other things.
@@ -110,13 +110,14 @@ impl ConsoleWorker {
                 .reader(&memory)
                 .ok()
                 .and_then(|mut reader| reader.split_at(self.sent).ok());
-            if let Some(mut rest) = rest {
+            if let Some(rest) = rest {
                 let output = &mut self.loan.console.output;
-                let sent = flow.send(&mut rest, bytes, output, ops);
+                let sent = flow.send(&mut Untorn::new(rest, queue.epoch()), bytes, output, ops);
                 count(&counters.output_bytes, sent.taken);
                 count(&counters.lost_bytes, sent.lost);
                 bytes = bytes.saturating_sub(sent.taken + sent.lost);
-                if !sent.all {
+                // Torn: what was sent is the guest's own, and the rest is read again.
+                if !sent.all || queue.is_torn() {
                     self.sent += sent.taken + sent.lost;
                     queue.unpop();
                     continue;

@@ -9,10 +9,11 @@ use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_MQ, VIRTIO_NET_OK,
 };
 use virtio_queue::DescriptorChain;
-use vm_memory::{Address, Bytes, GuestMemoryMmap};
+use vm_memory::{Address, Bytes};
 
 use super::link::{Link, Offloads};
 use super::pairs::Pairs;
+use crate::memory::snapshot::Snapshot;
 use crate::virtio::{Queue, QueueError};
 
 /// Commands for one call of [`Control::serve`].
@@ -40,7 +41,7 @@ impl Control {
     /// Does the commands that are there; `true` when there may be more, for the next turn.
     pub(super) fn serve(
         &mut self,
-        memory: &GuestMemoryMmap,
+        memory: &Snapshot,
         link: &dyn Link,
         pairs: &Pairs,
     ) -> Result<bool, QueueError> {
@@ -54,7 +55,12 @@ impl Control {
                     .writable()
                     .find(|d| d.len() > 0)
                     .map(|d| d.addr());
-                let ack = if self.command(&request(&chain), link, pairs) {
+                let request = request(&chain);
+                if self.queue.is_torn() {
+                    self.queue.unpop();
+                    continue;
+                }
+                let ack = if self.command(&request, link, pairs) {
                     VIRTIO_NET_OK
                 } else {
                     VIRTIO_NET_ERR
@@ -111,7 +117,7 @@ impl Control {
 }
 
 /// The first bytes that the driver wrote; fewer when the chain is shorter or not in RAM.
-fn request(chain: &DescriptorChain<&GuestMemoryMmap>) -> Vec<u8> {
+fn request(chain: &DescriptorChain<&Snapshot>) -> Vec<u8> {
     let memory = chain.memory();
     let mut request = Vec::with_capacity(LONGEST);
     for descriptor in chain.clone().readable() {

@@ -6,12 +6,13 @@
 
 use std::collections::VecDeque;
 
-use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend as _, GuestMemoryMmap};
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend as _};
 
 use super::counters::Counters;
 use super::link::Link;
 use super::vectors::{BadRange, MOST, Vectors};
 use super::{HEADER_BYTES, LARGEST_FRAME};
+use crate::memory::snapshot::Snapshot;
 use crate::virtio::{Queue, QueueError};
 
 /// Frames for one call of [`Rx::serve`], so that a worker looks at its other queues and at its owner.
@@ -80,7 +81,7 @@ impl Rx {
     /// Moves frames until there are no more, or no buffers, or it is somebody else's turn.
     pub(super) fn serve(
         &mut self,
-        memory: &GuestMemoryMmap,
+        memory: &Snapshot,
         link: &dyn Link,
         counters: &Counters,
     ) -> Result<Wait, QueueError> {
@@ -96,7 +97,7 @@ impl Rx {
 
     fn move_frames(
         &mut self,
-        memory: &GuestMemoryMmap,
+        memory: &Snapshot,
         link: &dyn Link,
         counters: &Counters,
     ) -> Result<Wait, QueueError> {
@@ -134,7 +135,7 @@ impl Rx {
 
     /// Takes buffers until the largest frame fits, or until there are no more: `false` when those are too few to
     /// begin with. Then the driver has been asked to ring for more.
-    fn fill(&mut self, memory: &GuestMemoryMmap) -> Result<bool, QueueError> {
+    fn fill(&mut self, memory: &Snapshot) -> Result<bool, QueueError> {
         loop {
             if self.is_full() {
                 return Ok(true);
@@ -202,11 +203,7 @@ impl Rx {
     }
 
     /// The held chains as one buffer.
-    fn gather<'m>(
-        &self,
-        memory: &'m GuestMemoryMmap,
-        vectors: &mut Vectors<'m>,
-    ) -> Result<(), BadRange> {
+    fn gather<'m>(&self, memory: &'m Snapshot, vectors: &mut Vectors<'m>) -> Result<(), BadRange> {
         self.pieces
             .iter()
             .try_for_each(|(address, len)| vectors.push(memory, *address, *len))
@@ -215,7 +212,7 @@ impl Rx {
     /// Gives the chains that a frame of `len` bytes fills to the driver.
     fn deliver(
         &mut self,
-        memory: &GuestMemoryMmap,
+        memory: &Snapshot,
         len: usize,
         counters: &Counters,
     ) -> Result<(), QueueError> {
@@ -242,7 +239,7 @@ impl Rx {
     }
 
     /// Stores two bytes of a frame's header; a hostile driver may have cut it anywhere.
-    fn put(&self, memory: &GuestMemoryMmap, offset: usize, bytes: [u8; 2]) -> Result<(), BadRange> {
+    fn put(&self, memory: &Snapshot, offset: usize, bytes: [u8; 2]) -> Result<(), BadRange> {
         for (at, byte) in (offset..).zip(bytes) {
             let mut left = u64::try_from(at).map_err(|_| BadRange)?;
             let address = self.pieces.iter().find_map(|(address, len)| {
@@ -267,7 +264,7 @@ impl Rx {
     }
 
     /// Gives all that is held back, unused.
-    fn give_all_back(&mut self, memory: &GuestMemoryMmap) -> Result<(), QueueError> {
+    fn give_all_back(&mut self, memory: &Snapshot) -> Result<(), QueueError> {
         while let Some(head) = self.forget_first() {
             self.queue.push(memory, head, 0)?;
         }

@@ -2,12 +2,11 @@
 
 use std::io;
 
-use vm_memory::GuestMemoryMmap;
-
 use super::counters::Counters;
 use super::link::Link;
 use super::vectors::{BadRange, Vectors};
 use super::{HEADER_BYTES, LARGEST_FRAME};
+use crate::memory::snapshot::Snapshot;
 use crate::virtio::{Queue, QueueError};
 
 /// Frames for one call of [`Tx::serve`].
@@ -43,7 +42,7 @@ impl Tx {
     /// Sends frames until there are no more, or the link takes no more, or it is somebody else's turn.
     pub(super) fn serve(
         &mut self,
-        memory: &GuestMemoryMmap,
+        memory: &Snapshot,
         link: &dyn Link,
         counters: &Counters,
     ) -> Result<Wait, QueueError> {
@@ -55,7 +54,7 @@ impl Tx {
 
     fn send_frames(
         &mut self,
-        memory: &GuestMemoryMmap,
+        memory: &Snapshot,
         link: &dyn Link,
         counters: &Counters,
     ) -> Result<Wait, QueueError> {
@@ -75,6 +74,10 @@ impl Tx {
                 }
                 frame.push(memory, descriptor.addr(), descriptor.len())
             });
+            if self.queue.is_torn() {
+                self.queue.unpop();
+                continue;
+            }
             let fits = (HEADER_BYTES..=LARGEST_FRAME).contains(&frame.bytes());
             if gathered.is_err() || !fits {
                 counters.tx.dropped();

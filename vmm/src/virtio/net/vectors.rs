@@ -1,13 +1,14 @@
 //! Pieces of guest memory that one `readv` or `writev` fills or sends.
 //!
-//! The kernel does the access: memory that is gone is `EFAULT`, never a signal, and there is no Rust reference into
-//! guest memory. Invariant: a `Vectors<'m>` holds only ranges of volatile slices that are valid for `'m`.
+//! The kernel does the access: memory that is gone is `EFAULT`, never a signal and never scratch, and there is no Rust
+//! reference into guest memory. Invariant: a `Vectors<'m>` holds only ranges of volatile slices that are valid for `'m`.
 
 use std::io;
 use std::marker::PhantomData;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, VolatileSlice};
+use crate::memory::snapshot::Snapshot;
+use vm_memory::{GuestAddress, VolatileSlice};
 
 /// The kernel takes no more (`UIO_MAXIOV`), and one is kept for what overflows.
 pub(super) const MOST: usize = 1023;
@@ -47,12 +48,12 @@ impl<'m> Vectors<'m> {
     /// Appends a range of guest memory.
     pub fn push(
         &mut self,
-        memory: &'m GuestMemoryMmap,
+        memory: &'m Snapshot,
         address: GuestAddress,
         len: u32,
     ) -> Result<(), BadRange> {
         // An iterator of its own for a range that lies in two regions: RAM on both sides of a seam.
-        for slice in GuestMemoryBackend::get_slices(memory, address, len as usize) {
+        for slice in memory.system_slices(address, len as usize) {
             let slice = slice.map_err(|_| BadRange)?;
             if self.ranges.len() >= MOST {
                 return Err(BadRange);
@@ -124,14 +125,11 @@ mod tests {
     use std::os::fd::AsFd;
     use std::os::unix::net::UnixStream;
 
-    use vm_memory::Bytes;
-
     use super::*;
 
-    fn memory() -> GuestMemoryMmap {
+    fn memory() -> Snapshot {
         // Two regions that touch.
-        GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x1000), (GuestAddress(0x1000), 0x1000)])
-            .unwrap()
+        Snapshot::from_ranges(&[(GuestAddress(0), 0x1000), (GuestAddress(0x1000), 0x1000)]).unwrap()
     }
 
     #[test]

@@ -12,7 +12,7 @@ mod request;
 mod worker;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 pub use worker::Worker;
 
@@ -20,6 +20,7 @@ use super::device::read_space;
 use super::worker as workers;
 use super::{ActivateError, Activation, Device, Kind};
 use crate::memory::layout::Gpa;
+use crate::memory::loss::LossMark;
 use crate::memory::pmem::Flush;
 
 const QUEUE_SIZE: u16 = 64;
@@ -36,7 +37,7 @@ pub struct PmemDevice {
     id: String,
     space: [u8; 16],
     flush: Arc<dyn Flush>,
-    lost: Arc<AtomicBool>,
+    lost: LossMark,
     counters: Arc<Counters>,
 }
 
@@ -50,14 +51,21 @@ impl PmemDevice {
             id: id.to_owned(),
             space,
             flush,
-            lost: Arc::default(),
+            lost: LossMark::new(),
             counters: Arc::default(),
         }
     }
 
+    /// With the mark of its memory, which whoever finds out first sets. Before the first activation.
+    #[must_use]
+    pub fn with_mark(mut self, mark: LossMark) -> Self {
+        self.lost = mark;
+        self
+    }
+
     /// The memory is gone: from now on, and for flushes that are under way, the answer is an error.
     pub fn mark_lost(&self) {
-        self.lost.store(true, Ordering::SeqCst);
+        self.lost.lose();
     }
 
     /// The one worker, for a caller that runs it itself.
@@ -78,7 +86,7 @@ impl PmemDevice {
             memory,
             queue,
             flush: Arc::clone(&self.flush),
-            lost: Arc::clone(&self.lost),
+            lost: self.lost.clone(),
             counters: Arc::clone(&self.counters),
             signals,
         })
@@ -107,6 +115,10 @@ impl Device for PmemDevice {
         activation: Activation,
     ) -> Result<Vec<Box<dyn workers::Worker>>, ActivateError> {
         Ok(vec![Box::new(self.worker(activation)?)])
+    }
+
+    fn sever(&self) {
+        self.mark_lost();
     }
 
     fn counters(&self) -> Vec<(&'static str, u64)> {

@@ -8,9 +8,10 @@
 
 use std::ops::Deref;
 
+use crate::memory::snapshot::Snapshot;
 use virtio_queue::DescriptorChain;
 use virtio_queue::desc::split::Descriptor;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 
 const LEN: usize = 4;
 const FLUSH: u32 = 0;
@@ -46,7 +47,7 @@ impl Request {
     /// Reads a chain.
     pub(super) fn parse<M>(chain: DescriptorChain<M>) -> Self
     where
-        M: Deref<Target = GuestMemoryMmap> + Clone,
+        M: Deref<Target = Snapshot> + Clone,
     {
         let (head, memory) = (chain.head_index(), chain.clone());
         let memory = memory.memory();
@@ -86,7 +87,7 @@ impl Request {
     }
 
     /// Writes the response; returns how many bytes the chain's writable part has got.
-    pub(super) fn respond(&self, memory: &GuestMemoryMmap, response: Response) -> u32 {
+    pub(super) fn respond(&self, memory: &Snapshot, response: Response) -> u32 {
         let code: u32 = match response {
             Response::Done => 0,
             Response::Failed => 1,
@@ -128,7 +129,7 @@ impl Field {
         (self.at == LEN).then_some(self.bytes)
     }
 
-    fn read(&self, memory: &GuestMemoryMmap) -> Option<u32> {
+    fn read(&self, memory: &Snapshot) -> Option<u32> {
         let mut value = [0; LEN];
         for (byte, at) in value.iter_mut().zip(self.whole()?) {
             *byte = memory.read_obj(at).ok()?;

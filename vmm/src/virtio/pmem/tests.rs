@@ -2,7 +2,7 @@
 
 use std::io;
 use std::sync::Mutex;
-use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::{AtomicBool, AtomicUsize};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
 use vm_memory::GuestAddressSpace;
@@ -176,6 +176,19 @@ fn lost_memory_is_answered_with_errors_without_asking_the_host() {
     device.mark_lost();
     assert_eq!(answer(&mut driver, &flush()), (4, FAILED.to_vec()));
     assert_eq!(counting.flushes.load(Ordering::SeqCst), 0);
+}
+
+#[test]
+fn whoever_finds_out_first_is_believed() {
+    let (device, counting) = device();
+    let mark = LossMark::new();
+    let device = device.with_mark(mark.clone());
+    let mut driver = Driver::new(&device);
+    driver.start(&device, 0).unwrap();
+    assert_eq!(answer(&mut driver, &flush()).1, DONE);
+    mark.lose();
+    assert_eq!(answer(&mut driver, &flush()).1, FAILED);
+    assert_eq!(counting.flushes.load(Ordering::SeqCst), 1);
 }
 
 #[test]

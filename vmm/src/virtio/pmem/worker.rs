@@ -7,7 +7,7 @@
 //! next. Guest memory is let go of in between: a flush can take long.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use tracing::error;
@@ -16,6 +16,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::Counters;
 use super::request::{Asked, Request, Response};
+use crate::memory::loss::LossMark;
 use crate::memory::pmem::Flush;
 use crate::memory::ram::GuestView;
 use crate::virtio::device::{ActivateError, Signals};
@@ -35,7 +36,7 @@ pub struct Worker {
     memory: GuestView,
     queue: Queue,
     flush: Arc<dyn Flush>,
-    lost: Arc<AtomicBool>,
+    lost: LossMark,
     counters: Arc<Counters>,
     signals: Arc<dyn Signals>,
     again: EventFd,
@@ -51,7 +52,7 @@ pub(super) struct Parts {
     pub(super) memory: GuestView,
     pub(super) queue: Queue,
     pub(super) flush: Arc<dyn Flush>,
-    pub(super) lost: Arc<AtomicBool>,
+    pub(super) lost: LossMark,
     pub(super) counters: Arc<Counters>,
     pub(super) signals: Arc<dyn Signals>,
 }
@@ -117,7 +118,14 @@ impl Worker {
         // A driver has no more chains than descriptors; one that makes the ring turn faster waits for the next batch.
         for _ in 0..self.queue.size() {
             match self.queue.pop(&*memory)? {
-                Some(chain) => self.batch.push(Request::parse(chain)),
+                Some(chain) => {
+                    let request = Request::parse(chain);
+                    if self.queue.is_torn() {
+                        self.queue.unpop();
+                    } else {
+                        self.batch.push(request);
+                    }
+                }
                 None => break,
             }
         }
@@ -129,13 +137,13 @@ impl Worker {
         if !self.batch.iter().any(|it| it.asked() == Asked::Flush) {
             return Response::Done;
         }
-        if self.lost.load(Ordering::SeqCst) {
+        if self.lost.is_lost() {
             return Response::Failed;
         }
         self.counters.host_flushes.fetch_add(1, Ordering::Relaxed);
         match self.flush.flush() {
             // Lost meanwhile: what was made durable is not what the guest has.
-            Ok(()) if self.lost.load(Ordering::SeqCst) => Response::Failed,
+            Ok(()) if self.lost.is_lost() => Response::Failed,
             Ok(()) => Response::Done,
             Err(error) => {
                 error!(worker = self.name, %error, "a flush failed; the guest is told");

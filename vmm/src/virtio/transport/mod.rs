@@ -125,6 +125,11 @@ impl VirtioPci {
         })
     }
 
+    /// The device itself.
+    pub fn device(&self) -> &dyn Device {
+        self.device.as_ref()
+    }
+
     /// Tells the workers to serve nothing. Wait with [`VirtioPci::wait_paused`].
     pub fn pause(&self) {
         if let Some(crew) = self.serving().crew() {

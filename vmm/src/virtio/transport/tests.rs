@@ -5,9 +5,10 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
-use vm_memory::{GuestAddress, GuestMemoryMmap};
+use vm_memory::GuestAddress;
 
 use super::*;
+use crate::memory::snapshot::Snapshot;
 use crate::pci::MsiMessage;
 use crate::virtio::device::{ActivateError, Activation, Kind};
 use crate::virtio::queue::Queue;
@@ -140,7 +141,7 @@ impl Bench {
             written: Mutex::default(),
         });
         let (routes, bells) = (Arc::new(Routes::default()), Arc::new(Bells::default()));
-        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
+        let memory = Snapshot::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
         let pci = VirtioPci::new(Parts {
             id: "probe0".to_owned(),
             device: Arc::clone(&device) as Arc<_>,

@@ -251,7 +251,7 @@ impl Board {
             let (owed, len) = match owed {
                 Owed::Packet(..) => (owed, 0),
                 Owed::Data(most) => {
-                    let mut space = room.part(HEADER_BYTES, most as usize);
+                    let mut space = room.system_part(HEADER_BYTES, most as usize);
                     match peer.read(&mut space) {
                         Found::Data(len) => {
                             let len = u32::try_from(len).unwrap_or(most);

@@ -1,8 +1,10 @@
 //! The packet of virtio-vsock: virtio 1.2, section 5.10.6. A header of 44 bytes, then data for some.
 
+use crate::memory::loss::Lost;
+use crate::memory::snapshot::Snapshot;
 use virtio_queue::DescriptorChain;
 use virtio_queue::desc::split::Descriptor;
-use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryMmap, VolatileSlice};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, VolatileSlice};
 
 /// Length of the header.
 pub(super) const HEADER_BYTES: usize = 44;
@@ -106,10 +108,7 @@ impl Header {
     }
 
     /// The header of a packet that the driver sends; `None` when the chain is too short for one, or not in RAM.
-    pub(super) fn read(
-        memory: &GuestMemoryMmap,
-        chain: &DescriptorChain<&GuestMemoryMmap>,
-    ) -> Option<Self> {
+    pub(super) fn read(memory: &Snapshot, chain: &DescriptorChain<&Snapshot>) -> Option<Self> {
         let pieces = Pieces::readable(memory, chain, 0, HEADER_BYTES)?;
         let mut bytes = [0; HEADER_BYTES];
         let mut at = 0;
@@ -117,18 +116,26 @@ impl Header {
             piece.copy_to(&mut bytes[at..]);
             at += piece.len();
         }
+        pieces.check().ok()?;
         Some(Self::from_bytes(&bytes))
     }
 }
 
-/// A part of a chain's memory.
-pub(super) struct Pieces<'m>(Vec<VolatileSlice<'m>>);
+/// A part of a chain's memory, in both of its faces ([`crate::memory::snapshot`]).
+pub(super) struct Pieces<'m> {
+    memory: &'m Snapshot,
+    spans: Vec<(GuestAddress, usize)>,
+    /// For loads and stores here.
+    slices: Vec<VolatileSlice<'m>>,
+    /// For system calls.
+    system: Vec<VolatileSlice<'m>>,
+}
 
 impl<'m> Pieces<'m> {
     /// `len` bytes of what the driver wrote, after the first `skip`; `None` when there are fewer, or they are not RAM.
     pub(super) fn readable(
-        memory: &'m GuestMemoryMmap,
-        chain: &DescriptorChain<&GuestMemoryMmap>,
+        memory: &'m Snapshot,
+        chain: &DescriptorChain<&Snapshot>,
         skip: usize,
         len: usize,
     ) -> Option<Self> {
@@ -137,8 +144,8 @@ impl<'m> Pieces<'m> {
 
     /// All that the device may write, at most `most` bytes.
     pub(super) fn writable(
-        memory: &'m GuestMemoryMmap,
-        chain: &DescriptorChain<&GuestMemoryMmap>,
+        memory: &'m Snapshot,
+        chain: &DescriptorChain<&Snapshot>,
         most: usize,
     ) -> Option<Self> {
         let room = chain
@@ -151,12 +158,17 @@ impl<'m> Pieces<'m> {
     }
 
     fn collect(
-        memory: &'m GuestMemoryMmap,
+        memory: &'m Snapshot,
         descriptors: impl Iterator<Item = Descriptor>,
         mut skip: usize,
         len: usize,
     ) -> Option<Self> {
-        let mut pieces = Vec::new();
+        let mut pieces = Self {
+            memory,
+            spans: Vec::new(),
+            slices: Vec::new(),
+            system: Vec::new(),
+        };
         let mut left = len;
         for descriptor in descriptors {
             if left == 0 {
@@ -169,44 +181,49 @@ impl<'m> Pieces<'m> {
             if part == 0 {
                 continue;
             }
-            let address = descriptor.addr().0.checked_add(skipped as u64)?;
-            for slice in
-                GuestMemoryBackend::get_slices(memory, vm_memory::GuestAddress(address), part)
-            {
-                if pieces.len() == MOST_PIECES {
+            let address = GuestAddress(descriptor.addr().0.checked_add(skipped as u64)?);
+            for slice in GuestMemoryBackend::get_slices(memory, address, part) {
+                if pieces.slices.len() == MOST_PIECES {
                     return None;
                 }
-                pieces.push(slice.ok()?);
+                pieces.slices.push(slice.ok()?);
             }
+            for slice in memory.system_slices(address, part) {
+                pieces.system.push(slice.ok()?);
+            }
+            pieces.spans.push((address, part));
             left -= part;
         }
-        (left == 0).then_some(Self(pieces))
+        (left == 0).then_some(pieces)
     }
 
-    pub(super) fn slices(&self) -> &[VolatileSlice<'m>] {
-        &self.0
+    /// Whether all of it is still there: asked when it was read.
+    pub(super) fn check(&self) -> Result<(), Lost> {
+        let mut spans = self.spans.iter();
+        spans.try_for_each(|(address, len)| self.memory.check(*address, *len))
+    }
+
+    fn slices(&self) -> &[VolatileSlice<'m>] {
+        &self.slices
+    }
+
+    /// All of it, for system calls.
+    pub(super) fn system(&self) -> &[VolatileSlice<'m>] {
+        &self.system
     }
 
     pub(super) fn len(&self) -> usize {
-        self.0.iter().map(VolatileSlice::len).sum()
+        self.slices.iter().map(VolatileSlice::len).sum()
     }
 
-    /// The part from `from` on, at most `most` bytes of it.
-    pub(super) fn part(&self, mut from: usize, most: usize) -> Vec<VolatileSlice<'m>> {
-        let mut left = most;
-        let mut parts = Vec::new();
-        for slice in &self.0 {
-            let skipped = from.min(slice.len());
-            from -= skipped;
-            let len = (slice.len() - skipped).min(left);
-            if len > 0
-                && let Ok(part) = slice.subslice(skipped, len)
-            {
-                parts.push(part);
-                left -= len;
-            }
-        }
-        parts
+    /// The part from `from` on, for loads and stores.
+    pub(super) fn part(&self, from: usize, most: usize) -> Vec<VolatileSlice<'m>> {
+        part(&self.slices, from, most)
+    }
+
+    /// The part from `from` on, for system calls.
+    pub(super) fn system_part(&self, from: usize, most: usize) -> Vec<VolatileSlice<'m>> {
+        part(&self.system, from, most)
     }
 
     /// Stores a header at the beginning; `None` when there is no room.
@@ -220,6 +237,24 @@ impl<'m> Pieces<'m> {
         }
         left.is_empty().then_some(())
     }
+}
+
+/// What follows the first `from` bytes of some slices, at most `most` bytes of it.
+fn part<'m>(slices: &[VolatileSlice<'m>], mut from: usize, most: usize) -> Vec<VolatileSlice<'m>> {
+    let mut left = most;
+    let mut parts = Vec::new();
+    for slice in slices {
+        let skipped = from.min(slice.len());
+        from -= skipped;
+        let len = (slice.len() - skipped).min(left);
+        if len > 0
+            && let Ok(part) = slice.subslice(skipped, len)
+        {
+            parts.push(part);
+            left -= len;
+        }
+    }
+    parts
 }
 
 #[cfg(test)]

@@ -9,6 +9,7 @@ use vm_memory::{ReadVolatile, VolatileMemoryError, VolatileSlice, WriteVolatile}
 
 use super::connection::Connection;
 use super::packet::Pieces;
+use crate::memory::loss::Lost;
 
 /// One side that is a socket and one that is the guest.
 #[derive(Debug)]
@@ -61,7 +62,7 @@ impl Peer {
     pub(super) fn deliver(&mut self, data: &Pieces<'_>) -> io::Result<usize> {
         let mut written = 0;
         if self.backlog.is_empty() {
-            for slice in data.slices() {
+            for slice in data.system() {
                 match retry(|| (&self.stream).write_volatile(slice)) {
                     Ok(len) => {
                         written += len;
@@ -74,11 +75,16 @@ impl Peer {
                 }
             }
         }
+        let mut rest = Vec::new();
         for slice in data.part(written, usize::MAX) {
-            let mut bytes = vec![0; slice.len()];
-            slice.copy_to(&mut bytes);
-            self.backlog.extend(bytes);
+            let start = rest.len();
+            rest.resize(start + slice.len(), 0);
+            slice.copy_to(&mut rest[start..]);
         }
+        // What was copied may be scratch; what the socket took by itself never is.
+        data.check()
+            .map_err(|Lost| io::Error::from_raw_os_error(libc::EFAULT))?;
+        self.backlog.extend(rest);
         Ok(written)
     }
 

@@ -106,8 +106,13 @@ impl VsockWorker {
                 break;
             };
             let head = chain.head_index();
+            let header = Header::read(memory, &chain);
+            if self.tx.is_torn() {
+                self.tx.unpop();
+                continue;
+            }
             self.counters.packet_from_guest();
-            match Header::read(memory, &chain) {
+            match header {
                 Some(header) => {
                     let data = || {
                         let len = header.len.min(BUFFER) as usize;
