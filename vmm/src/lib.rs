@@ -9,10 +9,12 @@ pub mod acpi;
 pub mod api;
 pub mod boot;
 pub mod bus;
+mod chain;
 pub mod cli;
 pub mod config;
 pub mod devices;
 pub mod doctor;
+pub mod guard;
 #[allow(unsafe_code, reason = "takes over descriptors by their number")]
 pub mod inherited;
 #[allow(unsafe_code, reason = "wraps the KVM system calls")]
@@ -25,3 +27,5 @@ pub mod pci;
 pub mod remote;
 pub mod vfio;
 pub mod virtio;
+
+pub use chain::chain;

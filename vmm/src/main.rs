@@ -12,10 +12,10 @@ use std::process::ExitCode;
 
 use daxhund::api::Listener;
 use daxhund::cli::{self, ApiSocket, Command, ExitStatus, LogLevel, Logging};
-use daxhund::config::ValidConfig;
+use daxhund::config::{RemovalGuard, ValidConfig};
 use daxhund::machine::{self, Ending, ResetError, RunError};
 use daxhund::monitor::{EventMonitor, Monitor};
-use daxhund::{doctor, inherited};
+use daxhund::{doctor, guard, inherited};
 use tracing_subscriber::filter::LevelFilter;
 
 fn main() -> ExitCode {
@@ -25,7 +25,9 @@ fn main() -> ExitCode {
             logging,
             api,
             events,
-        }) => start(config, &logging, api, events),
+            guard,
+        }) => start(config, &logging, api, events, guard),
+        Ok(Command::Guard(asked)) => guard(asked),
         Ok(Command::Doctor { json }) => examine(json),
         Ok(Command::Version(text) | Command::Help(text)) => print(&text),
         Err(error) => {
@@ -41,6 +43,7 @@ fn start(
     logging: &Logging,
     api: Option<ApiSocket>,
     events: Option<cli::EventMonitor>,
+    guard: RemovalGuard,
 ) -> ExitStatus {
     if let Err(error) = log_to(logging) {
         let path = logging
@@ -51,7 +54,7 @@ fn start(
         eprintln!("daxhund: the log can't be written to {path}: {error}");
         return ExitStatus::Failure;
     }
-    match run(config, api, events) {
+    match run(config, api, events, guard) {
         Ok(ending) => ended(&ending),
         Err(error) => {
             complain(error.as_ref());
@@ -73,6 +76,7 @@ fn run(
     config: Option<Box<ValidConfig>>,
     api: Option<ApiSocket>,
     events: Option<cli::EventMonitor>,
+    guard: RemovalGuard,
 ) -> Result<Ending, Box<dyn Error>> {
     let listener = match api {
         None => None,
@@ -94,6 +98,7 @@ fn run(
         config: config.map(|config| *config),
         api: listener,
         monitor,
+        guard,
     })?)
 }
 
@@ -111,6 +116,17 @@ fn ended(ending: &Ending) -> ExitStatus {
             } else {
                 ExitStatus::Failure
             }
+        }
+        Ending::MemoryLost(lost) => {
+            eprintln!("daxhund: {lost}");
+            ExitStatus::MemoryLost
+        }
+        Ending::MemoryWithdrawn { zone, device } => {
+            eprintln!(
+                "daxhund: the guest was stopped: the host wanted {device} back, which is its memory zone {zone} \
+                 (on_removal=stop)"
+            );
+            ExitStatus::MemoryWithdrawn
         }
         Ending::VcpuPanicked(id) => {
             eprintln!("daxhund: the thread of vCPU {id} panicked; this is a defect of daxhund");
@@ -149,22 +165,24 @@ fn print(text: &str) -> ExitStatus {
     }
 }
 
+fn guard(asked: cli::Guard) -> ExitStatus {
+    if let Err(error) = log_to(&Logging::default()) {
+        complain(&error);
+        return ExitStatus::Failure;
+    }
+    match guard::run(asked) {
+        Ok(text) if text.is_empty() => ExitStatus::Success,
+        Ok(text) => print(&text),
+        Err(error) => {
+            complain(error.as_ref());
+            ExitStatus::Failure
+        }
+    }
+}
+
 /// An error with what caused it, from the outermost to the innermost.
 fn complain(error: &dyn Error) {
-    let mut text = format!("daxhund: {error}");
-    let mut last = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        // Transparent wrappers say the same as what they wrap.
-        let this = error.to_string();
-        if this != last {
-            text.push_str(": ");
-            text.push_str(&this);
-            last = this;
-        }
-        cause = error.source();
-    }
-    eprintln!("{text}");
+    eprintln!("daxhund: {}", daxhund::chain(error));
 }
 
 fn log_to(logging: &Logging) -> io::Result<()> {

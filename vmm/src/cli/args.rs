@@ -119,6 +119,10 @@ pub(super) struct Args {
     #[arg(long, value_name = "KEY=VALUE", help_heading = VMM)]
     pub(super) event_monitor: Option<String>,
 
+    /// Who holds removals of device-dax memory until the guest has let go: on (a helper), off, daemon [default: what there is]
+    #[arg(long, value_name = "MODE", help_heading = VMM)]
+    pub(super) removal_guard: Option<String>,
+
     /// System call filter; only false is supported yet
     #[arg(long, value_name = "MODE", help_heading = VMM, default_value = "false",
         hide_possible_values = true,
@@ -145,6 +149,37 @@ pub(super) enum Sub {
         /// Print JSON instead of a table
         #[arg(long)]
         json: bool,
+    },
+    /// What holds the removal of device-dax memory back
+    #[command(subcommand)]
+    Guard(GuardSub),
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum GuardSub {
+    /// List what is held, by whom, and who waits
+    List {
+        /// Where the guard listens
+        #[arg(long, value_name = "PATH", default_value = daxhund_guard::DEFAULT_SOCKET)]
+        socket: PathBuf,
+        /// Print JSON instead of a table
+        #[arg(long)]
+        json: bool,
+    },
+    /// Have the users of a device let go of it, then take it from its driver
+    Release {
+        /// The device, such as dax1.0
+        device: String,
+        /// Where the guard listens
+        #[arg(long, value_name = "PATH", default_value = daxhund_guard::DEFAULT_SOCKET)]
+        socket: PathBuf,
+    },
+    /// Serve the VMM that started this
+    #[command(hide = true)]
+    Serve {
+        /// The connection
+        #[arg(long, value_name = "0", value_parser = clap::value_parser!(u32).range(0..1))]
+        fd: u32,
     },
 }
 

@@ -17,6 +17,8 @@ pub enum ExitStatus {
     TripleFault = 3,
     /// Guest memory was lost, or a vCPU could not run on it.
     MemoryLost = 4,
+    /// The host wanted guest memory back, and `on_removal=stop` gave it.
+    MemoryWithdrawn = 5,
     /// Ended by SIGHUP.
     HungUp = 129,
     /// Ended by SIGINT.
@@ -27,7 +29,7 @@ pub enum ExitStatus {
 
 impl ExitStatus {
     /// Every status with its meaning, as `--help` and the README print them.
-    pub const TABLE: [(Self, &'static str); 8] = [
+    pub const TABLE: [(Self, &'static str); 9] = [
         (
             Self::Success,
             "the guest powered off; doctor found no failure",
@@ -41,6 +43,10 @@ impl ExitStatus {
         (
             Self::MemoryLost,
             "guest memory was lost or a vCPU could not run on it",
+        ),
+        (
+            Self::MemoryWithdrawn,
+            "the host wanted guest memory back and on_removal=stop gave it",
         ),
         (Self::HungUp, "ended by SIGHUP"),
         (Self::Interrupted, "ended by SIGINT"),
@@ -75,7 +81,7 @@ mod tests {
     #[test]
     fn the_numbers_are_the_documented_ones() {
         let codes = ExitStatus::TABLE.map(|(status, _)| status.code());
-        assert_eq!(codes, [0, 1, 2, 3, 4, 129, 130, 143]);
+        assert_eq!(codes, [0, 1, 2, 3, 4, 5, 129, 130, 143]);
         let table = ExitStatus::table();
         assert_eq!(table.lines().count(), codes.len());
         assert!(

@@ -22,14 +22,15 @@ use clap::error::ErrorKind;
 use clap::{ArgMatches, CommandFactory, FromArgMatches};
 use thiserror::Error;
 
-use args::{Args, Sub};
+use args::{Args, GuardSub, Sub};
 pub use endpoint::{ApiSocket, EventMonitor};
 pub use exit::ExitStatus;
 
 use crate::config::{
     BalloonConfig, ConfigError, ConsoleConfig, CpusConfig, DeviceConfig, DiskConfig, MemoryConfig,
-    NetConfig, NumaConfig, PayloadConfig, PlatformConfig, PmemConfig, RngConfig, ValidConfig,
-    VirtioConsoleConfig, VmConfig, VsockConfig, WordError,
+    NetConfig, NumaConfig, PayloadConfig, PlatformConfig, PmemConfig, RemovalGuard,
+    RemovalGuardError, RngConfig, ValidConfig, VirtioConsoleConfig, VmConfig, VsockConfig,
+    WordError,
 };
 
 /// The release of the contract that is answered, for those who parse it from `--version`.
@@ -49,16 +50,41 @@ pub enum Command {
         api: Option<ApiSocket>,
         /// Where events are written to.
         events: Option<EventMonitor>,
+        /// Who holds removals of its memory.
+        guard: RemovalGuard,
     },
     /// Check the host.
     Doctor {
         /// Print JSON instead of a table.
         json: bool,
     },
+    /// Something about the guard of removals.
+    Guard(Guard),
     /// Print this line to standard output.
     Version(String),
     /// Print this text to standard output.
     Help(String),
+}
+
+/// What is wanted of the guard.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Guard {
+    /// What it holds.
+    List {
+        /// Where it listens.
+        socket: PathBuf,
+        /// As JSON.
+        json: bool,
+    },
+    /// That it has a device let go of and takes it away.
+    Release {
+        /// The device.
+        device: String,
+        /// Where it listens.
+        socket: PathBuf,
+    },
+    /// To be it, for the VMM at the other end of standard input.
+    Serve,
 }
 
 /// What to log and where.
@@ -125,6 +151,9 @@ pub enum CliError {
         /// The word.
         word: String,
     },
+    /// Who is to hold removals.
+    #[error(transparent)]
+    Guard(#[from] RemovalGuardError),
     /// The value of a word.
     #[error(transparent)]
     Word(#[from] WordError),
@@ -164,6 +193,11 @@ where
     }
     match words.subcommand {
         Some(Sub::Doctor { json }) => Ok(Command::Doctor { json }),
+        Some(Sub::Guard(guard)) => Ok(Command::Guard(match guard {
+            GuardSub::List { socket, json } => Guard::List { socket, json },
+            GuardSub::Release { device, socket } => Guard::Release { device, socket },
+            GuardSub::Serve { fd: _ } => Guard::Serve,
+        })),
         None => run(words, &matches),
     }
 }
@@ -185,6 +219,8 @@ fn run(args: Args, matches: &ArgMatches) -> Result<Command, CliError> {
         .transpose()?;
     let events = args.event_monitor.as_deref();
     let events = events.map(EventMonitor::parse).transpose()?;
+    let guard = args.removal_guard.as_deref();
+    let guard = guard.map(str::parse).transpose()?.unwrap_or_default();
     let config = if api.is_some() && args.kernel.is_none() {
         if let Some(word) = args::guest_word(matches) {
             return Err(CliError::NoGuest { word });
@@ -198,6 +234,7 @@ fn run(args: Args, matches: &ArgMatches) -> Result<Command, CliError> {
         logging,
         api,
         events,
+        guard,
     })
 }
 

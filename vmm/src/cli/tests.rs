@@ -21,6 +21,7 @@ fn running(words: &[&str]) -> (ValidConfig, Logging) {
             logging,
             api: None,
             events: None,
+            guard: RemovalGuard::Auto,
         }) => (*config, logging),
         other => panic!("{words:?}: {other:?}"),
     }

@@ -28,7 +28,6 @@ pub(super) const FLAGS: &[&str] = &[
     "pvmemcontrol",
     "pvpanic",
     "rate-limit-group",
-    "removal-guard",
     "restore",
     "rtc",
     "tpm",
@@ -39,7 +38,7 @@ pub(super) const FLAGS: &[&str] = &[
 ];
 
 /// Subcommands.
-pub(super) const SUBCOMMANDS: &[&str] = &["guard", "pin", "pool"];
+pub(super) const SUBCOMMANDS: &[&str] = &["pin", "pool"];
 
 /// Makes `command` recognise the words, hidden from its help.
 pub(super) fn recognise(command: Command) -> Command {

@@ -36,6 +36,7 @@ mod payload;
 mod platform;
 mod pmem;
 mod queues;
+mod removal;
 mod rng;
 mod size;
 #[cfg(test)]
@@ -64,6 +65,10 @@ pub use payload::{PayloadConfig, PayloadError};
 pub use platform::{PlatformConfig, PlatformError};
 pub use pmem::{PmemConfig, PmemError, ValidPmem};
 pub use queues::{MAX_QUEUE_SIZE, MAX_QUEUES, QueuesError};
+pub use removal::{
+    DEFAULT_REMOVAL_TIMEOUT, OnRemoval, RemovalGuard, RemovalGuardError, RemovalTimeout,
+    TimeoutTooLong,
+};
 pub use rng::{DEFAULT_RNG_SOURCE, RngConfig, RngError, ValidRng};
 pub use size::ByteSize;
 pub use valid::{Backing, ConfigError, DEFAULT_ZONE_ID, HugePageSize, ValidConfig, ZoneSpec};

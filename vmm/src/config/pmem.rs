@@ -10,6 +10,7 @@ use super::device::{
     segment_key,
 };
 use super::json::{JsonObject, NotBuilt, Shape};
+use super::removal::{OnRemoval, RemovalTimeout};
 use super::{ByteSize, Key, PAGE_SIZE, Word, WordError};
 
 /// One virtio-pmem device.
@@ -30,6 +31,12 @@ pub struct PmemConfig {
     /// Whether passed-through devices can reach the memory; absent is yes, unless it can't or shouldn't be pinned.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dma: Option<bool>,
+    /// What a request of the host for the memory does; absent is `eject`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub on_removal: Option<OnRemoval>,
+    /// How long the guest has then, in seconds; absent is 10.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub removal_timeout: Option<RemovalTimeout>,
     /// Name of the device, unique in the guest.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub id: Option<String>,
@@ -82,6 +89,14 @@ pub enum PmemError {
         /// The size given.
         size: ByteSize,
     },
+    /// Nothing has to stop for it.
+    #[error(
+        "{device}: on_removal=stop: the guest goes on without persistent memory; use eject or refuse"
+    )]
+    NoStop {
+        /// The device.
+        device: String,
+    },
     /// The end of the range does not fit 64 bits.
     #[error("{device}: offset={offset} plus size={size} exceeds 64 bits; give smaller ones")]
     RangeOverflow {
@@ -105,8 +120,6 @@ impl JsonObject for PmemConfig {
         not_built: &[
             NotBuilt::switch("iommu", false),
             NotBuilt::presence("align"),
-            NotBuilt::presence("on_removal"),
-            NotBuilt::presence("removal_timeout"),
             NotBuilt::presence("on_loss"),
             NotBuilt::presence("pool"),
         ],
@@ -174,13 +187,29 @@ impl PmemConfig {
                     Ok(())
                 },
             ),
+            Key::new(
+                "on_removal",
+                "eject|refuse",
+                "when the host wants it back [default: eject]",
+                |pmem, value| {
+                    pmem.on_removal = Some(value.on_removal_of_pmem()?);
+                    Ok(())
+                },
+            ),
+            Key::new(
+                "removal_timeout",
+                "SECONDS",
+                "how long the guest has then [default: 10]",
+                |pmem, value| {
+                    pmem.removal_timeout = Some(value.removal_timeout()?);
+                    Ok(())
+                },
+            ),
             id_key(),
             segment_key(),
             number_key(),
             Key::not_built("iommu"),
             Key::not_built("align"),
-            Key::not_built("on_removal"),
-            Key::not_built("removal_timeout"),
             Key::not_built("on_loss"),
             Key::not_built("pool"),
         ],
@@ -196,6 +225,8 @@ impl PmemConfig {
             offset: None,
             discard_writes: false,
             dma: None,
+            on_removal: None,
+            removal_timeout: None,
             id: None,
             pci_segment: 0,
             pci_device_id: None,
@@ -229,6 +260,9 @@ impl PmemConfig {
         let device = self.label();
         if self.file.as_os_str().is_empty() {
             return Err(PmemError::EmptyFile);
+        }
+        if self.on_removal == Some(OnRemoval::Stop) {
+            return Err(PmemError::NoStop { device });
         }
         if self.size == Some(ByteSize::ZERO) {
             return Err(PmemError::ZeroSize { device });
@@ -312,14 +346,7 @@ mod tests {
     fn a_file_is_required_and_keys_not_built_are_named() {
         let error = PmemConfig::parse("size=1G").unwrap_err();
         assert!(error.to_string().contains("add file=VALUE"), "{error}");
-        for key in [
-            "iommu",
-            "align",
-            "on_removal",
-            "removal_timeout",
-            "on_loss",
-            "pool",
-        ] {
+        for key in ["iommu", "align", "on_loss", "pool"] {
             let words = format!("not supported by daxhund: --pmem {key}");
             let error = PmemConfig::parse(&format!("file=/f,{key}=on")).unwrap_err();
             assert_eq!(error.to_string(), words);

@@ -142,7 +142,6 @@ fn fields_that_ask_for_more_are_refused_with_the_way_to_them() {
             r#""memory":{"size":0,"zones":[{"id":"a","hotplug_size":1}]}"#,
             "memory.zones[0].hotplug_size",
         ),
-        (r#""platform":{"iommufd":true}"#, "platform.iommufd"),
         (r#""platform":{"uuid":"u"}"#, "platform.uuid"),
         (r#""console":{"mode":"Off","iommu":true}"#, "console.iommu"),
         (
@@ -437,9 +436,14 @@ fn at() -> impl Strategy<Value = At> {
 prop_compose! {
     fn any_pmem()(
         file in path(), size in option::of(size()), offset in option::of(size()),
-        discard_writes: bool, dma: Option<bool>, (id, pci_segment, pci_device_id) in at(),
+        discard_writes: bool, dma: Option<bool>, timeout in option::of(0_u32..=3600), refuse: Option<bool>,
+        (id, pci_segment, pci_device_id) in at(),
     ) -> PmemConfig {
-        PmemConfig { file, size, offset, discard_writes, dma, id, pci_segment, pci_device_id }
+        let removal_timeout = timeout.map(|seconds| RemovalTimeout::try_from(seconds).unwrap());
+        let on_removal = refuse.map(|refuse| if refuse { OnRemoval::Refuse } else { OnRemoval::Eject });
+        PmemConfig {
+            file, size, offset, discard_writes, dma, on_removal, removal_timeout, id, pci_segment, pci_device_id,
+        }
     }
 }
 
@@ -683,7 +687,9 @@ proptest! {
             .maybe("size", config.size)
             .maybe("offset", config.offset)
             .switch("discard_writes", config.discard_writes)
-            .maybe("dma", config.dma.map(|dma| if dma { "on" } else { "off" }));
+            .maybe("dma", config.dma.map(|dma| if dma { "on" } else { "off" }))
+            .maybe("on_removal", config.on_removal.map(|what| if what == OnRemoval::Eject { "eject" } else { "refuse" }))
+            .maybe("removal_timeout", config.removal_timeout.map(u32::from));
         prop_assert_eq!(PmemConfig::parse(&text.end()).unwrap(), json(&config));
     }
 

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use super::json::{JsonObject, NotBuilt, Shape};
+use super::removal::{OnRemoval, RemovalTimeout};
 use super::{ByteSize, Extent, Key, Word, WordError};
 
 /// One piece of guest RAM.
@@ -47,6 +48,12 @@ pub struct MemoryZoneConfig {
     /// Whether passed-through devices can reach the zone; absent is yes, unless it can't or shouldn't be pinned.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dma: Option<bool>,
+    /// What a request of the host for the memory does; absent is `refuse`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub on_removal: Option<OnRemoval>,
+    /// How long the guest has then, in seconds; absent is 10.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub removal_timeout: Option<RemovalTimeout>,
 }
 
 /// A zone that no guest can have.
@@ -104,6 +111,15 @@ pub enum ZoneError {
         /// The file given.
         file: PathBuf,
     },
+    /// RAM can't be ejected.
+    #[error(
+        "--memory-zone id={id}: on_removal=eject: a guest can't give RAM up that it was started with; \
+         use refuse or stop"
+    )]
+    NoEject {
+        /// The zone.
+        id: String,
+    },
     /// The end of the range does not fit 64 bits.
     #[error(
         "--memory-zone id={id}: offset={offset} plus size={size} exceeds 64 bits; give smaller ones"
@@ -143,8 +159,6 @@ impl JsonObject for MemoryZoneConfig {
             NotBuilt::number("hotplugged_size", 0),
             NotBuilt::switch("reserve", false),
             NotBuilt::presence("align"),
-            NotBuilt::presence("on_removal"),
-            NotBuilt::presence("removal_timeout"),
             NotBuilt::presence("on_loss"),
             NotBuilt::presence("pool"),
         ],
@@ -247,6 +261,24 @@ impl MemoryZoneConfig {
                     Ok(())
                 },
             ),
+            Key::new(
+                "on_removal",
+                "refuse|stop",
+                "when the host wants it back [default: refuse]",
+                |zone, value| {
+                    zone.on_removal = Some(value.on_removal_of_ram()?);
+                    Ok(())
+                },
+            ),
+            Key::new(
+                "removal_timeout",
+                "SECONDS",
+                "how long the guest has then [default: 10]",
+                |zone, value| {
+                    zone.removal_timeout = Some(value.removal_timeout()?);
+                    Ok(())
+                },
+            ),
             Key::new("mergeable", "off", "accepted as off only", |zone, value| {
                 zone.mergeable = value.switch()?;
                 Ok(())
@@ -255,8 +287,6 @@ impl MemoryZoneConfig {
             Key::not_built("hotplugged_size"),
             Key::not_built("reserve"),
             Key::not_built("align"),
-            Key::not_built("on_removal"),
-            Key::not_built("removal_timeout"),
             Key::not_built("on_loss"),
             Key::not_built("pool"),
         ],
@@ -287,6 +317,9 @@ impl MemoryZoneConfig {
             return Err(ZoneError::EmptyId { number });
         }
         let id = self.id.clone();
+        if self.on_removal == Some(OnRemoval::Eject) {
+            return Err(ZoneError::NoEject { id });
+        }
         if self.size == Some(ByteSize::ZERO) {
             return Err(ZoneError::ZeroSize { id });
         }
@@ -357,7 +390,7 @@ mod tests {
     fn every_key_is_stored() {
         let parsed = zone(
             "id=z0,size=1G,file=/dev/dax0.0,offset=512M,shared=on,hugepages=off,\
-             hugepage_size=2M,host_numa_node=1,prefault=on,mergeable=off,dma=off",
+             hugepage_size=2M,host_numa_node=1,prefault=on,mergeable=off,dma=off,on_removal=stop,removal_timeout=30",
         );
         let expected = MemoryZoneConfig {
             id: "z0".into(),
@@ -371,6 +404,8 @@ mod tests {
             host_numa_node: Some(1),
             prefault: true,
             dma: Some(false),
+            on_removal: Some(OnRemoval::Stop),
+            removal_timeout: Some(30.try_into().unwrap()),
         };
         assert_eq!(parsed, expected);
         let json = serde_json::to_string(&parsed).unwrap();
@@ -393,8 +428,6 @@ mod tests {
         assert!(error.to_string().contains("add id=VALUE"));
         for key in [
             "align",
-            "on_removal",
-            "removal_timeout",
             "on_loss",
             "pool",
             "hotplug_size",

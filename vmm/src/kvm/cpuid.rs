@@ -11,6 +11,7 @@ use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use thiserror::Error;
 
 use super::hypervisor::Hypervisor;
+use super::machine_check::{MachineChecks, Vendor};
 use super::topology::Topology;
 
 const FEATURES: u32 = 0x1;
@@ -20,6 +21,7 @@ const PERFMON: u32 = 0xa;
 const TOPOLOGY: u32 = 0xb;
 const TOPOLOGY_V2: u32 = 0x1f;
 const AMD_FEATURES: u32 = 0x8000_0001;
+const AMD_RAS: u32 = 0x8000_0007;
 const AMD_SIZES: u32 = 0x8000_0008;
 const AMD_CACHES: u32 = 0x8000_001d;
 const AMD_TOPOLOGY: u32 = 0x8000_001e;
@@ -32,33 +34,58 @@ const EDX_HTT: u32 = 1 << 28;
 /// Legacy method of counting cores, APM vol. 3 E.4.2; and the topology extensions that leaves 0x8000001d/1e need.
 const AMD_ECX_CMP_LEGACY: u32 = 1 << 1;
 
+/// What a guest on AMD wants to see before it survives an error that memory reports: bits `OverflowRecov` and `SUCCOR`,
+/// APM vol. 3, E.4.6.
+const AMD_EBX_RECOVERY: u32 = 0b11;
+
+/// `GenuineIntel` begins so; everybody else, AMD and Hygon, tells of memory errors as AMD does.
+const INTEL_EBX: u32 = u32::from_le_bytes(*b"Genu");
+
 /// Levels of the extended topology leaf (SDM vol. 2A, CPUID leaf 0BH).
 const LEVEL_SMT: u32 = 1;
 const LEVEL_CORE: u32 = 2;
 
 /// KVM would not say what it supports.
 #[derive(Debug, Error)]
-#[error("KVM would not list the CPUID leaves it supports")]
-pub struct CpuidError(#[source] io::Error);
+#[error("KVM would not {what}")]
+pub struct CpuidError {
+    what: &'static str,
+    #[source]
+    source: io::Error,
+}
 
 /// What all vCPUs of one VM have in common.
 #[derive(Debug, Clone)]
 pub struct CpuidTemplate {
     leaves: Vec<kvm_cpuid_entry2>,
     topology: Topology,
+    machine_checks: MachineChecks,
 }
 
 impl CpuidTemplate {
     /// Asks KVM; the topology is of all vCPUs that the VM may ever have.
     pub fn new(hypervisor: &Hypervisor, topology: Topology) -> Result<Self, CpuidError> {
-        let supported = hypervisor
-            .kvm()
+        let kvm = hypervisor.kvm();
+        let supported = kvm
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
-            .map_err(|e| CpuidError(io::Error::from(e)))?;
-        Ok(Self::from_supported(supported.as_slice(), topology))
+            .map_err(|e| CpuidError {
+                what: "list the CPUID leaves it supports",
+                source: io::Error::from(e),
+            })?;
+        let supported = supported.as_slice();
+        let machine_checks =
+            MachineChecks::new(kvm, vendor(supported)).map_err(|source| CpuidError {
+                what: "list the machine-check registers it supports",
+                source,
+            })?;
+        Ok(Self::from_supported(supported, topology, machine_checks))
     }
 
-    fn from_supported(supported: &[kvm_cpuid_entry2], topology: Topology) -> Self {
+    fn from_supported(
+        supported: &[kvm_cpuid_entry2],
+        topology: Topology,
+        machine_checks: MachineChecks,
+    ) -> Self {
         let mut leaves = supported.to_vec();
         // The topology leaf is per guest, not per host: rebuilt below for every vCPU.
         let had_topology = leaves.iter().any(|l| l.function == TOPOLOGY);
@@ -73,7 +100,17 @@ impl CpuidTemplate {
                 });
             }
         }
-        Self { leaves, topology }
+        if !leaves.iter().any(|leaf| leaf.function == AMD_RAS) {
+            leaves.push(kvm_cpuid_entry2 {
+                function: AMD_RAS,
+                ..Default::default()
+            });
+        }
+        Self {
+            leaves,
+            topology,
+            machine_checks,
+        }
     }
 
     /// Width of a guest-physical address: what KVM reports of the host (leaf 0x80000008), or the architecture's
@@ -87,6 +124,11 @@ impl CpuidTemplate {
     /// Packages and cores.
     pub fn topology(&self) -> &Topology {
         &self.topology
+    }
+
+    /// How a guest is told of memory that is gone.
+    pub(super) fn machine_checks(&self) -> MachineChecks {
+        self.machine_checks
     }
 
     /// The table of one vCPU.
@@ -128,6 +170,7 @@ impl CpuidTemplate {
                 leaf.ecx = leaf.index | (level << 8);
                 leaf.edx = id;
             }
+            AMD_RAS if self.machine_checks.vendor() == Vendor::Amd => leaf.ebx |= AMD_EBX_RECOVERY,
             AMD_FEATURES => set(&mut leaf.ecx, AMD_ECX_CMP_LEGACY, cores > 1),
             // ApicIdCoreIdSize in 15:12, number of threads minus one in 7:0.
             AMD_SIZES => leaf.ecx = (self.topology.core_bits() << 12) | (cores - 1),
@@ -145,6 +188,15 @@ impl CpuidTemplate {
     }
 }
 
+fn vendor(leaves: &[kvm_cpuid_entry2]) -> Vendor {
+    let intel = |leaf: &kvm_cpuid_entry2| leaf.function == 0 && leaf.ebx == INTEL_EBX;
+    if leaves.iter().any(intel) {
+        Vendor::Intel
+    } else {
+        Vendor::Amd
+    }
+}
+
 fn set(register: &mut u32, bit: u32, on: bool) {
     if on {
         *register |= bit;
@@ -155,7 +207,10 @@ fn set(register: &mut u32, bit: u32, on: bool) {
 
 /// As `KVM_SET_CPUID2` takes it.
 pub(super) fn to_kvm(leaves: &[kvm_cpuid_entry2]) -> Result<CpuId, CpuidError> {
-    CpuId::from_entries(leaves).map_err(|_| CpuidError(io::Error::from_raw_os_error(libc::E2BIG)))
+    CpuId::from_entries(leaves).map_err(|_| CpuidError {
+        what: "take a table of so many CPUID leaves",
+        source: io::Error::from_raw_os_error(libc::E2BIG),
+    })
 }
 
 #[cfg(test)]
@@ -192,6 +247,7 @@ mod tests {
                 leaf(AMD_TOPOLOGY, 0),
             ],
             Topology::new(3, &[]).unwrap(),
+            MachineChecks::of(0, Vendor::Amd),
         );
         for id in 0..3 {
             let leaves = template.for_vcpu(id);
@@ -218,6 +274,7 @@ mod tests {
         let template = CpuidTemplate::from_supported(
             &[leaf(FEATURES, 0), leaf(AMD_SIZES, 0), leaf(AMD_FEATURES, 0)],
             Topology::new(1, &[]).unwrap(),
+            MachineChecks::of(0, Vendor::Intel),
         );
         let leaves = template.for_vcpu(0);
         assert_eq!(find(&leaves, FEATURES, 0).edx & EDX_HTT, 0);
@@ -233,12 +290,43 @@ mod tests {
         };
         let sharers = |nodes: &[Vec<u8>], cpu| {
             let topology = Topology::new(4, nodes).unwrap();
-            let template = CpuidTemplate::from_supported(&[level(1), level(2), level(3)], topology);
+            let template = CpuidTemplate::from_supported(
+                &[level(1), level(2), level(3)],
+                topology,
+                MachineChecks::of(0, Vendor::Amd),
+            );
             let leaves = template.for_vcpu(cpu);
             [1, 2, 3].map(|n| (find(&leaves, AMD_CACHES, n).eax >> 14) + 1)
         };
         assert_eq!(sharers(&[], 0), [1, 1, 4]);
         assert_eq!(sharers(&[vec![0, 3], vec![1], vec![2]], 3), [1, 1, 2]);
         assert_eq!(sharers(&[vec![0, 3], vec![1], vec![2]], 2), [1, 1, 1]);
+    }
+
+    #[test]
+    fn a_guest_on_amd_sees_that_it_survives_errors_of_memory() {
+        let table = |vendor, leaves: &[kvm_cpuid_entry2]| {
+            let checks = MachineChecks::of(0, vendor);
+            let topology = Topology::new(1, &[]).unwrap();
+            CpuidTemplate::from_supported(leaves, topology, checks).for_vcpu(0)
+        };
+        let empty = kvm_cpuid_entry2 {
+            function: AMD_RAS,
+            ..Default::default()
+        };
+        for leaves in [&[empty][..], &[]] {
+            assert_eq!(find(&table(Vendor::Amd, leaves), AMD_RAS, 0).ebx, 0b11);
+        }
+        assert_eq!(find(&table(Vendor::Intel, &[empty]), AMD_RAS, 0).ebx, 0);
+    }
+
+    #[test]
+    fn the_vendor_is_what_leaf_0_spells() {
+        let named = |ebx| kvm_cpuid_entry2 {
+            ebx,
+            ..Default::default()
+        };
+        assert_eq!(vendor(&[named(0x756e_6547)]), Vendor::Intel);
+        assert_eq!(vendor(&[named(0x6874_7541)]), Vendor::Amd);
     }
 }

@@ -12,6 +12,7 @@ use thiserror::Error;
 
 use super::cpuid::{self, CpuidTemplate};
 use super::kick::Kickable;
+use super::machine_check::MachineChecks;
 
 /// Control and extended feature bits, Intel SDM vol. 3A, 2.5 and 2.2.1.
 const CR0_PE: u64 = 1;
@@ -183,9 +184,19 @@ pub trait Io {
     fn mmio_read(&self, address: u64, data: &mut [u8]);
     /// A store outside every memory slot.
     fn mmio_write(&self, address: u64, data: &[u8]);
-    /// Whether the address is guest memory: an access to it that leaves KVM is a fault of the memory behind it, not
-    /// a device access.
-    fn is_memory(&self, address: u64) -> bool;
+    /// What a guest-physical address is that KVM has no memory slot for, or does not reach through it.
+    fn beneath(&self, address: u64) -> Beneath;
+}
+
+/// What an access that leaves KVM is to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Beneath {
+    /// A device, or nothing.
+    Device,
+    /// Guest memory: the access is a fault of the memory behind it.
+    Memory,
+    /// Memory was there and was taken away: a load is a machine check, a store goes nowhere.
+    Tombstone,
 }
 
 /// Why a vCPU stopped running, as its owner wanted or as the guest did.
@@ -267,16 +278,27 @@ impl VcpuFault {
 pub struct Vcpu {
     id: u8,
     fd: VcpuFd,
+    /// Set by [`Vcpu::set_up`].
+    machine_checks: Option<MachineChecks>,
 }
 
 impl Vcpu {
     pub(super) fn new(id: u8, fd: VcpuFd) -> Self {
-        Self { id, fd }
+        Self {
+            id,
+            fd,
+            machine_checks: None,
+        }
+    }
+
+    /// Its number.
+    pub fn id(&self) -> u8 {
+        self.id
     }
 
     /// Power-on state. `boot` is given to the boot vCPU only; the others wait for INIT and SIPI in KVM.
     pub fn set_up(
-        &self,
+        &mut self,
         cpuid: &CpuidTemplate,
         boot: Option<&BootRegisters>,
     ) -> Result<(), SetupError> {
@@ -289,6 +311,15 @@ impl Vcpu {
             .set_cpuid2(&table)
             .map_err(|e| self.ioctl("KVM_SET_CPUID2", e))?;
         self.set_msrs()?;
+        let machine_checks = cpuid.machine_checks();
+        machine_checks
+            .set_up(&self.fd)
+            .map_err(|source| SetupError::Ioctl {
+                id: self.id,
+                what: "KVM_X86_SETUP_MCE",
+                source,
+            })?;
+        self.machine_checks = Some(machine_checks);
         let fpu = kvm_fpu {
             fcw: 0x37f,
             mxcsr: 0x1f80,
@@ -410,6 +441,7 @@ impl Vcpu {
             kick,
             id: self.id,
             fd: self.fd,
+            machine_checks: self.machine_checks,
         }
     }
 }
@@ -440,6 +472,7 @@ pub struct BoundVcpu {
     kick: Kickable,
     id: u8,
     fd: VcpuFd,
+    machine_checks: Option<MachineChecks>,
 }
 
 /// What one return from `KVM_RUN` asks for, once the borrow of the shared page is over.
@@ -447,6 +480,10 @@ enum Step {
     Continue,
     Exit(Exit),
     Lost(u64),
+    /// A load that KVM could not do although there is a memory slot.
+    LostLoad(u64),
+    /// A load from memory that was taken away.
+    DeadLoad(u64),
     Internal,
     Fault(VcpuFault),
 }
@@ -465,7 +502,8 @@ impl BoundVcpu {
         }
     }
 
-    /// Runs the guest until it is kicked, ends or can't go on; serves its accesses through `io` meanwhile.
+    /// Runs the guest until it is kicked, ends or can't go on; serves its accesses through `io` meanwhile. After
+    /// [`VcpuFault::MemoryGone`] it can be run again: the access is tried anew.
     pub fn run(&mut self, io: &impl Io) -> Result<Exit, VcpuFault> {
         loop {
             match self.step(io) {
@@ -477,7 +515,18 @@ impl BoundVcpu {
                         address: Some(address),
                     });
                 }
-                Step::Internal => return Err(self.internal_error()),
+                Step::LostLoad(address) => {
+                    self.take_load_back()?;
+                    return Err(VcpuFault::MemoryGone {
+                        id: self.id,
+                        address: Some(address),
+                    });
+                }
+                Step::DeadLoad(address) => {
+                    self.take_load_back()?;
+                    return self.machine_check(address);
+                }
+                Step::Internal => return self.internal_error(io),
                 Step::Fault(fault) => return Err(fault),
             }
         }
@@ -488,13 +537,16 @@ impl BoundVcpu {
         match self.fd.run() {
             Ok(VcpuExit::IoIn(port, data)) => io.port_read(port, data),
             Ok(VcpuExit::IoOut(port, data)) => io.port_write(port, data),
-            Ok(VcpuExit::MmioRead(address, _) | VcpuExit::MmioWrite(address, _))
-                if io.is_memory(address) =>
-            {
-                return Step::Lost(address);
-            }
-            Ok(VcpuExit::MmioRead(address, data)) => io.mmio_read(address, data),
-            Ok(VcpuExit::MmioWrite(address, data)) => io.mmio_write(address, data),
+            Ok(VcpuExit::MmioRead(address, data)) => match io.beneath(address) {
+                Beneath::Device => io.mmio_read(address, data),
+                Beneath::Memory => return Step::LostLoad(address),
+                Beneath::Tombstone => return Step::DeadLoad(address),
+            },
+            Ok(VcpuExit::MmioWrite(address, data)) => match io.beneath(address) {
+                Beneath::Device => io.mmio_write(address, data),
+                Beneath::Memory => return Step::Lost(address),
+                Beneath::Tombstone => {}
+            },
             Ok(VcpuExit::Intr) => return Step::Exit(Exit::Kicked),
             Ok(VcpuExit::Shutdown) => return Step::Exit(Exit::TripleFault),
             Ok(VcpuExit::FailEntry(reason, cpu)) => {
@@ -525,8 +577,73 @@ impl BoundVcpu {
         Step::Continue
     }
 
-    fn internal_error(&mut self) -> VcpuFault {
+    /// Brings a vCPU back to before a load for which there is nothing to give.
+    ///
+    /// KVM is half-way through the instruction and wants it finished first. It is, with bytes that the guest does not get
+    /// to see: its registers are put back.
+    fn take_load_back(&mut self) -> Result<(), VcpuFault> {
+        let before = self.fd.get_regs().map_err(|error| self.run_error(error))?;
+        self.finish_instruction()?;
+        self.fd
+            .set_regs(&before)
+            .map_err(|error| self.run_error(error))
+    }
+
+    /// Has the guest take a machine check at the instruction that its registers stand at.
+    fn machine_check(&mut self, address: u64) -> Result<Exit, VcpuFault> {
+        let id = self.id;
+        if let Some(checks) = self.machine_checks {
+            tracing::debug!(vcpu = id, address = %format_args!("{address:#x}"), "a load from memory that is gone");
+            checks
+                .raise(&self.fd, address)
+                .map_err(|source| VcpuFault::Run { id, source })?;
+        }
+        // The kick's flag was used: what is wanted of this vCPU has to be read again.
+        Ok(Exit::Kicked)
+    }
+
+    /// Runs until the instruction that KVM was emulating is over and the guest would be entered
+    /// (Documentation/virt/kvm/api.rst, `KVM_RUN` with `immediate_exit`). An instruction makes a bounded number of accesses.
+    fn finish_instruction(&mut self) -> Result<(), VcpuFault> {
+        let id = self.id;
+        self.fd.set_kvm_immediate_exit(1);
+        loop {
+            match self.fd.run() {
+                Ok(VcpuExit::MmioRead(_, data) | VcpuExit::IoIn(_, data)) => data.fill(0xff),
+                Ok(VcpuExit::MmioWrite(..) | VcpuExit::IoOut(..)) => {}
+                Ok(VcpuExit::Intr) => return Ok(()),
+                Err(error) if error.errno() == libc::EINTR => return Ok(()),
+                Ok(other) => {
+                    return Err(VcpuFault::Unknown {
+                        id,
+                        exit: format!("{other:?}"),
+                    });
+                }
+                Err(error) => return Err(self.run_error(error)),
+            }
+        }
+    }
+
+    fn run_error(&self, error: kvm_ioctls::Error) -> VcpuFault {
+        VcpuFault::Run {
+            id: self.id,
+            source: io::Error::from(error),
+        }
+    }
+
+    /// KVM can't emulate every instruction, and fetches none from where there is no memory.
+    fn internal_error(&mut self, io: &impl Io) -> Result<Exit, VcpuFault> {
         let rip = self.fd.get_regs().map_or(0, |regs| regs.rip);
+        if let Ok(fetched) = self.fd.translate_gva(rip)
+            && fetched.valid != 0
+            && io.beneath(fetched.physical_address) == Beneath::Tombstone
+        {
+            return self.machine_check(fetched.physical_address);
+        }
+        Err(self.internal_fault(rip))
+    }
+
+    fn internal_fault(&mut self, rip: u64) -> VcpuFault {
         let id = self.id;
         let run = self.fd.get_kvm_run();
         // SAFETY: KVM_RUN just returned KVM_EXIT_INTERNAL_ERROR, for which `internal` is the live member of the

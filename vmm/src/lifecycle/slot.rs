@@ -1,15 +1,22 @@
 //! The life of a device in a PCI slot, from the guest's being told of it to its end.
 //!
 //! ```text
-//!                 asked                       ejected
-//!   Present ───────────────▶ Asked ─────────────────────▶ Draining ──────▶ Gone
-//!      │                    ▲  │ deadline                  ▲   ▲   drained
-//!      │              asked │  ▼                  ejected  │   │
-//!      │                 Unanswered ────────────────────────┘   │
-//!      └──────────────── ejected (the guest's own idea) ────────┘
+//!               asked                        ejected
+//!   Present ──────────────▶ Asked ───────────────────────▶ Draining ──────▶ Gone
+//!     │ │                  ▲  │ deadline                   ▲  ▲  ▲  drained
+//!     │ │            asked │  ▼                   ejected  │  │  │
+//!     │ │               Unanswered ────────────────────────┘  │  │
+//!     │ └── ejected (the guest's own idea) ───────────────────┘  │
+//!     │                                                          │
+//!     └ claimed ──▶ Claimed ── ejected in time ──────────────────┤
+//!                      │                                         │
+//!                      ├ deadline, or lost ──▶ Severed ── ejected┘
+//!   any but Draining ──┘ lost
 //! ```
-//! The guest may eject late or unasked: once it has, it does not use the device any more and the device goes. It may
-//! also never answer: then the device stays, whole, and that is said; it can be asked again.
+//! An operator *asks*: the guest may eject late or unasked, and then the device goes; it may also never answer: then the
+//! device stays, whole, and that is said; it can be asked again. The host *claims* what is its own: a guest that does not
+//! let go in time is cut off. What is *lost* is cut off at once. A device that is cut off has given everything of the host
+//! back; its place in the guest stays taken, so that nothing else comes to be there, until the guest ejects it or is reset.
 
 use std::time::{Duration, Instant};
 
@@ -29,6 +36,13 @@ pub enum SlotState {
     },
     /// The guest was asked and did not let go in time. It still has the device.
     Unanswered,
+    /// The host wants it back: the guest has until then.
+    Claimed {
+        /// When it is cut off.
+        until: Instant,
+    },
+    /// Cut off. The guest has not let go of what is left of it: its place.
+    Severed,
     /// The guest has let go; what is in flight on the host comes home.
     Draining,
     /// Over.
@@ -42,6 +56,8 @@ impl SlotState {
             Self::Present => "present",
             Self::Asked { .. } => "removal-requested",
             Self::Unanswered => "removal-unanswered",
+            Self::Claimed { .. } => "claimed-by-host",
+            Self::Severed => "cut-off",
             Self::Draining => "draining",
             Self::Gone => "gone",
         }
@@ -56,6 +72,18 @@ pub enum SlotEvent {
         /// Now.
         now: Instant,
     },
+    /// The host wants it back.
+    Claim {
+        /// When the guest is cut off.
+        until: Instant,
+    },
+    /// The host does not want it back any more.
+    Unclaim {
+        /// Now.
+        now: Instant,
+    },
+    /// The host has taken it already, or it does not work any more.
+    Lost,
     /// The guest has ejected it.
     Ejected,
     /// Time has passed.
@@ -74,11 +102,17 @@ pub enum SlotAction {
     None,
     /// Tell the guest to let go.
     RequestEject,
+    /// Give everything of the host back: its transfers first, then what the guest has mapped, then files. Then tell the
+    /// guest to let go, unless it was told.
+    CutOff {
+        /// Whether the guest has not been told yet.
+        tell: bool,
+    },
     /// Take it off the bus and stop its workers.
     Withdraw,
     /// Say that the guest did not answer.
     ReportUnanswered,
-    /// Give everything back: memory, slot, host resources, configuration.
+    /// Give everything back that it still has: memory, slot, host resources, configuration.
     Release,
 }
 
@@ -93,7 +127,31 @@ pub fn step(state: SlotState, event: SlotEvent) -> (SlotState, SlotAction) {
             let until = now + EJECT_DEADLINE;
             (S::Asked { until }, A::RequestEject)
         }
-        (S::Present | S::Asked { .. } | S::Unanswered, E::Ejected) => (S::Draining, A::Withdraw),
+        (S::Claimed { .. } | S::Severed, E::Ask { .. }) => (state, A::RequestEject),
+        (S::Present | S::Asked { .. } | S::Unanswered, E::Claim { until }) => {
+            (S::Claimed { until }, A::RequestEject)
+        }
+        // Whoever is in the greater hurry.
+        (S::Claimed { until: before }, E::Claim { until }) => {
+            let until = until.min(before);
+            (S::Claimed { until }, A::None)
+        }
+        // It can't be unasked: the guest may be about to eject.
+        (S::Claimed { .. }, E::Unclaim { now }) => {
+            let until = now + EJECT_DEADLINE;
+            (S::Asked { until }, A::None)
+        }
+        (S::Claimed { until }, E::Tick { now }) if now >= until => {
+            (S::Severed, A::CutOff { tell: false })
+        }
+        (S::Present | S::Asked { .. } | S::Unanswered | S::Claimed { .. }, E::Lost) => {
+            let tell = matches!(state, S::Present | S::Unanswered);
+            (S::Severed, A::CutOff { tell })
+        }
+        (
+            S::Present | S::Asked { .. } | S::Unanswered | S::Claimed { .. } | S::Severed,
+            E::Ejected,
+        ) => (S::Draining, A::Withdraw),
         (S::Asked { until }, E::Tick { now }) if now >= until => {
             (S::Unanswered, A::ReportUnanswered)
         }
@@ -157,26 +215,83 @@ mod tests {
         assert_eq!(again.name(), "removal-requested");
     }
 
+    #[test]
+    fn a_guest_that_does_not_answer_the_host_is_cut_off() {
+        let now = Instant::now();
+        let until = now + Duration::from_secs(3);
+        let (state, actions) = after(&[
+            SlotEvent::Claim { until },
+            SlotEvent::Tick { now },
+            SlotEvent::Tick { now: until },
+            SlotEvent::Tick { now: until },
+            SlotEvent::Lost,
+        ]);
+        assert_eq!(state, SlotState::Severed);
+        assert_eq!(
+            actions,
+            [SlotAction::RequestEject, SlotAction::CutOff { tell: false }]
+        );
+        let (state, action) = step(state, SlotEvent::Ejected);
+        assert_eq!((state, action), (SlotState::Draining, SlotAction::Withdraw));
+    }
+
+    #[test]
+    fn a_claim_that_is_taken_back_is_a_request() {
+        let now = Instant::now();
+        let until = now + Duration::from_secs(3);
+        let (state, actions) = after(&[
+            SlotEvent::Claim { until },
+            SlotEvent::Unclaim { now },
+            SlotEvent::Tick { now: until },
+            SlotEvent::Tick {
+                now: now + EJECT_DEADLINE,
+            },
+        ]);
+        assert_eq!(state, SlotState::Unanswered);
+        assert_eq!(
+            actions,
+            [SlotAction::RequestEject, SlotAction::ReportUnanswered]
+        );
+    }
+
+    #[test]
+    fn what_is_lost_is_cut_off_and_the_guest_told() {
+        let (state, actions) = after(&[SlotEvent::Lost, SlotEvent::Lost]);
+        assert_eq!(state, SlotState::Severed);
+        assert_eq!(actions, [SlotAction::CutOff { tell: true }]);
+    }
+
     proptest! {
-        /// In whatever order things happen: withdrawn at most once, released at most once, and never before it.
+        /// In whatever order things happen: cut off, withdrawn and released at most once each, in this order; nothing is
+        /// cut off after the guest has let go; one that is claimed and never let go is cut off by its deadline.
         #[test]
-        fn whatever_happens(events in prop::collection::vec((0u8..4, 0u64..30), 0..40)) {
+        fn whatever_happens(events in prop::collection::vec((0u8..7, 0u64..30), 0..60)) {
             let start = Instant::now();
-            let (mut state, mut withdrawn, mut released) = (SlotState::Present, 0, 0);
+            let (mut state, mut cut, mut withdrawn, mut released) = (SlotState::Present, 0, 0, 0);
             for (kind, seconds) in events {
                 let now = start + Duration::from_secs(seconds);
                 let event = match kind {
                     0 => SlotEvent::Ask { now },
                     1 => SlotEvent::Ejected,
                     2 => SlotEvent::Tick { now },
+                    3 => SlotEvent::Claim { until: now },
+                    4 => SlotEvent::Unclaim { now },
+                    5 => SlotEvent::Lost,
                     _ => SlotEvent::Drained,
                 };
                 let (next, action) = step(state, event);
+                if let SlotAction::CutOff { .. } = action {
+                    prop_assert_eq!(withdrawn, 0);
+                    cut += 1;
+                }
                 withdrawn += u32::from(action == SlotAction::Withdraw);
                 released += u32::from(action == SlotAction::Release);
-                prop_assert!(withdrawn <= 1 && released <= withdrawn);
+                prop_assert!(cut <= 1 && withdrawn <= 1 && released <= withdrawn);
                 if withdrawn == 1 {
                     prop_assert!(action != SlotAction::RequestEject);
+                }
+                if let (SlotState::Claimed { until }, SlotEvent::Tick { now }) = (next, event) {
+                    prop_assert!(now < until);
                 }
                 state = next;
             }

@@ -117,6 +117,7 @@ impl Machine {
             ports,
             mmio,
             memory: ram.view().clone(),
+            tombstones: Arc::clone(&host.tombstones),
         });
         let vcpus = Vcpus::spawn(vcpus, &io, &sender)?;
         Ok(Self {
@@ -139,6 +140,16 @@ impl Machine {
     /// The undo of [`Machine::release`]; `false` when a vCPU did not leave the guest by then.
     pub(super) fn hold_vcpus(&self, at_most: Duration) -> bool {
         self.vcpus.hold(at_most)
+    }
+
+    /// Lets vCPUs try again that found no memory.
+    pub(super) fn mended(&self) {
+        self.vcpus.mended();
+    }
+
+    /// Whether that happened since then.
+    pub(super) fn was_mended_since(&self, count: u64) -> bool {
+        self.vcpus.was_mended_since(count)
     }
 
     /// The guest sees its power button pressed; what it does then is its own affair.
@@ -334,7 +345,7 @@ fn vcpus(
 ) -> Result<Vec<Vcpu>, BuildError> {
     let mut vcpus = Vec::new();
     for id in 0..small(count) {
-        let vcpu = vm.create_vcpu(id, host.cpuid.topology())?;
+        let mut vcpu = vm.create_vcpu(id, host.cpuid.topology())?;
         vcpu.set_up(&host.cpuid, (id == 0).then_some(registers))?;
         vcpus.push(vcpu);
     }

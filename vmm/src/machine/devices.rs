@@ -5,7 +5,8 @@
 //!       ▲                                                                     │
 //!       └──────────────── the same in reverse, the slot last ◀────── withdraw, settle
 //! ```
-//! A [`HostDevice`] is what was taken from the host: it outlives resets of the guest. What the machine adds is a
+//! A device that the host takes back before the guest has let go is cut off: what it has of the host goes, its slot stays
+//! taken until the guest ejects what it knows of it. A [`HostDevice`] is what was taken from the host: it outlives resets of the guest. What the machine adds is a
 //! [`Plugged`], one field for each step. Memory that a device brings (persistent memory) goes through
 //! [`crate::memory::ram`] like RAM, before the device is plugged and after it is gone.
 
@@ -149,9 +150,18 @@ struct Plugged {
     id: String,
     bdf: Bdf,
     slot: Slot,
-    seat: Seat,
+    /// Empty once the function was cut off.
+    seat: Option<Seat>,
     memory: Option<Gpa>,
     state: SlotState,
+}
+
+impl Plugged {
+    /// Whether the function is cut off and something of it is still in flight on the host.
+    fn is_being_severed(&self) -> bool {
+        let host_side = self.seat.as_ref().is_some_and(|seat| !seat.outlives_host());
+        self.state == SlotState::Severed && host_side
+    }
 }
 
 /// One PCI segment and who sits in it.
@@ -171,6 +181,8 @@ pub(super) enum Settled {
     },
     /// The guest did not answer in time.
     Unanswered { id: String },
+    /// The guest is cut off: what the device has of the host, memory first, can go. Its place stays taken.
+    Severed { id: String, memory: Option<Gpa> },
 }
 
 /// A removal can't be asked for.
@@ -263,7 +275,7 @@ impl Devices {
             id: host.id.clone(),
             bdf,
             slot,
-            seat,
+            seat: Some(seat),
             memory: host.memory,
             state: SlotState::Present,
         });
@@ -346,6 +358,81 @@ impl Devices {
         Ok(())
     }
 
+    /// The host wants a device back: the guest is asked, and cut off when it has not let go by then. `false`: there is no
+    /// such device.
+    pub(super) fn claim(&mut self, id: &str, until: Instant) -> bool {
+        let Some(plugged) = self.plugged.iter_mut().find(|plugged| plugged.id == id) else {
+            return false;
+        };
+        let (state, action) = slot::step(plugged.state, SlotEvent::Claim { until });
+        plugged.state = state;
+        if action == SlotAction::RequestEject {
+            info!(id, bdf = %plugged.bdf, "the host wants the device back; the guest is asked to let go of it");
+            self.hotplug
+                .request_eject(plugged.bdf.segment, plugged.slot);
+        }
+        true
+    }
+
+    /// The undo of [`Devices::claim`], as far as there is one: the guest was asked already.
+    pub(super) fn unclaim(&mut self, id: &str, now: Instant) {
+        if let Some(plugged) = self.plugged.iter_mut().find(|plugged| plugged.id == id) {
+            (plugged.state, _) = slot::step(plugged.state, SlotEvent::Unclaim { now });
+        }
+    }
+
+    /// The host has taken a device already: it is cut off before this returns, except for what is in flight.
+    /// [`Devices::settle`] tells when that is home.
+    pub(super) fn lost(&mut self, id: &str) -> Option<Settled> {
+        let index = self.plugged.iter().position(|plugged| plugged.id == id)?;
+        let plugged = &mut self.plugged[index];
+        let (state, action) = slot::step(plugged.state, SlotEvent::Lost);
+        plugged.state = state;
+        match action {
+            SlotAction::CutOff { tell } => self.cut_off(index, tell),
+            _ => None,
+        }
+    }
+
+    /// Takes everything of the host from a device that the guest still has.
+    fn cut_off(&mut self, index: usize, tell: bool) -> Option<Settled> {
+        let plugged = &self.plugged[index];
+        warn!(id = plugged.id, bdf = %plugged.bdf, "the guest is cut off from the device");
+        if plugged.seat.as_ref().is_some_and(Seat::outlives_host) {
+            if let Some(seat) = &plugged.seat {
+                seat.sever();
+            }
+            if tell {
+                self.hotplug
+                    .request_eject(plugged.bdf.segment, plugged.slot);
+            }
+            return Some(Settled::Severed {
+                id: plugged.id.clone(),
+                memory: plugged.memory,
+            });
+        }
+        withdraw(&self.boards, plugged);
+        // The slot is empty for all the guest can see, and it is asked to forget what was there.
+        self.hotplug.withdraw(plugged.bdf.segment, plugged.slot);
+        self.finish_cut(index)
+    }
+
+    /// When nothing of a function is in flight any more it is let go of.
+    fn finish_cut(&mut self, index: usize) -> Option<Settled> {
+        let plugged = &mut self.plugged[index];
+        let seat = plugged.seat.take_if(|seat| seat.is_gone())?;
+        if !seat.release() {
+            warn!(
+                id = plugged.id,
+                "a function is still held by somebody else than its slot"
+            );
+        }
+        Some(Settled::Severed {
+            id: plugged.id.clone(),
+            memory: plugged.memory,
+        })
+    }
+
     /// The guest has ejected a slot: the device is off the bus when this returns. It is gone when it has settled.
     pub(super) fn ejected(&mut self, Ejected { segment, slot }: Ejected) {
         let meant = |plugged: &&mut Plugged| plugged.bdf.segment == segment && plugged.slot == slot;
@@ -371,7 +458,14 @@ impl Devices {
         let mut settled = Vec::new();
         let mut index = 0;
         while let Some(plugged) = self.plugged.get_mut(index) {
-            let event = if plugged.state == SlotState::Draining && plugged.seat.is_gone() {
+            if plugged.is_being_severed() {
+                settled.extend(self.finish_cut(index));
+                index += 1;
+                continue;
+            }
+            let event = if plugged.state == SlotState::Draining
+                && plugged.seat.as_ref().is_none_or(Seat::is_gone)
+            {
                 SlotEvent::Drained
             } else {
                 SlotEvent::Tick { now }
@@ -390,6 +484,7 @@ impl Devices {
                         id: plugged.id.clone(),
                     });
                 }
+                SlotAction::CutOff { tell } => settled.extend(self.cut_off(index, tell)),
                 _ => {}
             }
             index += 1;
@@ -399,9 +494,13 @@ impl Devices {
 
     /// Whether a removal waits for the guest or the host.
     pub(super) fn is_settling(&self) -> bool {
-        self.plugged
-            .iter()
-            .any(|p| matches!(p.state, SlotState::Asked { .. } | SlotState::Draining))
+        self.plugged.iter().any(|p| {
+            let underway = matches!(
+                p.state,
+                SlotState::Asked { .. } | SlotState::Claimed { .. } | SlotState::Draining
+            );
+            underway || p.is_being_severed()
+        })
     }
 
     fn release(&mut self, plugged: Plugged) -> Settled {
@@ -413,7 +512,7 @@ impl Devices {
             memory,
             state: _,
         } = plugged;
-        if !seat.release() {
+        if seat.is_some_and(|seat| !seat.release()) {
             warn!(
                 id,
                 "a function is still held by somebody else than its slot"
@@ -446,20 +545,25 @@ impl Devices {
 
     /// Tells all workers to serve nothing, and waits for it; the ids of devices that did not stop in time.
     pub(super) fn pause(&self, until: Instant) -> Vec<String> {
-        for plugged in &self.plugged {
-            plugged.seat.pause();
+        for seat in self.plugged.iter().filter_map(|p| p.seat.as_ref()) {
+            seat.pause();
         }
         self.plugged
             .iter()
-            .filter(|plugged| !plugged.seat.wait_paused(until))
+            .filter(|plugged| {
+                plugged
+                    .seat
+                    .as_ref()
+                    .is_some_and(|seat| !seat.wait_paused(until))
+            })
             .map(|plugged| plugged.id.clone())
             .collect()
     }
 
     /// The undo of [`Devices::pause`].
     pub(super) fn resume(&self) {
-        for plugged in &self.plugged {
-            plugged.seat.resume();
+        for seat in self.plugged.iter().filter_map(|p| p.seat.as_ref()) {
+            seat.resume();
         }
     }
 
@@ -476,5 +580,7 @@ fn withdraw(boards: &[Board], plugged: &Plugged) {
     if let Some(board) = boards.get(usize::from(plugged.bdf.segment)) {
         board.segment.remove(plugged.bdf.slot);
     }
-    plugged.seat.stop();
+    if let Some(seat) = &plugged.seat {
+        seat.stop();
+    }
 }

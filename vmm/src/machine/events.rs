@@ -20,6 +20,13 @@ pub enum Event {
     TripleFault,
     /// A vCPU can't go on; its thread is gone.
     VcpuFailed(VcpuFault),
+    /// A vCPU found no memory behind an access. It waits for the owner to look.
+    MemoryGone {
+        /// What it found.
+        fault: VcpuFault,
+        /// How often the owner had looked by then.
+        mended: u64,
+    },
     /// The thread of a vCPU panicked: a defect of the VMM.
     VcpuPanicked(u8),
     /// The guest has let go of the device in a slot.

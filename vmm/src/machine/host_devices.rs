@@ -147,11 +147,13 @@ impl HostResources {
                 return Err(error.into());
             }
         };
+        self.tombstones.give_way(gpa, size);
         info!(
             id = valid.id, gpa = %gpa, size = %format_args!("{size:#x}"),
             host = %format_args!("{:#x}", region.host_address()), "persistent memory mapped"
         );
-        let device = PmemDevice::new(&valid.id, gpa, size, backing.flusher());
+        let device = PmemDevice::new(&valid.id, gpa, size, backing.flusher())
+            .with_mark(region.mark().clone());
         let mut opened = OpenedDevice::new(&valid.id, valid.place, Arc::new(device));
         opened.device.memory = Some(gpa);
         opened.region = Some(region);

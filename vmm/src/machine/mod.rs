@@ -19,11 +19,15 @@ mod consumers;
 mod devices;
 mod dma;
 mod events;
+mod guard;
 mod host_devices;
+mod lookout;
 mod notices;
 mod owner;
 mod passthrough;
 mod pin_progress;
+mod removal;
+mod requests;
 mod resources;
 mod seat;
 mod serial_feed;
@@ -37,17 +41,22 @@ use thiserror::Error;
 pub use build::{BuildError, Machine};
 pub use devices::{PlugError, RemoveError};
 pub use events::{Event, EventSender, Events};
+pub use guard::GuardError;
 pub use host_devices::OpenDeviceError;
+pub use lookout::LookoutError;
 pub use owner::OwnerError;
 pub use passthrough::OpenPassthroughError;
+pub use removal::LostRam;
 pub use resources::{HostResources, PrepareError};
 pub use vm::{AddError, BalloonResizeError, BootError, PauseError, ResetError};
 
 use crate::api::{ListenError, Listener, Server, StartError};
-use crate::config::ValidConfig;
+use crate::config::{RemovalGuard, ValidConfig};
 use crate::kvm::VcpuFault;
 use crate::monitor::{Event as Happened, Monitor};
 use calls::Calls;
+use guard::Removals;
+use lookout::Lookout;
 use owner::Owner;
 use vm::RunningVm;
 
@@ -58,8 +67,17 @@ pub enum Ending {
     PowerOff,
     /// A triple fault.
     TripleFault,
-    /// Memory behind it is gone, or a vCPU could not go on.
+    /// A vCPU could not go on; most often memory behind it is gone.
     VcpuFailed(VcpuFault),
+    /// RAM was taken away by the host.
+    MemoryLost(LostRam),
+    /// The host wanted RAM back and got it.
+    MemoryWithdrawn {
+        /// The zone.
+        zone: String,
+        /// The host's device.
+        device: String,
+    },
     /// The thread of this vCPU panicked: a defect of the VMM.
     VcpuPanicked(u8),
     /// The VMM was told to end by this signal.
@@ -80,6 +98,12 @@ pub enum RunError {
     /// The owner's event loop.
     #[error("the machine's event loop failed")]
     Owner(#[from] OwnerError),
+    /// The removal guard that was asked for.
+    #[error(transparent)]
+    Guard(#[from] GuardError),
+    /// Who notices removals.
+    #[error("removals of memory can't be noticed")]
+    Lookout(#[from] LookoutError),
     /// The API's socket.
     #[error("--api-socket")]
     Listen(#[from] ListenError),
@@ -97,6 +121,8 @@ pub struct Options {
     pub api: Option<Listener>,
     /// Where events go.
     pub monitor: Monitor,
+    /// Who holds removals of its memory.
+    pub guard: RemovalGuard,
 }
 
 /// Runs guests until one of them, a signal or a client ends the process.
@@ -105,10 +131,13 @@ pub fn run(options: Options) -> Result<Ending, RunError> {
         config,
         api,
         monitor,
+        guard,
     } = options;
     monitor.send(&Happened::VmmStarting);
     // Before anything that must be undone: from here on a signal ends the guest in order.
     let signals = owner::Signals::install()?;
+    let removals = Removals::new(guard)?;
+    let lookout = Lookout::new(&daxhund_dax::Host::system())?;
     let (sender, calls) = Calls::channel().map_err(|source| OwnerError::Descriptor {
         what: "event descriptor",
         source,
@@ -125,7 +154,14 @@ pub fn run(options: Options) -> Result<Ending, RunError> {
             Some(vm)
         }
     };
-    let ended = Owner::new(calls, signals, monitor.clone(), running)?.run();
+    let ended = Owner::new(
+        calls,
+        signals,
+        monitor.clone(),
+        (removals, lookout),
+        running,
+    )?
+    .run();
     // Every call was answered or dropped with the owner, so that this waits for nobody.
     if let Some(server) = server {
         server.stop();

@@ -9,6 +9,7 @@
 //! ```
 //! A guest that powers itself off, and a fault, end the process; a guest that resets is built anew on the same memory.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Read};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
@@ -21,7 +22,10 @@ use tracing::{debug, info, warn};
 use super::calls::Calls;
 use super::devices::Settled;
 use super::events::Event;
+use super::guard::Removals;
+use super::lookout::Lookout;
 use super::passthrough::Notice;
+use super::requests::Stopping;
 use super::serial_feed::{SerialFeed, add, remove};
 use super::timer::Timer;
 use super::vm::RunningVm;
@@ -29,6 +33,7 @@ use super::{Ending, RunError};
 use crate::api::Call;
 use crate::config::VmConfig;
 use crate::devices::power::PowerRequest;
+use crate::kvm::VcpuFault;
 use crate::monitor::{Event as Happened, Monitor};
 
 /// The owner can't wait for events.
@@ -110,6 +115,12 @@ pub(super) enum Token {
     Timer,
     /// The host tells something of a passed-through device.
     Notices,
+    /// The removal guard asks something.
+    Guard,
+    /// A device goes away that nobody asked for.
+    Watch,
+    /// This process has touched memory that is not there.
+    Incidents,
     /// A signal; the index into [`Signals`].
     Signal(u32),
 }
@@ -124,7 +135,10 @@ impl Token {
             Self::Calls => 4,
             Self::Timer => 5,
             Self::Notices => 6,
-            Self::Signal(index) => 7 + index,
+            Self::Guard => 7,
+            Self::Watch => 8,
+            Self::Incidents => 9,
+            Self::Signal(index) => 10 + index,
         }
     }
 
@@ -137,7 +151,10 @@ impl Token {
             4 => Self::Calls,
             5 => Self::Timer,
             6 => Self::Notices,
-            signal => Self::Signal(signal - 7),
+            7 => Self::Guard,
+            8 => Self::Watch,
+            9 => Self::Incidents,
+            signal => Self::Signal(signal - 10),
         }
     }
 }
@@ -167,6 +184,11 @@ pub(super) struct Owner {
     machine_fd: Option<RawFd>,
     /// That of what the host tells of its devices.
     notices_fd: Option<RawFd>,
+    pub(super) removals: Removals,
+    guard_fd: Option<RawFd>,
+    lookout: Lookout,
+    /// The guest is to stop, because its RAM is wanted.
+    pub(super) stopping: Option<Stopping>,
     ended: Option<Result<Ending, RunError>>,
 }
 
@@ -175,6 +197,7 @@ impl Owner {
         calls: Calls,
         signals: Signals,
         monitor: Monitor,
+        (removals, lookout): (Removals, Lookout),
         running: Option<RunningVm>,
     ) -> Result<Self, OwnerError> {
         let timer = Timer::new().map_err(|source| OwnerError::Descriptor {
@@ -190,6 +213,10 @@ impl Owner {
             feed: SerialFeed::default(),
             machine_fd: None,
             notices_fd: None,
+            removals,
+            guard_fd: None,
+            lookout,
+            stopping: None,
             ended: None,
         })
     }
@@ -212,6 +239,27 @@ impl Owner {
     /// The first cause to end wins.
     pub(super) fn end(&mut self, ended: Result<Ending, RunError>) {
         self.ended.get_or_insert(ended);
+    }
+
+    /// Holds removals of what is used now, and waits on who holds them.
+    fn follow(&mut self, ops: &mut EventOps<'_>) {
+        let used = match &self.state {
+            State::Up(vm) => vm.used_dax(),
+            State::NoVm | State::Created(_) => BTreeMap::new(),
+        };
+        match &self.state {
+            State::Up(vm) => self.lookout.follow(vm.ram.regions()),
+            State::NoVm | State::Created(_) => self.lookout.follow(std::iter::empty()),
+        }
+        // A guard that is lost has closed its descriptor.
+        self.removals.follow(&used);
+        let fd = self.removals.fd();
+        if fd != self.guard_fd {
+            if let Some(old) = self.guard_fd.take() {
+                remove(ops, old, Token::Guard);
+            }
+            self.guard_fd = fd.filter(|fd| add(ops, *fd, Token::Guard));
+        }
     }
 
     /// Begins to wait on a machine's descriptors.
@@ -257,6 +305,7 @@ impl Owner {
                 Event::TripleFault => self.end(Ok(Ending::TripleFault)),
                 Event::VcpuFailed(fault) => self.end(Ok(Ending::VcpuFailed(fault))),
                 Event::VcpuPanicked(id) => self.end(Ok(Ending::VcpuPanicked(id))),
+                Event::MemoryGone { fault, mended } => self.on_memory_gone(fault, mended),
                 Event::Ejected(ejected) => {
                     if let State::Up(vm) = &mut self.state {
                         vm.machine.devices.ejected(ejected);
@@ -277,13 +326,76 @@ impl Owner {
         self.settle();
     }
 
+    /// A vCPU found no memory: what is gone is looked for. When nothing is, its fault has another reason.
+    fn on_memory_gone(&mut self, fault: VcpuFault, mended: u64) {
+        let State::Up(vm) = &mut self.state else {
+            return;
+        };
+        let looked_after = vm.machine.was_mended_since(mended);
+        if !self.look_for_losses(&BTreeSet::new()) && !looked_after {
+            self.end(Ok(Ending::VcpuFailed(fault)));
+        }
+    }
+
+    fn on_watch(&mut self) {
+        let going = self.lookout.read_watch();
+        if !going.is_empty() {
+            self.look_for_losses(&going);
+        }
+        self.settle();
+    }
+
+    fn on_incidents(&mut self) {
+        let (gone, poison) = self.lookout.read_incidents();
+        for incident in poison {
+            warn!(?incident, "poisoned memory");
+        }
+        if gone {
+            self.look_for_losses(&BTreeSet::new());
+        }
+        self.settle();
+    }
+
+    /// Looks for memory that the host has taken away, all that is on these devices among it, and does what is to be done
+    /// about it; whether there was any.
+    fn look_for_losses(&mut self, going: &BTreeSet<String>) -> bool {
+        let State::Up(vm) = &mut self.state else {
+            return false;
+        };
+        let losses = vm.look_for_losses(going);
+        let found = !losses.is_empty();
+        self.tell(losses.settled);
+        if let Some(lost) = losses.ram {
+            self.monitor.send(&Happened::MemoryLost {
+                id: &lost.zone,
+                device: &lost.device,
+                gpa: &format!("{:#x}", lost.gpa),
+                size: &lost.size.to_string(),
+            });
+            self.end(Ok(Ending::MemoryLost(lost)));
+        } else if found && let State::Up(vm) = &self.state {
+            vm.machine.mended();
+        }
+        found
+    }
+
     /// Looks at removals, and arms the timer while there are any.
     pub(super) fn settle(&mut self) {
         let State::Up(vm) = &mut self.state else {
             self.timer.set(None);
             return;
         };
-        for settled in vm.settle() {
+        let settled = vm.settle();
+        let settling = vm.machine.devices.is_settling() || vm.is_severing();
+        let waiting = settling || self.stopping.is_some();
+        self.timer.set(waiting.then_some(SETTLE_INTERVAL));
+        self.tell(settled);
+        self.stop_in_time();
+    }
+
+    /// Tells of removals.
+    pub(super) fn tell(&self, settled: Vec<Settled>) {
+        for settled in settled {
             match settled {
                 Settled::Gone { id, bdf, .. } => {
                     info!(id, bdf, "device removed");
@@ -294,10 +406,11 @@ impl Owner {
                     self.monitor
                         .send(&Happened::DeviceRemovalUnanswered { id: &id });
                 }
+                Settled::Severed { id, .. } => {
+                    self.monitor.send(&Happened::DeviceCutOff { id: &id });
+                }
             }
         }
-        let settling = vm.machine.devices.is_settling();
-        self.timer.set(settling.then_some(SETTLE_INTERVAL));
     }
 
     fn on_notices(&mut self) {
@@ -309,6 +422,7 @@ impl Owner {
                 Notice::Request => {
                     warn!(id, "the host wants a passed-through device back");
                     self.monitor.send(&Happened::DeviceRequested { id: &id });
+                    self.claim(&id);
                 }
                 Notice::Error => {
                     warn!(
@@ -316,9 +430,11 @@ impl Owner {
                         "a passed-through device reports an error that it can't mend"
                     );
                     self.monitor.send(&Happened::DeviceError { id: &id });
+                    self.lose(&id);
                 }
             }
         }
+        self.settle();
     }
 
     fn on_signal(&mut self, index: u32) {
@@ -381,6 +497,7 @@ impl Owner {
         self.unwatch(ops);
         match std::mem::replace(&mut self.state, State::NoVm) {
             State::Up(vm) => {
+                self.stopping = None;
                 let config = Box::new(vm.config().clone());
                 vm.shut_down();
                 self.state = State::Created(config);
@@ -395,10 +512,13 @@ impl MutEventSubscriber for Owner {
     fn init(&mut self, ops: &mut EventOps<'_>) {
         add(ops, self.calls.as_raw_fd(), Token::Calls);
         add(ops, self.timer.as_raw_fd(), Token::Timer);
+        add(ops, self.lookout.watch_fd(), Token::Watch);
+        add(ops, self.lookout.incidents_fd(), Token::Incidents);
         for (index, (_, pipe)) in (0u32..).zip(&self.signals.pipes) {
             add(ops, pipe.as_raw_fd(), Token::Signal(index));
         }
         self.watch(ops);
+        self.follow(ops);
     }
 
     fn process(&mut self, events: event_manager::Events, ops: &mut EventOps<'_>) {
@@ -413,12 +533,16 @@ impl MutEventSubscriber for Owner {
                 self.settle();
             }
             Token::Notices => self.on_notices(),
+            Token::Guard => self.on_guard(),
+            Token::Watch => self.on_watch(),
+            Token::Incidents => self.on_incidents(),
             Token::Signal(index) => self.on_signal(index),
         }
         if self.ended.is_some() {
             // In the reverse order of building, before the loop is left.
             self.shut_down(ops);
         }
+        self.follow(ops);
     }
 }
 
@@ -436,6 +560,9 @@ mod tests {
             Token::Calls,
             Token::Timer,
             Token::Notices,
+            Token::Guard,
+            Token::Watch,
+            Token::Incidents,
             Token::Signal(0),
             Token::Signal(2),
         ];

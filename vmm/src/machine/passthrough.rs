@@ -304,7 +304,7 @@ impl HostResources {
                     ranges = facts.ranges,
                     pinned_bytes = facts.pinned_bytes,
                     charged_bytes = facts.charged_bytes,
-                    elapsed_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX),
+                    elapsed_us = u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX),
                     "guest memory is in reach of devices"
                 );
                 Ok(())

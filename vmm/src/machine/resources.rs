@@ -20,6 +20,7 @@ use crate::kvm::{CpuidError, CpuidTemplate, Hypervisor, OpenError, Topology, Top
 use crate::memory::discard::DiscardTable;
 use crate::memory::layout::{LayoutError, RamLayout};
 use crate::memory::region::Region;
+use crate::memory::tombstones::Tombstones;
 use crate::memory::zone::{Zone, ZoneMapError, ZoneOpenError};
 use crate::monitor::Monitor;
 use crate::pci::{self, LayoutRequest, MemoryArea, PciLayout};
@@ -97,6 +98,8 @@ pub struct HostResources {
     pub(super) pci: PciLayout,
     /// Guest addresses for memory that devices bring.
     pub(super) device_memory: MemoryArea,
+    /// Where the guest had memory that the host has taken back.
+    pub(super) tombstones: Arc<Tombstones>,
     /// Which guest memory can be given back to the host.
     pub(super) discard: Arc<DiscardTable>,
     /// By when they were opened.
@@ -180,6 +183,7 @@ impl HostResources {
             serial_input: ConsoleInput::None,
             device_memory: MemoryArea::new(pci.device_memory),
             pci,
+            tombstones: Arc::default(),
             discard: DiscardTable::new(),
             devices: Vec::new(),
             balloon: None,

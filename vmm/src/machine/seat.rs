@@ -49,6 +49,19 @@ impl Seat {
         }
     }
 
+    /// Whether it stays in its slot, and answers the guest, when everything of the host is taken from it. Drivers of
+    /// virtio devices wait for answers without a limit; one of real hardware takes all ones for a card that was pulled.
+    pub(super) fn outlives_host(&self) -> bool {
+        matches!(self, Self::Virtio(_))
+    }
+
+    /// What it is made of is taken back: it answers with errors from now on.
+    pub(super) fn sever(&self) {
+        if let Self::Virtio(transport) = self {
+            transport.device().sever();
+        }
+    }
+
     /// Has it stop: no interrupt, no work, no reach into the guest. What is in flight then may take its time:
     /// [`Seat::is_gone`].
     pub(super) fn stop(&self) {

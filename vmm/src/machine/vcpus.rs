@@ -7,6 +7,9 @@
 //!     ├───────hold─────────┘                    │
 //!     └───────────────────stop──────────────────┘
 //! ```
+//! A vCPU whose access found no memory waits, as if held, until the owner has looked for what is gone: then it tries again, and
+//! finds memory, a tombstone, or the same fault.
+//!
 //! All vCPUs of a machine want the same. Threads are created held, so that a machine whose last thread can't be
 //! created never ran an instruction. To stop, the wish is written first and each thread kicked once afterwards; see
 //! [`crate::kvm`] for why once is enough.
@@ -22,8 +25,10 @@ use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryBackend};
 
 use super::events::{Event, EventSender};
 use crate::bus::Bus;
-use crate::kvm::{Exit, Io, KickTarget, Vcpu};
+use crate::kvm::{Beneath, Exit, Io, KickTarget, Vcpu};
 use crate::memory::ram::GuestView;
+use crate::memory::sigbus::OnVcpuThread;
+use crate::memory::tombstones::Tombstones;
 
 /// A thread could not be created.
 #[derive(Debug, Error)]
@@ -50,6 +55,8 @@ struct State {
     held: usize,
     /// Threads whose vCPU has ended by itself.
     ended: usize,
+    /// How often the owner has looked after memory that is gone.
+    mended: u64,
 }
 
 #[derive(Debug)]
@@ -85,6 +92,20 @@ impl Control {
         (state.wish, waits)
     }
 
+    /// Waits until the owner has looked after memory that is gone, or ends the machine; one of both it always does.
+    fn await_mending(&self, since: u64) {
+        let mut state = self.lock();
+        state.held += 1;
+        self.changed.notify_all();
+        state = self
+            .changed
+            .wait_while(state, |state| {
+                state.wish != Wish::Stop && state.mended == since
+            })
+            .unwrap_or_else(PoisonError::into_inner);
+        state.held -= 1;
+    }
+
     fn end(&self) {
         self.lock().ended += 1;
         self.changed.notify_all();
@@ -97,6 +118,8 @@ pub(super) struct GuestIo {
     pub(super) mmio: Bus,
     /// RAM and other memory: it comes and goes with regions.
     pub(super) memory: GuestView,
+    /// Where memory was that the host took away.
+    pub(super) tombstones: Arc<Tombstones>,
 }
 
 impl Io for GuestIo {
@@ -116,11 +139,16 @@ impl Io for GuestIo {
         self.mmio.write(address, data);
     }
 
-    fn is_memory(&self, address: u64) -> bool {
-        self.memory
-            .memory()
-            .find_region(GuestAddress(address))
-            .is_some()
+    fn beneath(&self, address: u64) -> Beneath {
+        // A region on its way out may be both.
+        if self.tombstones.contains(address) {
+            return Beneath::Tombstone;
+        }
+        let memory = self.memory.memory();
+        match memory.find_region(GuestAddress(address)) {
+            Some(_) => Beneath::Memory,
+            None => Beneath::Device,
+        }
     }
 }
 
@@ -143,6 +171,7 @@ impl Vcpus {
                 wish: Wish::Hold,
                 held: 0,
                 ended: 0,
+                mended: 0,
             }),
             changed: Condvar::new(),
         });
@@ -190,6 +219,17 @@ impl Vcpus {
         !timeout.timed_out()
     }
 
+    /// Lets vCPUs try again that wait for memory to be looked after.
+    pub(super) fn mended(&self) {
+        self.control.lock().mended += 1;
+        self.control.changed.notify_all();
+    }
+
+    /// Whether memory was looked after since then: a vCPU that told of a fault before it tries again.
+    pub(super) fn was_mended_since(&self, count: u64) -> bool {
+        self.control.lock().mended != count
+    }
+
     fn kick(&self) {
         for thread in &self.threads {
             if let Err(error) = thread.kick() {
@@ -235,6 +275,8 @@ impl Drop for TellOfEnd<'_> {
 
 /// The whole life of a vCPU thread.
 fn run(vcpu: Vcpu, control: &Control, io: &GuestIo, events: &EventSender) {
+    // Poison that the guest touches comes to this thread as a signal.
+    let _touches = OnVcpuThread::enter(u32::from(vcpu.id()));
     let mut vcpu = vcpu.bind();
     let mut has_run = false;
     loop {
@@ -247,8 +289,15 @@ fn run(vcpu: Vcpu, control: &Control, io: &GuestIo, events: &EventSender) {
             vcpu.forgive_pause();
         }
         has_run = true;
+        let mended = control.lock().mended;
         let event = match vcpu.run(io) {
             Ok(Exit::Kicked) => continue,
+            Err(fault) if fault.is_memory_gone() => {
+                debug!(%fault, "vCPU waits");
+                events.send(Event::MemoryGone { fault, mended });
+                control.await_mending(mended);
+                continue;
+            }
             Ok(Exit::TripleFault) => Event::TripleFault,
             Err(fault) => Event::VcpuFailed(fault),
         };

@@ -11,6 +11,7 @@ use super::build::{BuildError, Machine};
 use super::devices::{Bdf, PlugError, RemoveError, Settled};
 use super::dma;
 use super::host_devices::{self, OpenDeviceError, OpenedDevice};
+use super::removal::Severed;
 use super::resources::{HostResources, PrepareError};
 use crate::api::{ApiError, ErrorKind};
 use crate::config::{
@@ -179,8 +180,10 @@ pub(super) struct RunningVm {
     valid: ValidConfig,
     ids: IdAllocator,
     pub(super) machine: Machine,
-    ram: Ram,
+    pub(super) ram: Ram,
     pub(super) host: HostResources,
+    /// Devices that were cut off and that the guest still knows.
+    pub(super) severed: Vec<Severed>,
     paused: bool,
 }
 
@@ -205,6 +208,7 @@ impl RunningVm {
             machine,
             ram,
             host,
+            severed: Vec::new(),
             paused: false,
         };
         vm.machine.release();
@@ -236,6 +240,7 @@ impl RunningVm {
             mut host,
             mut ram,
             machine,
+            severed,
             paused: _,
         } = self;
         // All others keep what they have: it is the same memory.
@@ -244,16 +249,21 @@ impl RunningVm {
         info!("reset");
         let machine = Machine::build(&valid, &mut host, &mut ram)
             .map_err(|e| ResetError::Build(Box::new(e)))?;
-        machine.release();
-        Ok(Self {
+        let mut vm = Self {
             config,
             valid,
             ids,
             machine,
             ram,
             host,
+            severed,
             paused: false,
-        })
+        };
+        // No worker of the time before is left.
+        vm.finish_severing();
+        vm.forget_all_severed();
+        vm.machine.release();
+        Ok(vm)
     }
 
     /// The configuration as it is now.
@@ -457,21 +467,26 @@ impl RunningVm {
     /// configuration.
     pub(super) fn settle(&mut self) -> Vec<Settled> {
         let settled = self.machine.devices.settle(Instant::now());
-        for gone in &settled {
-            if let Settled::Gone { id, memory, .. } = gone {
-                self.give_back(id, *memory);
-            }
-        }
+        self.after(&settled);
+        self.finish_severing();
         settled
     }
 
     /// The undo of [`RunningVm::plug`], after the function is gone: memory, host resources, configuration.
-    fn give_back(&mut self, id: &str, memory: Option<Gpa>) {
+    pub(super) fn give_back(&mut self, id: &str, memory: Option<Gpa>) {
+        if let Some(gpa) = memory {
+            self.bury(gpa);
+        }
         let region = memory.and_then(|gpa| self.detach(gpa));
         if let Some(index) = self.host.devices.iter().position(|device| device.id == id) {
             let device = self.host.devices.remove(index);
             self.host.close_device(device, region, &mut self.ram);
         }
+        self.forget_word(id);
+    }
+
+    /// A device is no part of the configuration any more.
+    pub(super) fn forget_word(&mut self, id: &str) {
         self.config.remove_device(id);
         self.ids.release(id);
     }

@@ -47,6 +47,35 @@ pub enum Event<'a> {
         /// The device's name.
         id: &'a str,
     },
+    /// The guest did not let go in time of what the host wanted back, or it was gone already: nothing of the host is behind
+    /// the device any more.
+    DeviceCutOff {
+        /// The device's name.
+        id: &'a str,
+    },
+    /// RAM was taken away by the host; the guest ends.
+    MemoryLost {
+        /// The zone.
+        id: &'a str,
+        /// The host's device.
+        device: &'a str,
+        /// First guest-physical address of the range.
+        gpa: &'a str,
+        /// Its bytes.
+        size: &'a str,
+    },
+    /// Somebody on the host wants to take device-dax memory away, and waits.
+    RemovalRequested {
+        /// The host's device.
+        device: &'a str,
+        /// Who.
+        by: &'a str,
+    },
+    /// It was refused.
+    RemovalRefused {
+        /// The host's device.
+        device: &'a str,
+    },
     /// The host wants a passed-through device back.
     DeviceRequested {
         /// The device's name.
@@ -114,6 +143,10 @@ impl Event<'_> {
             Self::Deleted => "deleted",
             Self::DeviceRemoved { .. } => "device-removed",
             Self::DeviceRemovalUnanswered { .. } => "device-removal-unanswered",
+            Self::DeviceCutOff { .. } => "device-cut-off",
+            Self::MemoryLost { .. } => "memory-lost",
+            Self::RemovalRequested { .. } => "removal-requested",
+            Self::RemovalRefused { .. } => "removal-refused",
             Self::DeviceRequested { .. } => "device-requested",
             Self::DeviceError { .. } => "device-error",
             Self::PinProgress { .. } => "pin-progress",
@@ -142,9 +175,18 @@ impl Event<'_> {
                     .filter_map(|(name, text)| Some((name, text?)))
                     .collect()
             }
+            Self::MemoryLost {
+                id,
+                device,
+                gpa,
+                size,
+            } => vec![("id", id), ("device", device), ("gpa", gpa), ("size", size)],
+            Self::RemovalRequested { device, by } => vec![("device", device), ("by", by)],
+            Self::RemovalRefused { device } => vec![("device", device)],
             Self::DeviceRemoved { id, bdf } => vec![("id", id), ("bdf", bdf)],
             Self::GuestPanic { event } => vec![("event", event)],
             Self::DeviceRemovalUnanswered { id }
+            | Self::DeviceCutOff { id }
             | Self::DeviceRequested { id }
             | Self::DeviceError { id }
             | Self::VirtioActivated { id }
