@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 
 /// An emulated host with device-dax memory and KVM, and everything that is run on it.
 #[derive(Debug, Parser)]
@@ -91,6 +91,22 @@ pub enum Bench {
         #[arg(long, default_value_t = 5)]
         repeat: u32,
     },
+    /// How long it takes to attach a device to a guest of some GiB, against the least that it takes; whether two threads pin
+    /// faster than one; and, with peers, from the start of the VMM to the guest's first instruction with a device attached.
+    Pin {
+        /// The host.
+        #[command(flatten)]
+        host: HostChoice,
+        /// Another VMM to start in turn, as `ch=PATH` or `qemu=PATH`.
+        #[arg(long = "peer", value_name = "NAME=PATH", value_parser = parse_peer)]
+        peers: Vec<Peer>,
+        /// Measures only this; may be given several times.
+        #[arg(long, value_enum)]
+        only: Vec<PinPart>,
+        /// How often each is measured.
+        #[arg(long, default_value_t = 5)]
+        repeat: u32,
+    },
     /// Random reads of 4 KiB from a disk, and the exits that they cost.
     Blk {
         /// The host.
@@ -115,6 +131,17 @@ pub enum Bench {
         #[arg(long, default_value_t = 5)]
         repeat: u32,
     },
+}
+
+/// What `bench pin` is made of.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
+pub enum PinPart {
+    /// A device comes to a guest that runs, and a second one.
+    Attach,
+    /// A guest has a device from the start, by daxhund and by its peers.
+    Launch,
+    /// The same memory mapped by one thread and by several.
+    Parts,
 }
 
 /// One kernel for the emulated host.
@@ -187,6 +214,18 @@ mod tests {
         };
         assert_eq!(kernels.host_kernels, ["6.1", "6.12"]);
         assert_eq!((names, keep, full), (vec!["boots".to_owned()], false, true));
+    }
+
+    #[test]
+    fn parts_of_the_pin_bench_are_chosen_by_name() {
+        let words = ["bench", "pin", "--only", "parts", "--only", "attach"];
+        let Command::Bench {
+            what: Bench::Pin { only, repeat, .. },
+        } = parse(&words).unwrap()
+        else {
+            panic!()
+        };
+        assert_eq!((only, repeat), (vec![PinPart::Parts, PinPart::Attach], 5));
     }
 
     #[test]

@@ -78,6 +78,12 @@ fn measure(what: Bench) -> Result<(), Box<dyn Error>> {
             repeat,
         } => bench::boot::run(&on(&host)?, &peers, repeat)?,
         Bench::Pmem { host, repeat } => bench::devices::pmem(&on(&host)?, repeat)?,
+        Bench::Pin {
+            host,
+            peers,
+            only,
+            repeat,
+        } => bench::pin::run(&on(&host)?, &peers, &only, repeat)?,
         Bench::Blk {
             host,
             peers,

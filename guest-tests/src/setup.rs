@@ -17,7 +17,7 @@ use crate::share::{self, Initramfs, ShareError};
 use crate::signals;
 
 /// Packages whose binaries the lab runs.
-const PACKAGES: [&str; 2] = ["daxhund", "lab-agent"];
+const PACKAGES: [&str; 3] = ["daxhund", "daxhund-guard", "lab-agent"];
 const AGENT: &str = "lab-agent";
 
 /// The lab could not be set up.

@@ -8,3 +8,4 @@
 
 pub mod guest_protocol;
 pub mod host_protocol;
+pub mod pin_protocol;

@@ -7,9 +7,13 @@
 
 #![deny(unsafe_code)]
 
+mod bare;
+mod guard;
 mod guest;
 mod host;
 mod memory;
+mod removal;
+mod rest;
 mod sockets;
 mod tools;
 mod wait;

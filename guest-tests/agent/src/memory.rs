@@ -27,25 +27,44 @@ pub(crate) struct Words {
 }
 
 impl Words {
-    /// Maps anonymous memory; the kernel fills it in on first touch.
+    /// Maps anonymous memory, in huge pages if there are any; the kernel fills it in on first touch.
     pub(crate) fn anonymous(bytes: usize) -> Result<Self, String> {
-        let failed = |error| format!("cannot map {bytes} bytes: {error}");
-        let protection = ProtFlags::READ | ProtFlags::WRITE;
-        // SAFETY: the kernel chooses a free place, so no existing mapping is touched.
-        let start = unsafe {
-            mmap_anonymous(
-                std::ptr::null_mut(),
-                bytes,
-                protection,
-                MapFlags::PRIVATE | MapFlags::NORESERVE,
-            )
-        }
-        .map_err(failed)?;
-        let words = Self::new(start, bytes)?;
+        let words = Self::plain(bytes)?;
+        let start = words.start.as_ptr().cast();
         // SAFETY: the range is the mapping just made, and the advice does not change its contents.
         // It saves time, nothing else: a kernel without huge pages may refuse.
         let _ = unsafe { madvise(start, bytes, Advice::LinuxHugepage) };
         Ok(words)
+    }
+
+    /// Maps anonymous memory, in pages of whatever size the kernel sees fit.
+    pub(crate) fn plain(bytes: usize) -> Result<Self, String> {
+        Self::without_file(bytes, MapFlags::PRIVATE | MapFlags::NORESERVE)
+    }
+
+    /// Maps huge pages of 2 MiB that the kernel has reserved.
+    pub(crate) fn hugetlb(bytes: usize) -> Result<Self, String> {
+        Self::without_file(
+            bytes,
+            MapFlags::PRIVATE | MapFlags::HUGETLB | MapFlags::HUGE_2MB,
+        )
+    }
+
+    fn without_file(bytes: usize, flags: MapFlags) -> Result<Self, String> {
+        let protection = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: the kernel chooses a free place, so no existing mapping is touched.
+        let start = unsafe { mmap_anonymous(std::ptr::null_mut(), bytes, protection, flags) };
+        let start = start.map_err(|error| format!("cannot map {bytes} bytes: {error}"))?;
+        Self::new(start, bytes)
+    }
+
+    /// Faults every page in, writable, without changing a byte.
+    pub(crate) fn populate(&self) -> Result<(), String> {
+        let bytes = self.count * WORD_BYTES;
+        let start = self.start.as_ptr().cast();
+        // SAFETY: the range is this value's own mapping, and the advice does not change its contents.
+        let outcome = unsafe { madvise(start, bytes, Advice::LinuxPopulateWrite) };
+        outcome.map_err(|error| format!("cannot fault {bytes} bytes in: {error}"))
     }
 
     /// Maps the start of a file, or of a device's memory.
@@ -309,6 +328,14 @@ mod tests {
         file.read_exact_at(&mut found, 4800).unwrap();
         std::fs::remove_file(path).unwrap();
         assert_eq!(u64::from_ne_bytes(found), 0x1234);
+    }
+
+    #[test]
+    fn populating_changes_nothing() {
+        let mut words = Words::plain(8192).unwrap();
+        words.set(3, 7);
+        words.populate().unwrap();
+        assert_eq!((words.get(3), words.get(1023)), (7, 0));
     }
 
     #[test]

@@ -230,10 +230,16 @@ pub(crate) fn ask_guest(path: &str, port: u32, text: &str) -> Result<String, Str
 }
 
 /// One HTTP/1.1 exchange on a unix socket, as it is on the wire: for requests that no well-behaved client makes.
-pub(crate) fn http(path: &str, method: &str, target: &str, body: &str) -> Result<String, String> {
+pub(crate) fn http(
+    path: &str,
+    method: &str,
+    target: &str,
+    body: &str,
+    silence: Duration,
+) -> Result<String, String> {
     let failed = |error: io::Error| format!("{path}: {error}");
     let mut stream = UnixStream::connect(path).map_err(failed)?;
-    stream.set_read_timeout(Some(SILENCE)).map_err(failed)?;
+    stream.set_read_timeout(Some(silence)).map_err(failed)?;
     let length = body.len();
     let request = format!(
         "{method} {target} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\n\

@@ -1,7 +1,10 @@
 //! Small programs that tests run on the emulated host: `lab-agent NAME ARGUMENT...`.
 //!
-//! `connect SOCKET`, `dax-vanish DEVICE`, `await PATH SECONDS`, `await-gone PATH SECONDS`, `await-socket PATH SECONDS`, `unix-echo PATH`, `vsock-ask SOCKET PORT TEXT`,
-//! `tcp-ask ADDRESS TEXT`, `tcp-serve ADDRESS`, `http SOCKET METHOD TARGET [BODY]`.
+//! `connect SOCKET`, `dax-vanish DEVICE`, `dax-watch DEVICE ROUNDS`, `dax-watch-cost DEVICE`, `await PATH SECONDS`, `await-gone PATH SECONDS`, `await-socket PATH SECONDS`, `unix-echo PATH`, `vsock-ask SOCKET PORT TEXT`,
+//! `tcp-ask ADDRESS TEXT`, `tcp-serve ADDRESS`, `loads FILE WORD`, `http SOCKET METHOD TARGET [BODY]`, and what [`crate::guard`] says.
+//!
+//! For benches, each telling in JSON what it took: `pin-bare PATH MEMORY BYTES INTERFACE`, `pin-parts PATH MEMORY BYTES INTERFACE REGIONS THREADS`,
+//! `attach SOCKET PATH ID`, `detach SOCKET ID SECONDS`.
 
 use std::fs;
 use std::io::{self, Read, Write};
@@ -13,12 +16,17 @@ use std::thread;
 use std::time::Duration;
 
 use daxhund_dax::{Host, LockKind};
+use lab_agent::pin_protocol::{BareAttach, Interface};
+use serde::Serialize;
 
-use crate::{sockets, wait};
+use crate::bare::{self, Cut, Plan};
+use crate::{guard, memory, removal, rest, sockets, wait};
 
-pub(crate) const NAMES: [&str; 10] = [
+pub(crate) const NAMES: [&str; 20] = [
     "connect",
     "dax-vanish",
+    "dax-watch",
+    "dax-watch-cost",
     "await",
     "await-gone",
     "await-socket",
@@ -26,7 +34,15 @@ pub(crate) const NAMES: [&str; 10] = [
     "vsock-ask",
     "tcp-ask",
     "tcp-serve",
+    "loads",
     "http",
+    "pin-bare",
+    "pin-parts",
+    "attach",
+    "detach",
+    "guard-hold",
+    "guard-release",
+    "guard-list",
 ];
 
 /// Runs the program that the arguments name.
@@ -35,6 +51,10 @@ pub(crate) fn run(arguments: &[String]) -> ExitCode {
     let outcome = match words[..] {
         ["connect", path] => connect(path).map_err(|error| format!("{path}: {error}")),
         ["dax-vanish", path] => dax_vanish(path),
+        ["dax-watch", path, rounds] => {
+            number(rounds).and_then(|rounds| removal::time_signs(path, rounds))
+        }
+        ["dax-watch-cost", path] => removal::cost_of_watching(path),
         ["await", path, seconds] => number(seconds)
             .and_then(|seconds| wait::for_path(path, Duration::from_secs(seconds), true)),
         ["await-gone", path, seconds] => number(seconds)
@@ -50,9 +70,26 @@ pub(crate) fn run(arguments: &[String]) -> ExitCode {
                 sockets::ask(&mut stream, text).map_err(|error| format!("{address}: {error}"))
             })
             .map(|line| println!("{line}")),
+        ["loads", path, word] => number(word).and_then(|word| loads(path, word)),
         ["tcp-serve", address] => sockets::serve_transfers(address),
+        ["guard-hold", place, name, device, milliseconds] => number(milliseconds)
+            .and_then(|milliseconds| guard::hold(place, name, device, milliseconds)),
+        ["guard-release", socket, device] => guard::release(socket, device),
+        ["guard-list", socket] => guard::list(socket),
         ["http", path, method, target] => print_http(path, method, target, ""),
         ["http", path, method, target, body] => print_http(path, method, target, body),
+        ["pin-bare", path, memory, bytes, by] => {
+            pin_bare(path, memory, bytes, by).and_then(|report| print_json(&report))
+        }
+        ["pin-parts", path, memory, bytes, ref how @ ..] => {
+            pin_parts(path, memory, bytes, how).and_then(|report| print_json(&report))
+        }
+        ["attach", socket, path, id] => {
+            rest::attach(socket, path, id).and_then(|call| print_json(&call))
+        }
+        ["detach", socket, id, seconds] => number(seconds)
+            .and_then(|seconds| rest::detach(socket, id, Duration::from_secs(seconds)))
+            .and_then(|call| print_json(&call)),
         _ => Err(format!("wrong arguments: {words:?}")),
     };
     match outcome {
@@ -64,12 +101,76 @@ pub(crate) fn run(arguments: &[String]) -> ExitCode {
     }
 }
 
+/// Loads the first word of a mapped file again and again, for as long as it is `expected`. What ends it otherwise is SIGBUS.
+fn loads(path: &str, expected: u64) -> Result<(), String> {
+    const PAUSE: Duration = Duration::from_millis(5);
+    let words = memory::Words::of_device(path, 4096)?;
+    let mut told = false;
+    loop {
+        let found = words.get(0);
+        if found != expected {
+            return Err(format!("{path}: loaded {found:#x}, not {expected:#x}"));
+        }
+        if !told {
+            println!("loading");
+            io::stdout().flush().map_err(|error| error.to_string())?;
+            told = true;
+        }
+        thread::sleep(PAUSE);
+    }
+}
+
 fn number<T: std::str::FromStr>(word: &str) -> Result<T, String> {
     word.parse().map_err(|_| format!("not a number: {word}"))
 }
 
+fn print_json(value: &impl Serialize) -> Result<(), String> {
+    let text = serde_json::to_string(value).map_err(|error| error.to_string())?;
+    println!("{text}");
+    Ok(())
+}
+
+/// Maps memory as a guest's RAM lies.
+fn pin_bare(path: &str, memory: &str, bytes: &str, by: &str) -> Result<BareAttach, String> {
+    bare::run(&Plan {
+        path,
+        memory,
+        bytes: number(bytes)?,
+        interface: interface(by)?,
+        cut: Cut::Guest,
+    })
+}
+
+fn interface(word: &str) -> Result<Interface, String> {
+    Interface::of_word(word).ok_or_else(|| format!("no interface: {word}"))
+}
+
+/// Maps memory in parts; the bytes are a multiple of what the parts and the memory are aligned to.
+fn pin_parts(path: &str, memory: &str, bytes: &str, how: &[&str]) -> Result<BareAttach, String> {
+    let [by, regions, threads] = how else {
+        return Err(format!(
+            "pin-parts takes INTERFACE REGIONS THREADS at last, not {how:?}"
+        ));
+    };
+    let interface = interface(by)?;
+    let (bytes, regions): (u64, u64) = (number(bytes)?, number(regions)?);
+    if regions == 0 || !bytes.is_multiple_of(regions) {
+        return Err(format!("{bytes} bytes do not make {regions} equal parts"));
+    }
+    bare::run(&Plan {
+        path,
+        memory,
+        bytes,
+        interface,
+        cut: Cut::Parts {
+            regions,
+            threads: number(threads)?,
+        },
+    })
+}
+
 fn print_http(path: &str, method: &str, target: &str, body: &str) -> Result<(), String> {
-    let answer = sockets::http(path, method, target, body)?;
+    let answer = sockets::http(path, method, target, body, sockets::SILENCE)?;
     println!("{answer}");
     Ok(())
 }
@@ -115,5 +216,20 @@ fn dax_vanish(path: &str) -> Result<(), String> {
             println!("{error}");
             Ok(())
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_are_checked_before_anything_is_opened() {
+        let refused = |how: &[&str]| pin_parts("/nowhere", "anonymous", "4096", how).unwrap_err();
+        assert!(refused(&["type1", "2"]).contains("INTERFACE REGIONS THREADS"));
+        assert!(refused(&["type2", "2", "2"]).contains("type2"));
+        assert!(refused(&["type1", "3", "2"]).contains("3 equal parts"));
+        assert!(refused(&["type1", "0", "2"]).contains("0 equal parts"));
+        assert!(refused(&["type1", "2", "many"]).contains("many"));
     }
 }

@@ -75,6 +75,14 @@ pub enum BenchError {
         /// Why.
         source: io::Error,
     },
+    /// The curve cannot be drawn.
+    #[error("cannot draw {path}")]
+    Draw {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
 }
 
 /// A boot that could not be measured.
@@ -92,14 +100,34 @@ pub enum MeasureError {
     /// The VMM's figures.
     #[error(transparent)]
     Figures(#[from] FiguresError),
+    /// The host's agent tells no figures.
+    #[error("`{command}` tells no figures: {text}")]
+    Garbled {
+        /// What was run.
+        command: String,
+        /// What it printed.
+        text: String,
+        /// Why it cannot be read.
+        source: serde_json::Error,
+    },
+    /// The VMM did not tell every map.
+    #[error("the VMM told of {found} maps of guest memory, there were {expected}:\n{text}")]
+    Maps {
+        /// How often its log says so.
+        found: usize,
+        /// How often guest memory was mapped.
+        expected: usize,
+        /// Its log.
+        text: String,
+    },
 }
 
 /// What is written as JSON.
 #[derive(Debug, Serialize)]
-struct Results {
+pub(super) struct Results {
     host_kernel: String,
     guest_kernel: String,
-    memory_mib: u64,
+    pub(super) memory_mib: u64,
     vmms: Vec<VmmResults>,
 }
 
@@ -161,7 +189,27 @@ pub fn run(setup: &Setup, peers: &[Peer], repeat: u32) -> Result<PathBuf, BenchE
         cmdline: GuestSpec::new(&kernel.release, &[]).whole_cmdline(),
         dax: dax.path.clone(),
         memory_mib: MEMORY_MIB,
+        devices: Vec::new(),
     };
+    let results = compare(&tracer, &kernel.release, &vmms, &work, repeat)?;
+    println!("{}", table(&results));
+    let path = setup.workspace.target.join("lab/bench/boot.json");
+    write(&path, &results).map_err(|source| BenchError::Write {
+        path: path.clone(),
+        source,
+    })?;
+    note(&format!("results: {}", path.display()));
+    Ok(path)
+}
+
+/// Boots the same guest by every VMM in turn.
+pub(super) fn compare(
+    tracer: &Tracer<'_>,
+    release: &str,
+    vmms: &[Vmm],
+    work: &Workload,
+    repeat: u32,
+) -> Result<Results, BenchError> {
     let mut samples: Vec<Vec<BootCost>> = vec![Vec::new(); vmms.len()];
     for round in 0..=repeat {
         let what = if round == 0 {
@@ -171,7 +219,7 @@ pub fn run(setup: &Setup, peers: &[Peer], repeat: u32) -> Result<PathBuf, BenchE
         };
         step(&what, || {
             for (vmm, samples) in vmms.iter().zip(&mut samples) {
-                let cost = boot_once(&tracer, vmm, &work)?;
+                let cost = boot_once(tracer, vmm, work)?;
                 if round > 0 {
                     samples.push(cost);
                 }
@@ -179,15 +227,7 @@ pub fn run(setup: &Setup, peers: &[Peer], repeat: u32) -> Result<PathBuf, BenchE
             Ok::<(), BenchError>(())
         })?;
     }
-    let results = summarise(&kernel.release, &vmms, samples).ok_or(BenchError::NoSamples)?;
-    println!("{}", table(&results));
-    let path = setup.workspace.target.join("lab/bench/boot.json");
-    write(&path, &results).map_err(|source| BenchError::Write {
-        path: path.clone(),
-        source,
-    })?;
-    note(&format!("results: {}", path.display()));
-    Ok(path)
+    summarise(release, vmms, work.memory_mib, samples).ok_or(BenchError::NoSamples)
 }
 
 fn boot_once(tracer: &Tracer<'_>, vmm: &Vmm, work: &Workload) -> Result<BootCost, BenchError> {
@@ -217,7 +257,12 @@ fn scrub(host: &Host, work: &Workload) -> Result<(), HostError> {
         .map(|_| ())
 }
 
-fn summarise(release: &str, vmms: &[Vmm], samples: Vec<Vec<BootCost>>) -> Option<Results> {
+fn summarise(
+    release: &str,
+    vmms: &[Vmm],
+    memory_mib: u64,
+    samples: Vec<Vec<BootCost>>,
+) -> Option<Results> {
     let own = samples.first()?.clone();
     let summarise_one = |(vmm, samples): (&Vmm, Vec<BootCost>)| {
         let seconds = |micros: u64| figure(micros) / MICROS_PER_SECOND;
@@ -247,12 +292,12 @@ fn summarise(release: &str, vmms: &[Vmm], samples: Vec<Vec<BootCost>>) -> Option
     Some(Results {
         host_kernel: release.clone(),
         guest_kernel: release,
-        memory_mib: MEMORY_MIB,
+        memory_mib,
         vmms,
     })
 }
 
-fn table(results: &Results) -> Table {
+pub(super) fn table(results: &Results) -> Table {
     let mut table = Table::new();
     table.load_style(ASCII_BORDERS_ONLY_CONDENSED);
     table.set_header([
@@ -301,7 +346,7 @@ mod tests {
             mapped: MappedPages::default(),
         };
         let samples = vec![vec![cost(100), cost(200)], vec![cost(300), cost(400)]];
-        let results = summarise("6.1", &[Vmm::daxhund(), Vmm::daxhund()], samples).unwrap();
+        let results = summarise("6.1", &[Vmm::daxhund(), Vmm::daxhund()], 1024, samples).unwrap();
         let ratio = results.vmms[1].first_instruction_ratio;
         assert_eq!(
             ratio,
@@ -316,6 +361,6 @@ mod tests {
 
     #[test]
     fn nothing_measured_is_no_result() {
-        assert!(summarise("6.1", &[Vmm::daxhund()], vec![Vec::new()]).is_none());
+        assert!(summarise("6.1", &[Vmm::daxhund()], 1024, vec![Vec::new()]).is_none());
     }
 }

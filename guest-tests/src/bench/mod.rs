@@ -3,6 +3,7 @@
 pub mod boot;
 pub mod devices;
 pub mod peer;
+pub mod pin;
 pub mod rounds;
 pub mod statistics;
 pub mod trace;

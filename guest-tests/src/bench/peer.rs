@@ -58,6 +58,8 @@ pub struct Workload {
     pub dax: String,
     /// How much of it.
     pub memory_mib: u64,
+    /// Directories in sysfs of functions that are passed through.
+    pub devices: Vec<String>,
 }
 
 /// A peer that cannot be run.
@@ -210,7 +212,10 @@ fn cloud_hypervisor_arguments(work: &Workload) -> Vec<String> {
         "--console",
         "off",
     ];
-    words.iter().map(|word| (*word).to_owned()).collect()
+    let devices = work.devices.iter().map(|path| format!("path={path}"));
+    let devices = devices.flat_map(|word| ["--device".to_owned(), word]);
+    let words = words.iter().map(|word| (*word).to_owned());
+    words.chain(devices).collect()
 }
 
 fn qemu_arguments(work: &Workload, data: Option<&str>) -> Vec<String> {
@@ -247,7 +252,13 @@ fn qemu_arguments(work: &Workload, data: Option<&str>) -> Vec<String> {
     if let Some(data) = data {
         words.extend(["-L", data]);
     }
-    words.iter().map(|word| (*word).to_owned()).collect()
+    let devices = work
+        .devices
+        .iter()
+        .map(|path| format!("vfio-pci,sysfsdev={path}"));
+    let devices = devices.flat_map(|word| ["-device".to_owned(), word]);
+    let words = words.iter().map(|word| (*word).to_owned());
+    words.chain(devices).collect()
 }
 
 #[cfg(test)]
@@ -269,6 +280,7 @@ mod tests {
             cmdline: "a b".into(),
             dax: "/dev/dax0.0".into(),
             memory_mib: 512,
+            devices: vec!["/sys/d".into()],
         };
         for argv in [
             cloud_hypervisor_arguments(&work),
@@ -280,6 +292,10 @@ mod tests {
             assert!(
                 argv.iter()
                     .any(|found| found.contains("/dev/dax0.0") && found.contains("512M")),
+                "{argv:?}"
+            );
+            assert!(
+                argv.last().is_some_and(|found| found.ends_with("=/sys/d")),
                 "{argv:?}"
             );
         }

@@ -118,6 +118,7 @@ pub fn run(
         cmdline: GuestSpec::new(&kernel.release, &[]).whole_cmdline(),
         dax: dax.path.clone(),
         memory_mib: MEMORY_MIB,
+        devices: Vec::new(),
     };
     let bed = Bed { host, work };
     let mut samples: Vec<Vec<Vec<Figure>>> = vec![Vec::new(); vmms.len()];

@@ -13,6 +13,7 @@ use lab_agent::guest_protocol::{
     PhysicalReport, READY_MARK,
 };
 use lab_agent::host_protocol::{ExitStatus, SpawnSpec};
+use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
@@ -218,7 +219,9 @@ impl Guest {
         let json = line
             .split_once(ANSWER_MARK)
             .map_or(line.as_str(), |(_, json)| json);
-        let answer: Answer = serde_json::from_str(json).map_err(|source| GuestError::Garbled {
+        // Another one may follow it, before the agent has ended its line.
+        let mut values = serde_json::Deserializer::from_str(json);
+        let answer = Answer::deserialize(&mut values).map_err(|source| GuestError::Garbled {
             command: command(),
             line: line.clone(),
             source,

@@ -1,7 +1,8 @@
 //! The devices that the emulated host has to give away: what they are, and where they sit.
 //!
-//! Each is alone in its IOMMU group: behind a root port of its own, or on the root bus. Places are fixed, so that addresses mean
-//! the same on every host. What stands behind them is made new with each host: sparse files as disks, and a network that reaches
+//! Most are alone in their IOMMU group: behind a root port of their own, or on the root bus. Two are functions of one slot, which the
+//! IOMMU can't keep apart; and the drive of the chipset's own controller, which shares its slot with parts of the chipset that have
+//! no driver here. Places are fixed, so that addresses mean the same on every host. What stands behind them is made new with each host: sparse files as disks, and a network that reaches
 //! nothing but what QEMU itself answers (DHCP, and an echo on TCP).
 
 use std::ffi::OsString;
@@ -31,11 +32,25 @@ pub enum Card {
     SecondDisk,
     /// QEMU's `edu`: a DMA engine and `INTx` or MSI, small enough to be driven from user space. It can address all memory.
     Edu,
+    /// Another one, the first function of a slot that has two.
+    PairedEdu,
+    /// An `NVMe` drive, the second function of that slot.
+    PairedDisk,
+    /// A drive on the chipset's AHCI controller, which has MSI and no MSI-X and can't be reset by itself.
+    Sata,
 }
 
 impl Card {
     /// All there are.
-    pub const ALL: [Self; 4] = [Self::Network, Self::Disk, Self::SecondDisk, Self::Edu];
+    pub const ALL: [Self; 7] = [
+        Self::Network,
+        Self::Disk,
+        Self::SecondDisk,
+        Self::Edu,
+        Self::PairedEdu,
+        Self::PairedDisk,
+        Self::Sata,
+    ];
 
     /// Its name in QEMU's monitor.
     pub fn id(self) -> &'static str {
@@ -44,6 +59,9 @@ impl Card {
             Self::Disk => "nvme0",
             Self::SecondDisk => "nvme1",
             Self::Edu => "edu0",
+            Self::PairedEdu => "edu1",
+            Self::PairedDisk => "nvme2",
+            Self::Sata => "sata0",
         }
     }
 
@@ -51,8 +69,9 @@ impl Card {
     pub fn pci_id(self) -> (u16, u16) {
         match self {
             Self::Network => (0x8086, 0x10d3),
-            Self::Disk | Self::SecondDisk => (0x1b36, 0x0010),
-            Self::Edu => (0x1234, 0x11e8),
+            Self::Disk | Self::SecondDisk | Self::PairedDisk => (0x1b36, 0x0010),
+            Self::Edu | Self::PairedEdu => (0x1234, 0x11e8),
+            Self::Sata => (0x8086, 0x2922),
         }
     }
 
@@ -60,8 +79,9 @@ impl Card {
     pub fn class(self) -> u32 {
         match self {
             Self::Network => 0x02_0000,
-            Self::Disk | Self::SecondDisk => 0x01_0802,
-            Self::Edu => 0x00_ff00,
+            Self::Disk | Self::SecondDisk | Self::PairedDisk => 0x01_0802,
+            Self::Edu | Self::PairedEdu => 0x00_ff00,
+            Self::Sata => 0x01_0601,
         }
     }
 
@@ -69,19 +89,20 @@ impl Card {
     pub fn driver(self) -> Option<&'static str> {
         match self {
             Self::Network => Some("e1000e"),
-            Self::Disk | Self::SecondDisk => Some("nvme"),
-            Self::Edu => None,
+            Self::Disk | Self::SecondDisk | Self::PairedDisk => Some("nvme"),
+            Self::Sata => Some("ahci"),
+            Self::Edu | Self::PairedEdu => None,
         }
     }
 
     /// Address on the root bus: of its root port, or its own.
     pub fn root_address(self) -> String {
-        format!("0000:00:{:02x}.0", self.slot())
+        format!("0000:00:{:02x}.{}", self.slot(), self.function())
     }
 
     /// Whether it is alone behind a root port, which is also where it can be pulled out.
     pub fn has_port(self) -> bool {
-        self != Self::Edu
+        matches!(self, Self::Network | Self::Disk | Self::SecondDisk)
     }
 
     fn slot(self) -> u8 {
@@ -90,7 +111,23 @@ impl Card {
             Self::Disk => 0x11,
             Self::SecondDisk => 0x12,
             Self::Edu => 0x13,
+            Self::PairedEdu | Self::PairedDisk => 0x14,
+            // Where a Q35 has it.
+            Self::Sata => 0x1f,
         }
+    }
+
+    fn function(self) -> u8 {
+        match self {
+            Self::PairedDisk => 1,
+            Self::Sata => 2,
+            _ => 0,
+        }
+    }
+
+    /// On the root bus, as QEMU takes it.
+    fn place(self) -> String {
+        format!("{:x}.{}", self.slot(), self.function())
     }
 
     fn port(self) -> String {
@@ -99,8 +136,10 @@ impl Card {
 
     fn disk(self, directory: &Path) -> Option<PathBuf> {
         match self {
-            Self::Disk | Self::SecondDisk => Some(directory.join(format!("{}.raw", self.id()))),
-            Self::Network | Self::Edu => None,
+            Self::Disk | Self::SecondDisk | Self::PairedDisk | Self::Sata => {
+                Some(directory.join(format!("{}.raw", self.id())))
+            }
+            Self::Network | Self::Edu | Self::PairedEdu => None,
         }
     }
 
@@ -147,7 +186,17 @@ impl Card {
                 "driver": "nvme", "id": id, "bus": self.port(), "drive": format!("medium-{id}"), "serial": id,
             }),
             Self::Edu => json!({
-                "driver": "edu", "id": id, "bus": "pcie.0", "addr": format!("{:x}", self.slot()), "dma_mask": u64::MAX,
+                "driver": "edu", "id": id, "bus": "pcie.0", "addr": self.place(), "dma_mask": u64::MAX,
+            }),
+            Self::PairedEdu => json!({
+                "driver": "edu", "id": id, "bus": "pcie.0", "addr": self.place(), "dma_mask": u64::MAX, "multifunction": true,
+            }),
+            Self::PairedDisk => json!({
+                "driver": "nvme", "id": id, "bus": "pcie.0", "addr": self.place(), "drive": format!("medium-{id}"), "serial": id,
+            }),
+            // The controller is there in any case.
+            Self::Sata => json!({
+                "driver": "ide-hd", "id": id, "bus": "ide.0", "drive": format!("medium-{id}"), "serial": id,
             }),
         }
     }
@@ -163,7 +212,7 @@ mod tests {
     fn every_card_has_a_name_and_a_place_of_its_own() {
         let names: BTreeSet<_> = Card::ALL.iter().map(|card| card.id()).collect();
         let places: BTreeSet<_> = Card::ALL.iter().map(|card| card.root_address()).collect();
-        assert_eq!((names.len(), places.len()), (4, 4));
+        assert_eq!((names.len(), places.len()), (7, 7));
     }
 
     #[test]
@@ -176,7 +225,7 @@ mod tests {
         }
         let facts = std::fs::metadata(place.path().join("nvme0.raw")).unwrap();
         assert_eq!((facts.len(), facts.blocks()), (DISK_BYTES, 0));
-        assert_eq!(std::fs::read_dir(place.path()).unwrap().count(), 2);
+        assert_eq!(std::fs::read_dir(place.path()).unwrap().count(), 4);
     }
 
     #[test]

@@ -16,8 +16,6 @@ use super::cards::Card;
 /// does not warn, but a guest was seen to end in a triple fault.)
 /// Without the fast string instructions: the emulator executes them byte by byte, and every copy of the host's kernel with them.
 const CPU: &str = "EPYC-Milan,+svm,+npt,-xsave,-erms,-fsrm";
-/// Interrupt remapping, which VFIO wants. Addresses as wide as most servers' IOMMUs have them; QEMU's default is narrower.
-const IOMMU: &str = "intel-iommu,intremap=on,eim=off,aw-bits=48";
 /// The IOMMU is there for who asks for it: the host's own devices go past it, as fast as without one.
 const CMDLINE: &str = "console=ttyS0 quiet panic=-1 intel_iommu=on iommu=pt";
 const MIB: u64 = 1 << 20;
@@ -56,6 +54,25 @@ pub enum Contents {
     Kept(PathBuf),
 }
 
+/// An IOMMU.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Iommu {
+    /// Whether it keeps devices' interrupts apart, which VFIO wants.
+    pub remaps_interrupts: bool,
+    /// How wide the addresses are that devices can use: 39 or 48.
+    pub address_bits: u8,
+}
+
+impl Default for Iommu {
+    /// Addresses as wide as most servers' IOMMUs have them; QEMU's default is narrower.
+    fn default() -> Self {
+        Self {
+            remaps_interrupts: true,
+            address_bits: 48,
+        }
+    }
+}
+
 /// Processors, memory and devices.
 #[derive(Clone, Debug)]
 pub struct Machine {
@@ -65,6 +82,8 @@ pub struct Machine {
     pub memory_bytes: u64,
     /// Persistent memory modules, at increasing addresses.
     pub dimms: Vec<Dimm>,
+    /// What keeps devices from memory that is not theirs.
+    pub iommu: Option<Iommu>,
     /// Devices to pass through.
     pub cards: Vec<Card>,
     /// More arguments for QEMU.
@@ -87,6 +106,7 @@ impl Default for Machine {
             cpus: 1,
             memory_bytes: 3 * GIB,
             dimms: vec![dimm(6, 2 * MIB), dimm(2, 2 * MIB), dimm(3, GIB)],
+            iommu: Some(Iommu::default()),
             cards: Card::ALL.to_vec(),
             qemu_arguments: Vec::new(),
             cmdline: Vec::new(),
@@ -131,7 +151,12 @@ impl Machine {
             )
             .into(),
         );
-        add("-device", IOMMU.into());
+        if let Some(iommu) = self.iommu {
+            let remap = if iommu.remaps_interrupts { "on" } else { "off" };
+            let bits = iommu.address_bits;
+            let word = format!("intel-iommu,intremap={remap},eim=off,aw-bits={bits}");
+            add("-device", word.into());
+        }
         add("-display", "none".into());
         for (index, dimm) in self.dimms.iter().enumerate() {
             let size = dimm.size_bytes;
@@ -266,6 +291,24 @@ mod tests {
             text.contains("id=nv1,size=2147483648,share=on,mem-path=/c,,d/file"),
             "{text}"
         );
+    }
+
+    #[test]
+    fn the_iommu_is_as_wanted() {
+        let with = |iommu| {
+            let machine = Machine {
+                iommu,
+                ..Machine::default()
+            };
+            arguments_of(&machine, "/s")
+        };
+        assert!(arguments("/s").contains("intel-iommu,intremap=on,eim=off,aw-bits=48"));
+        let poor = with(Some(Iommu {
+            remaps_interrupts: false,
+            address_bits: 39,
+        }));
+        assert!(poor.contains("intel-iommu,intremap=off,eim=off,aw-bits=39"));
+        assert!(!with(None).contains("intel-iommu,"));
     }
 
     #[test]

@@ -64,6 +64,12 @@ impl Binding {
         format!("/dev/vfio/{group}")
     }
 
+    /// Its own device file, where the kernel makes one.
+    pub fn device_file(&self) -> Result<String, HostError> {
+        let names = check(&self.channel, &["ls", &format!("{}/vfio-dev", self.path())])?;
+        Ok(format!("/dev/vfio/devices/{}", names.trim()))
+    }
+
     /// Gives the card back to the driver that it had before, or to none.
     pub fn release(mut self) -> Result<(), HostError> {
         self.undo()

@@ -38,8 +38,8 @@ const HOST_AT_HAND: [&str; 7] = [
     "nvme",
     "e1000e",
 ];
-/// Modules that a kernel may lack: a debugging aid, and what later kernels have as plain functions.
-const OPTIONAL: [&str; 2] = ["hwpoison_inject", "crc32c_generic"];
+/// Modules that a kernel may lack: a debugging aid, what later kernels have as plain functions, and what the lab's own leaves out.
+const OPTIONAL: [&str; 4] = ["hwpoison_inject", "crc32c_generic", "ahci", "sd_mod"];
 /// Drivers of a guest's devices.
 const GUEST_DEVICES: [&str; 8] = [
     "virtio_pci",
@@ -54,7 +54,7 @@ const GUEST_DEVICES: [&str; 8] = [
 /// More of them, whose names say less.
 const GUEST_SOCKETS: [&str; 1] = ["vmw_vsock_virtio_transport"];
 /// Drivers of what is passed through to a guest; there for guests with tools only, to keep the others small.
-const GUEST_PASSED_THROUGH: [&str; 3] = ["nvme", "e1000e", "uio_pci_generic"];
+const GUEST_PASSED_THROUGH: [&str; 5] = ["nvme", "e1000e", "uio_pci_generic", "ahci", "sd_mod"];
 /// A guest's file systems. They ask for the checksum by an alias, which nobody resolves in a guest without modprobe.
 const GUEST_FILE_SYSTEMS: [&str; 3] = ["crc32c_generic", "ext4", "xfs"];
 /// Where a guest's agent finds, under a module's name, the files to load for it, in order.

@@ -1,7 +1,8 @@
 //! Where downloads and what is made of them are kept: `$DAXHUND_LAB_CACHE`, else `daxhund-lab` in the user's cache directory.
 //!
 //! Outside the build directory, so that `cargo clean` does not cost a download. Every entry appears whole or not
-//! at all: it is made in a scratch directory beside it and renamed. One process fills the cache at a time.
+//! at all: it is made in a scratch directory beside it and renamed. One process fills the cache at a time; one builds a kernel,
+//! beside those who fill the rest.
 
 use std::fs::{self, File};
 use std::io;
@@ -37,7 +38,7 @@ pub struct Cache {
     root: PathBuf,
 }
 
-/// Keeps other processes from filling the cache meanwhile.
+/// Keeps other processes from doing the same meanwhile.
 #[derive(Debug)]
 pub struct CacheLock {
     _file: File,
@@ -71,7 +72,16 @@ impl Cache {
 
     /// Waits until no other process fills the cache.
     pub fn lock(&self) -> Result<CacheLock, CacheError> {
-        let path = self.root.join("lock");
+        self.lock_by("lock")
+    }
+
+    /// Waits until no other process builds a kernel. Taken before [`Cache::lock`].
+    pub fn lock_kernel_build(&self) -> Result<CacheLock, CacheError> {
+        self.lock_by("kernel-build.lock")
+    }
+
+    fn lock_by(&self, name: &str) -> Result<CacheLock, CacheError> {
+        let path = self.root.join(name);
         let failed = |source| CacheError::Path {
             path: path.clone(),
             source,

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use super::apt::{self, AptError, Package};
-use super::cache::{Cache, CacheError};
+use super::cache::{Cache, CacheError, CacheLock};
 use super::kernel::{Kernel, KernelError};
 use crate::child;
 use crate::command::{CommandError, describe, text_of};
@@ -97,8 +97,8 @@ pub fn cached(cache: &Cache) -> Result<Kernel, LabKernelError> {
     Ok(named(Kernel::from_tree(cache, &place)?))
 }
 
-/// Builds it, unless the newest source there is was built with today's options already.
-pub fn build(cache: &Cache) -> Result<Kernel, LabKernelError> {
+/// Builds it, unless the newest source there is was built with today's options already. `lock` is held until the packages are there.
+pub fn build(cache: &Cache, lock: CacheLock) -> Result<Kernel, LabKernelError> {
     let package = apt::candidate(SOURCE_PACKAGE)?;
     let key = digest(&[FRAGMENT.as_bytes()]);
     let place = cache
@@ -107,6 +107,7 @@ pub fn build(cache: &Cache) -> Result<Kernel, LabKernelError> {
     if !place.is_dir() {
         install_tools()?;
         let workshop = Workshop::open(cache, &package)?;
+        drop(lock);
         workshop.configure()?;
         workshop.compile()?;
         let made = cache.scratch()?;

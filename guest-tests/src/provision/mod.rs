@@ -136,9 +136,11 @@ pub fn provide(wanted: &[String], freshness: Freshness) -> Result<Provisioned, P
 /// Builds the lab's own kernel, unless the cache has it.
 pub fn build_lab_kernel() -> Result<Kernel, ProvisionError> {
     let cache = Cache::open()?;
-    let _lock = cache.lock()?;
+    let _building = cache.lock_kernel_build()?;
+    // Tests go on while it builds: nobody else touches what a build works on.
+    let lock = cache.lock()?;
     fetch_lists()?;
-    Ok(lab_kernel::build(&cache)?)
+    Ok(lab_kernel::build(&cache, lock)?)
 }
 
 fn provide_qemu() -> Result<(), ProvisionError> {

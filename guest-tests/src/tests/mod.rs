@@ -7,6 +7,7 @@ mod api;
 mod blk;
 mod boot;
 mod consoles;
+mod guard;
 mod host;
 mod hostile;
 mod hotplug;
@@ -17,6 +18,7 @@ mod persistence;
 mod pmem;
 mod power;
 mod remote;
+mod removal;
 mod small_devices;
 mod start_errors;
 mod support;
@@ -105,6 +107,7 @@ pub fn all(kernel: &str) -> Vec<GuestTest> {
         start_errors::TESTS.to_vec(),
         pci::TESTS.to_vec(),
         pmem::TESTS.to_vec(),
+        removal::TESTS.to_vec(),
         persistence::TESTS.to_vec(),
         blk::TESTS.to_vec(),
         net::TESTS.to_vec(),
@@ -112,7 +115,8 @@ pub fn all(kernel: &str) -> Vec<GuestTest> {
         hotplug::TESTS.to_vec(),
         api::TESTS.to_vec(),
         hostile::TESTS.to_vec(),
-        passthrough::tests(),
+        guard::tests(),
+        passthrough::tests(kernel),
         iommufd,
     ]
     .concat()

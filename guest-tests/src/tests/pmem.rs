@@ -32,7 +32,11 @@ const MODULES: [&str; 3] = ["virtio_pci", "virtio_pmem", "nd_pmem"];
 
 /// A guest with file systems and these devices, up, its pmem drivers loaded and its first pmem there.
 pub(super) fn boot_with_pmem(lab: &Lab, devices: &[&str]) -> Result<Guest, TestError> {
-    let mut spec = spec_with(lab, devices);
+    boot_spec_with_pmem(lab, spec_with(lab, devices))
+}
+
+/// As [`boot_with_pmem`], with more said of the guest.
+pub(super) fn boot_spec_with_pmem(lab: &Lab, mut spec: GuestSpec) -> Result<Guest, TestError> {
     spec.initramfs = Initramfs::Tools;
     let mut guest = Guest::boot(&lab.host, &spec)?;
     guest.modprobe(&MODULES)?;

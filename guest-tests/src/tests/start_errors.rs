@@ -3,7 +3,7 @@
 use lab_agent::host_protocol::SpawnSpec;
 
 use super::support::{
-    GIB, MIB, boot_on, dax_zone, has_memory, initramfs, power_off, refused, refused_as,
+    GIB, MIB, boot_on, dax_zone, has_memory, initramfs, on_fs_dax, power_off, refused, refused_as,
 };
 use super::{GuestTest, Lab, TestError, claim};
 use crate::share::{ImageForm, kernel_path};
@@ -237,24 +237,12 @@ fn what_is_not_device_dax_is_told_apart(lab: &mut Lab) -> Result<(), TestError> 
     })
 }
 
-/// Makes a file system of the second device, which is a device again afterwards.
 fn a_file_on_fs_dax_is_ram_without_dma(lab: &mut Lab) -> Result<(), TestError> {
-    let device = lab.host.dax()[1].clone();
-    let namespace = format!("namespace{}", device.name.trim_start_matches("dax"));
-    let block = format!(
-        "/dev/pmem{}",
-        device.name.trim_start_matches("dax").trim_end_matches(".0")
-    );
-    shell(
-        lab,
-        &format!(
-            "modprobe crc32c_generic && modprobe ext4 && ndctl create-namespace -f -e {namespace} -m fsdax -M mem && mkdir -p {SCRATCH}/mnt && \
-             mke2fs -b 4096 {block} && mount -t ext4 -o dax {block} {SCRATCH}/mnt && \
-             dd if=/dev/zero of={SCRATCH}/mnt/ram bs=1M count=512"
-        ),
-    )?;
-    let outcome = (|| {
-        let zone = format!("id=fs,size=512M,file={SCRATCH}/mnt/ram");
+    let lab = &*lab;
+    on_fs_dax(lab, |place| {
+        lab.host
+            .sh(&format!("dd if=/dev/zero of={place}/ram bs=1M count=512"))?;
+        let zone = format!("id=fs,size=512M,file={place}/ram");
         let mut guest = boot_on(lab, &[&zone])?;
         has_memory(&mut guest, 512 * MIB)?;
         let said = guest.vmm().stderr();
@@ -262,22 +250,14 @@ fn a_file_on_fs_dax_is_ram_without_dma(lab: &mut Lab) -> Result<(), TestError> {
             format!("no warning: {said}")
         })?;
         power_off(guest)?;
-        let past = format!("id=fs,size=1G,file={SCRATCH}/mnt/ram");
+        let past = format!("id=fs,size=1G,file={place}/ram");
         refused(
             lab,
             &["--memory-zone", &past],
             1,
             &["past the end", "SIGBUS"],
         )
-    })();
-    shell(
-        lab,
-        &format!(
-            "umount {SCRATCH}/mnt && ndctl create-namespace -f -e {namespace} -m devdax -M mem -a 2M && test -c {}",
-            device.path
-        ),
-    )?;
-    outcome
+    })
 }
 
 fn a_dax_device_without_driver_is_named(lab: &mut Lab) -> Result<(), TestError> {

@@ -22,7 +22,7 @@ const LOOK_AGAIN: Duration = Duration::from_millis(50);
 
 /// What Linux says about the emulated processor, whoever the VMM is: mitigations that want microcode, and frequency
 /// scaling, for which a guest has no firmware.
-const NOT_OF_OUR_MAKING: [&str; 10] = [
+const NOT_OF_OUR_MAKING: [&str; 12] = [
     // The emulated host says it of itself: "Marking TSC unstable due to TSCs unsynchronized".
     "Unstable clock detected",
     // The emulator did not get a processor for a while.
@@ -37,6 +37,9 @@ const NOT_OF_OUR_MAKING: [&str; 10] = [
     // Of any virtio-pmem: a region without DIMMs has no "flushing capability" (`nvdimm_has_flush`, drivers/nvdimm/region_devs.c),
     // although flushes go to the device.
     "unable to guarantee persistence of writes",
+    // 6.12 of the emulated drive: "ata1.00: Model 'QEMU HARDDISK', rev '2.5+', applying quirks: bridgeok", and what follows from that.
+    "Model 'QEMU HARDDISK'",
+    "LPM support broken, forcing max_power",
     // ext4 and xfs of 6.1: "DAX enabled. Warning: EXPERIMENTAL, use at your own risk".
     "DAX enabled. Warning: EXPERIMENTAL",
 ];
@@ -137,6 +140,28 @@ pub(super) fn open_to_all<T>(
     for (path, mode) in paths.iter().zip(modes) {
         lab.host.check(&["chmod", mode.trim(), path])?;
     }
+    outcome
+}
+
+/// Makes a file system of the second dax device, and tells `story` where it is mounted. It is a device again afterwards.
+pub(super) fn on_fs_dax<T>(
+    lab: &Lab,
+    story: impl FnOnce(&str) -> Result<T, TestError>,
+) -> Result<T, TestError> {
+    let device = lab.host.dax()[1].clone();
+    let number = device.name.trim_start_matches("dax");
+    let namespace = format!("namespace{number}");
+    let block = format!("/dev/pmem{}", number.trim_end_matches(".0"));
+    let place = format!("{SCRATCH}/mnt");
+    lab.host.sh(&format!(
+        "modprobe crc32c_generic && modprobe ext4 && ndctl create-namespace -f -e {namespace} -m fsdax -M mem && \
+         mkdir -p {place} && mke2fs -b 4096 {block} && mount -t ext4 -o dax {block} {place}"
+    ))?;
+    let outcome = story(&place);
+    lab.host.sh(&format!(
+        "umount {place} && ndctl create-namespace -f -e {namespace} -m devdax -M mem -a 2M && test -c {}",
+        device.path
+    ))?;
     outcome
 }
 

@@ -3,7 +3,7 @@
 use super::super::remote::Remote;
 use super::super::support::{MIB, eventually, no_complaints, power_off, scratch};
 use super::super::{GuestTest, Lab, TestError, claim};
-use super::{By, DRIVERS, is_driven, keeps_blocks, ram, spec, word};
+use super::{By, COMPLAINTS, DRIVERS, is_driven, keeps_blocks, ram, spec, word};
 use crate::guest::Guest;
 use crate::host::account::{
     DmaWatch, Memlock, Pins, descriptors, kernel_says, memlock, pins, vfio_interrupts,
@@ -31,15 +31,6 @@ pub(super) const IOMMUFD_TESTS: &[GuestTest] = &[
         name: "passthrough_devices_come_and_go_on_plain_memory_by_iommufd",
         run: |lab| on_plain_memory(lab, By::Iommufd),
     },
-];
-
-/// What the host's kernel says when something is wrong with it, or when a device reaches for what it should not.
-const COMPLAINTS: [&str; 5] = [
-    "WARNING:",
-    "BUG:",
-    "Bad page state",
-    "Call Trace",
-    "DMAR: [DMA",
 ];
 
 /// What must be as before when no device is there any more.

@@ -41,7 +41,17 @@ pub(super) const TESTS: &[GuestTest] = &[
         name: "passthrough_survives_reboots",
         run: |lab| reboots(lab, By::Groups),
     },
+    GuestTest {
+        name: "passthrough_device_that_fails_its_reset_is_told_of",
+        run: |lab| reset_that_fails(lab, By::Groups),
+    },
 ];
+
+/// For kernels with drivers for ATA.
+pub(super) const TESTS_WITH_ATA: &[GuestTest] = &[GuestTest {
+    name: "passthrough_controller_without_msix_interrupts_by_message",
+    run: |lab| controller_without_msix(lab, By::Groups),
+}];
 
 pub(super) const IOMMUFD_TESTS: &[GuestTest] = &[
     GuestTest {
@@ -249,6 +259,61 @@ fn network_card_by_wire(lab: &mut Lab, by: By) -> Result<(), TestError> {
     interrupts_arrive(lab, &mut guest, &card, InterruptKind::IntX)?;
     no_complaints(&mut guest)?;
     power_off(guest)?;
+    Ok(card.release()?)
+}
+
+/// A device that has nothing better, that can't be reset by itself, and whose group has functions that nobody drives.
+fn controller_without_msix(lab: &mut Lab, by: By) -> Result<(), TestError> {
+    let card = lab.host.bind_vfio(Card::Sata)?;
+    // The second guest finds it as the first one has left it.
+    for seed in [61, 62] {
+        let mut guest = boot(lab, by, &[&card])?;
+        guest.modprobe(&["ahci", "sd_mod"])?;
+        is_driven(&mut guest, Card::Sata)?;
+        keeps_blocks(&mut guest, "/dev/sda", 8 * MIB, seed)?;
+        interrupts_arrive(lab, &mut guest, &card, InterruptKind::Msi)?;
+        no_complaints(&mut guest)?;
+        let said = guest.vmm().stderr();
+        claim(said.contains("can't be reset"), || {
+            format!("the VMM should say that the controller can't be reset: {said}")
+        })?;
+        power_off(guest)?;
+    }
+    Ok(card.release()?)
+}
+
+/// The host's administrator takes the means to reset it away while a guest has it: the guest goes on, and somebody is told.
+fn reset_that_fails(lab: &mut Lab, by: By) -> Result<(), TestError> {
+    const FAILED: &str = "could not be reset";
+    let card = lab.host.bind_vfio(Card::Disk)?;
+    let mut guest = boot(lab, by, &[&card])?;
+    keeps_blocks(&mut guest, "/dev/nvme0n1", MIB, 33)?;
+    let methods = format!("{}/reset_method", card.path());
+    let before = lab.host.read_text(&methods)?;
+    lab.host.sh(&format!("echo > {methods}"))?;
+    let said = guest.vmm().stderr();
+    claim(!before.is_empty() && !said.contains(FAILED), || {
+        format!("with the reset methods {before:?}, it should be reset: {said}")
+    })?;
+    guest.leave("reboot")?;
+    guest.wait_ready()?;
+    guest.modprobe(&super::DRIVERS)?;
+    guest.await_path("/dev/nvme0n1")?;
+    let report = guest.compare_blocks("/dev/nvme0n1", 0, MIB, 33)?;
+    claim(report.wrong_words == 0, || {
+        format!("the drive has lost what it was given: {report:?}")
+    })?;
+    let said = guest.vmm().stderr();
+    claim(said.contains(FAILED), || {
+        format!("nobody was told that the reset has failed: {said}")
+    })?;
+    no_complaints(&mut guest)?;
+    power_off(guest)?;
+    lab.host.sh(&format!("echo default > {methods}"))?;
+    let after = lab.host.read_text(&methods)?;
+    claim(after == before, || {
+        format!("the reset methods were {before:?}, they are {after:?}")
+    })?;
     Ok(card.release()?)
 }
 

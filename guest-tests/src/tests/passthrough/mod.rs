@@ -4,30 +4,59 @@
 //! the lab's own kernel has. Bindings outlive guests: vfio-pci gives no device up that somebody uses.
 
 mod coming_and_going;
+mod descriptor;
 mod devices;
+mod groups;
+mod killed;
+mod other_hosts;
+mod pmem;
 mod reach;
 mod refusals;
+mod wanted_back;
 
-use lab_agent::guest_protocol::{InterruptKind, PciFunction};
+use lab_agent::guest_protocol::{DmaReport, InterruptKind, PciFunction, Transfer};
+use lab_agent::host_protocol::SpawnSpec;
 
-use super::support::{MIB, dax_zone, spec_on};
+use super::support::{MIB, dax_zone, eventually, refused_as, spec_on};
 use super::{GuestTest, Lab, TestError, claim};
 use crate::guest::{Guest, GuestSpec};
-use crate::host::account::vfio_interrupts;
+use crate::host::account::{kernel_says, vfio_interrupts};
 use crate::host::cards::{Card, ECHO_ADDRESS, LEASED_PREFIX};
 use crate::host::passthrough::Binding;
+use crate::provision::lab_kernel;
 use crate::share::Initramfs;
 
 /// Drivers of what is passed through, for the guest.
 const DRIVERS: [&str; 2] = ["nvme", "e1000e"];
 
-/// On every kernel.
-pub(super) fn tests() -> Vec<GuestTest> {
+/// What the host's kernel says when something is wrong with it, or when a device reaches for what it should not.
+const COMPLAINTS: [&str; 5] = [
+    "WARNING:",
+    "BUG:",
+    "Bad page state",
+    "Call Trace",
+    "DMAR: [DMA",
+];
+
+/// By groups, on a kernel of this name.
+pub(super) fn tests(kernel: &str) -> Vec<GuestTest> {
+    // The lab's own kernel has no drivers for what only they drive.
+    let with_drivers = if kernel == lab_kernel::NAME {
+        &[]
+    } else {
+        devices::TESTS_WITH_ATA
+    };
     [
         devices::TESTS,
+        with_drivers,
         reach::TESTS,
+        pmem::TESTS,
         coming_and_going::TESTS,
+        wanted_back::TESTS,
+        killed::TESTS,
+        groups::TESTS,
         refusals::TESTS,
+        other_hosts::TESTS,
     ]
     .concat()
 }
@@ -36,9 +65,15 @@ pub(super) fn tests() -> Vec<GuestTest> {
 pub(super) fn iommufd_tests() -> Vec<GuestTest> {
     [
         devices::IOMMUFD_TESTS,
+        descriptor::IOMMUFD_TESTS,
         reach::IOMMUFD_TESTS,
+        pmem::IOMMUFD_TESTS,
         coming_and_going::IOMMUFD_TESTS,
+        wanted_back::IOMMUFD_TESTS,
+        killed::IOMMUFD_TESTS,
+        groups::IOMMUFD_TESTS,
         refusals::IOMMUFD_TESTS,
+        other_hosts::IOMMUFD_TESTS,
     ]
     .concat()
 }
@@ -70,6 +105,72 @@ fn spec(lab: &Lab, by: By, zones: &[&str], bindings: &[&Binding]) -> GuestSpec {
     spec.arguments
         .extend(bindings.iter().map(|binding| word(binding)));
     spec
+}
+
+/// A guest with these zones and this device has to be refused, and the refusal to say each of `said`.
+fn start_refused(
+    lab: &Lab,
+    by: By,
+    zones: &[&str],
+    device: &str,
+    said: &[&str],
+) -> Result<(), TestError> {
+    let mut spec = spec(lab, by, zones, &[]);
+    spec.arguments
+        .extend(["--device", device].map(str::to_owned));
+    let argv = spec.argv();
+    let argv: Vec<&str> = argv.iter().map(String::as_str).collect();
+    refused_as(lab, &argv, None, 1, said)
+}
+
+/// A command line as the user without rights runs it, after root has done something in the same process.
+fn as_user_after(prelude: &str, argv: Vec<String>) -> SpawnSpec {
+    let script = format!(r#"{prelude} && exec su -c 'exec "$0" "$@"' -- lab "$@""#);
+    let mut words = ["sh", "-c", &script, "sh"].map(str::to_owned).to_vec();
+    words.extend(argv);
+    SpawnSpec {
+        argv: words,
+        stdin: true,
+        ..SpawnSpec::default()
+    }
+}
+
+/// Each was written and read as expected.
+fn expect(reports: &[DmaReport], targets: usize, expected: Transfer) -> Result<(), TestError> {
+    let as_expected = |report: &DmaReport| report.written == expected && report.read == expected;
+    claim(
+        reports.len() == targets && reports.iter().all(as_expected),
+        || format!("expected {expected:?} for {targets} targets: {reports:x?}"),
+    )
+}
+
+/// None was written, and none was read. What an access that faults in the IOMMU reads is the device's affair; what is there, it is not.
+fn expect_nothing(reports: &[DmaReport], targets: usize) -> Result<(), TestError> {
+    let kept_out = |report: &DmaReport| {
+        report.written == Transfer::Nothing && report.read != Transfer::Arrived
+    };
+    claim(
+        reports.len() == targets && reports.iter().all(kept_out),
+        || format!("the device should reach none of {targets} targets: {reports:x?}"),
+    )
+}
+
+/// The host's IOMMU has stopped a device at each of these addresses.
+fn faults_are_told(lab: &Lab, binding: &Binding, addresses: &[u64]) -> Result<(), TestError> {
+    // As in "DMAR: [DMA Write NO_PASID] Request device [00:13.0] fault addr 0x20000000 [fault reason 0x05] ...".
+    let place = binding.device().address.trim_start_matches("0000:");
+    for address in addresses {
+        let address = format!(" {address:#x} ");
+        eventually(
+            &format!("the host tells of a fault of {place} at{address}"),
+            || {
+                let faults = kernel_says(&lab.host, &["DMAR: [DMA"])?;
+                let it_is = |line: &String| line.contains(place) && line.contains(&address);
+                Ok(faults.iter().any(it_is))
+            },
+        )?;
+    }
+    Ok(())
 }
 
 /// The usual RAM: 512 MiB of the first dax device.

@@ -1,12 +1,12 @@
 //! Where a passed-through device can write and read: everywhere that the guest can, and nowhere else.
 
-use lab_agent::guest_protocol::{DmaReport, Transfer};
+use lab_agent::guest_protocol::Transfer;
 
-use super::super::support::{GIB, MIB, dax_zone, eventually, no_complaints, power_off, ram_ranges};
+use super::super::support::{GIB, MIB, dax_zone, no_complaints, power_off, ram_ranges};
 use super::super::{GuestTest, Lab, TestError, claim};
-use super::{By, function, spec};
+use super::{By, expect, expect_nothing, faults_are_told, function, spec};
 use crate::guest::Guest;
-use crate::host::account::{DmaWatch, kernel_says};
+use crate::host::account::DmaWatch;
 use crate::host::cards::Card;
 
 pub(super) const TESTS: &[GuestTest] = &[
@@ -42,15 +42,6 @@ fn reserve(pages: &[u64]) -> String {
         .map(|page| format!("memmap=4K${page:#x}"))
         .collect();
     words.join(" ")
-}
-
-/// Each was written and read as expected.
-fn expect(reports: &[DmaReport], targets: usize, expected: Transfer) -> Result<(), TestError> {
-    let as_expected = |report: &DmaReport| report.written == expected && report.read == expected;
-    claim(
-        reports.len() == targets && reports.iter().all(as_expected),
-        || format!("expected {expected:?} for {targets} targets: {reports:x?}"),
-    )
 }
 
 /// Four zones of three kinds of memory, on both sides of the hole and across it; and persistent memory.
@@ -142,26 +133,8 @@ fn zone_without_dma(lab: &mut Lab, by: By) -> Result<(), TestError> {
 
     let words = shut.map(|page| format!("{page:#x}"));
     let reports = guest.edu_dma(&address, HOME, &[&words[0], &words[1]])?;
-    // What an access that faults in the IOMMU reads is the device's affair; what is there, it is not.
-    let kept_out = |report: &DmaReport| {
-        report.written == Transfer::Nothing && report.read != Transfer::Arrived
-    };
-    claim(reports.len() == 2 && reports.iter().all(kept_out), || {
-        format!("the device should reach none of 2 targets: {reports:x?}")
-    })?;
-    // As in "DMAR: [DMA Write NO_PASID] Request device [00:13.0] fault addr 0x20000000 [fault reason 0x05] ...".
-    let place = edu.device().address.trim_start_matches("0000:");
-    for page in &words {
-        eventually(
-            &format!("the host tells of a fault of {place} at {page}"),
-            || {
-                let faults = kernel_says(&lab.host, &["DMAR: [DMA"])?;
-                let it_is =
-                    |line: &String| line.contains(place) && line.contains(&format!(" {page} "));
-                Ok(faults.iter().any(it_is))
-            },
-        )?;
-    }
+    expect_nothing(&reports, shut.len())?;
+    faults_are_told(lab, &edu, &shut)?;
     // The zone beside it is reached as before.
     let reports = guest.edu_dma(&address, HOME, &[&format!("{reached:#x}")])?;
     expect(&reports, 1, Transfer::Arrived)?;
