@@ -2,7 +2,8 @@
 
 use super::remote::Remote;
 use super::support::{
-    GIB, VirtioKind, eventually, no_complaints, power_off, scratch, spec_with, virtio_functions,
+    GIB, VirtioKind, eventually, holds, no_complaints, power_off, scratch, spec_with,
+    virtio_functions,
 };
 use super::{GuestTest, Lab, TestError, claim, pci, pmem, small_devices};
 use crate::guest::{Guest, network};
@@ -41,15 +42,6 @@ fn boot(lab: &Lab, remote: &Remote, more: &[&str], cmdline: &str) -> Result<Gues
     let mut guest = Guest::boot(&lab.host, &spec)?;
     guest.modprobe(&MODULES)?;
     Ok(guest)
-}
-
-/// Whether the VMM has this path open or mapped.
-fn holds(lab: &Lab, guest: &mut Guest, path: &str) -> Result<bool, TestError> {
-    let pid = guest.vmm().pid();
-    let open = lab
-        .host
-        .sh(&format!("ls -l /proc/{pid}/fd; cat /proc/{pid}/maps"))?;
-    Ok(open.lines().any(|line| line.trim_end().ends_with(path)))
 }
 
 /// Asks for a removal, and waits until it is gone for the guest, for `vm.info`, and for the host.

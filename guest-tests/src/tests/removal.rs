@@ -9,11 +9,12 @@ use lab_agent::host_protocol::{ExitStatus, SpawnSpec};
 
 use super::pmem::{boot_spec_with_pmem, make_file_system, mount_file_system};
 use super::support::{
-    GIB, MIB, boot_on, dax_zone, eventually, no_complaints, power_off, scratch, spec_on, spec_with,
+    GIB, MIB, boot_on, dax_zone, eventually, holds, no_complaints, power_off, scratch, spec_on,
+    spec_with,
 };
 use super::{GuestTest, Lab, TestError, claim};
 use crate::guest::Guest;
-use crate::host::Output;
+use crate::host::{DaxDevice, Output};
 use crate::suite::SCRATCH;
 
 pub(super) const TESTS: &[GuestTest] = &[
@@ -36,6 +37,10 @@ pub(super) const TESTS: &[GuestTest] = &[
     GuestTest {
         name: "removal_of_pmem_that_nobody_holds_is_survived",
         run: removal_of_pmem_that_nobody_holds_is_survived,
+    },
+    GuestTest {
+        name: "removal_is_held_again_after_the_guard_has_died",
+        run: removal_is_held_again_after_the_guard_has_died,
     },
     GuestTest {
         name: "removal_that_is_called_off_leaves_the_device_in_use",
@@ -88,13 +93,15 @@ fn with_device<T>(
     outcome
 }
 
-/// Whether the VMM has a device open or mapped.
-fn holds(lab: &Lab, guest: &mut Guest, path: &str) -> Result<bool, TestError> {
-    let pid = guest.vmm().pid();
-    let open = lab
-        .host
-        .sh(&format!("ls -l /proc/{pid}/fd; cat /proc/{pid}/maps"))?;
-    Ok(open.lines().any(|line| line.trim_end().ends_with(path)))
+/// An unbind goes through, and by then the VMM has nothing of the device any more.
+fn unbind_goes_through(lab: &Lab, guest: &mut Guest, dax: &DaxDevice) -> Result<(), TestError> {
+    let gone = unbind(lab, &dax.name)?;
+    claim(gone.status.success() && !is_bound(lab, &dax.name)?, || {
+        format!("{} does not go: {gone:?}", dax.name)
+    })?;
+    claim(!holds(lab, guest, &dax.path)?, || {
+        format!("{} was let go of and is still in use", dax.path)
+    })
 }
 
 /// A file on the guest's persistent memory, which a program of the guest has mapped and loads from.
@@ -214,13 +221,7 @@ fn removal_of_pmem_waits_for_the_guests_eject(lab: &mut Lab) -> Result<(), TestE
     let mut guest = boot_on_pmem(lab, "", &[], "")?;
     start_loads(&mut guest)?;
     with_device(lab, &dax.name, || {
-        let gone = unbind(lab, &dax.name)?;
-        claim(gone.status.success() && !is_bound(lab, &dax.name)?, || {
-            format!("{} does not go: {gone:?}", dax.name)
-        })?;
-        claim(!holds(lab, &mut guest, &dax.path)?, || {
-            format!("{} was let go of and is still in use", dax.path)
-        })
+        unbind_goes_through(lab, &mut guest, &dax)
     })?;
     guest.await_gone("/dev/pmem0")?;
     loads_ended_in_sigbus(&mut guest)?;
@@ -235,13 +236,7 @@ fn removal_of_pmem_cuts_off_a_guest_that_keeps_it(lab: &mut Lab) -> Result<(), T
     let mut guest = boot_on_pmem(lab, ",removal_timeout=2", &[], "acpiphp.disable=1")?;
     start_loads(&mut guest)?;
     with_device(lab, &dax.name, || {
-        let gone = unbind(lab, &dax.name)?;
-        claim(gone.status.success() && !is_bound(lab, &dax.name)?, || {
-            format!("{} does not go: {gone:?}", dax.name)
-        })?;
-        claim(!holds(lab, &mut guest, &dax.path)?, || {
-            format!("{} was let go of and is still in use", dax.path)
-        })
+        unbind_goes_through(lab, &mut guest, &dax)
     })?;
     loads_ended_in_sigbus(&mut guest)?;
     is_well(&mut guest)?;
@@ -298,5 +293,38 @@ fn removal_that_is_called_off_leaves_the_device_in_use(lab: &mut Lab) -> Result<
     })?;
     is_well(&mut guest)?;
     no_complaints(&mut guest)?;
+    power_off(guest)
+}
+
+/// A helper that dies is followed by another one, which the VMM hears of removals from.
+fn removal_is_held_again_after_the_guard_has_died(lab: &mut Lab) -> Result<(), TestError> {
+    let zone = dax_zone(lab, "z0", 1, 512 * MIB, 0);
+    let device = lab.host.dax()[1].name.clone();
+    let mut spec = spec_on(lab, &[&zone]);
+    spec.arguments.push("-v".to_owned());
+    let mut guest = Guest::boot(&lab.host, &spec)?;
+    let pid = guest.vmm().pid();
+    for times in 1..=3 {
+        eventually("the removal is held", || {
+            let said = guest.vmm().stderr();
+            Ok(said.matches("its removal is held").count() == times)
+        })?;
+        let children = format!("/proc/{pid}/task/{pid}/children");
+        let helper = lab.host.read_text(&children)?;
+        lab.host.check(&["kill", "-9", helper.trim()])?;
+    }
+    eventually("the removal is held again", || {
+        let said = guest.vmm().stderr();
+        Ok(said.matches("its removal is held").count() == 4)
+    })?;
+    let refused = unbind(lab, &device)?;
+    claim(!refused.status.success() && is_bound(lab, &device)?, || {
+        format!("an unbind after the guard has died: {refused:?}")
+    })?;
+    // By the VMM, not because it was silent.
+    guest
+        .vmm()
+        .wait_for_error("the removal is refused", REMOVAL_DEADLINE)?;
+    is_well(&mut guest)?;
     power_off(guest)
 }

@@ -119,6 +119,15 @@ pub(super) fn spec_with(lab: &Lab, devices: &[&str]) -> GuestSpec {
     spec
 }
 
+/// Whether the VMM has this path open or mapped.
+pub(super) fn holds(lab: &Lab, guest: &mut Guest, path: &str) -> Result<bool, TestError> {
+    let pid = guest.vmm().pid();
+    let open = lab
+        .host
+        .sh(&format!("ls -l /proc/{pid}/fd; cat /proc/{pid}/maps"))?;
+    Ok(open.lines().any(|line| line.trim_end().ends_with(path)))
+}
+
 /// Makes the directory for a test's files.
 pub(super) fn scratch(lab: &Lab) -> Result<(), TestError> {
     lab.host.check(&["mkdir", "-p", SCRATCH])?;

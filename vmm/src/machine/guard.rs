@@ -86,6 +86,8 @@ pub(super) enum Asked {
 pub(super) struct Removals {
     wish: RemovalGuard,
     guard: Option<Guard>,
+    /// One that is lost, until nobody waits on its descriptor any more: the next one must not have the same number.
+    lost: Option<Guard>,
     held: BTreeSet<String>,
     waiting: Vec<Waiting>,
     /// Whether it was told that nobody holds removals.
@@ -104,6 +106,7 @@ impl Removals {
         Ok(Self {
             wish,
             guard,
+            lost: None,
             held: BTreeSet::new(),
             waiting: Vec::new(),
             warned: false,
@@ -113,6 +116,11 @@ impl Removals {
     /// To wait on, while there is a guard.
     pub(super) fn fd(&self) -> Option<RawFd> {
         self.guard.as_ref().map(|guard| guard.as_fd().as_raw_fd())
+    }
+
+    /// Nobody waits on the descriptor of a guard that is lost any more.
+    pub(super) fn forget_lost(&mut self) {
+        self.lost = None;
     }
 
     /// Holds what is used now, and lets everything else go: whoever waits for it goes on.
@@ -189,20 +197,19 @@ impl Removals {
     /// Nothing of a device is left here.
     fn let_go(&mut self, device: &str) {
         self.held.remove(device);
-        let asked = self.waiting.iter().any(|waiting| waiting.device == device);
         let requests: Vec<RequestId> = self
             .waiting
             .extract_if(.., |waiting| waiting.device == device)
             .map(|waiting| waiting.request)
             .collect();
         let Some(guard) = &mut self.guard else { return };
-        let told = if asked {
+        let told = if requests.is_empty() {
+            guard.let_go(device)
+        } else {
             info!(device, "it is given up; whoever wants it can have it");
             requests
                 .into_iter()
                 .try_for_each(|request| guard.answer(request, Verdict::Released))
-        } else {
-            guard.let_go(device)
         };
         if let Err(error) = told {
             self.lost(&error);
@@ -264,7 +271,7 @@ impl Removals {
 
     fn lost(&mut self, error: &LostError) {
         error!(error = %crate::chain(error), "the removal guard is gone; another one is looked for");
-        self.guard = None;
+        self.lost = self.guard.take();
         self.held.clear();
         self.waiting.clear();
     }

@@ -244,15 +244,23 @@ impl Owner {
     /// Holds removals of what is used now, and waits on who holds them.
     fn follow(&mut self, ops: &mut EventOps<'_>) {
         let used = match &self.state {
-            State::Up(vm) => vm.used_dax(),
-            State::NoVm | State::Created(_) => BTreeMap::new(),
+            State::Up(vm) => {
+                self.lookout.follow(vm.ram.regions());
+                vm.used_dax()
+            }
+            State::NoVm | State::Created(_) => {
+                self.lookout.follow(std::iter::empty());
+                BTreeMap::new()
+            }
         };
-        match &self.state {
-            State::Up(vm) => self.lookout.follow(vm.ram.regions()),
-            State::NoVm | State::Created(_) => self.lookout.follow(std::iter::empty()),
-        }
-        // A guard that is lost has closed its descriptor.
+        // A guard that was lost since the last time goes before another one comes.
+        self.wait_on_guard(ops);
         self.removals.follow(&used);
+        self.wait_on_guard(ops);
+    }
+
+    /// Waits on the guard that there is, and on no other.
+    fn wait_on_guard(&mut self, ops: &mut EventOps<'_>) {
         let fd = self.removals.fd();
         if fd != self.guard_fd {
             if let Some(old) = self.guard_fd.take() {
@@ -260,6 +268,7 @@ impl Owner {
             }
             self.guard_fd = fd.filter(|fd| add(ops, *fd, Token::Guard));
         }
+        self.removals.forget_lost();
     }
 
     /// Begins to wait on a machine's descriptors.
@@ -337,12 +346,15 @@ impl Owner {
         }
     }
 
-    fn on_watch(&mut self) {
+    /// Whether something goes away. Most of the time nothing does, and a look is all there is to it.
+    fn on_watch(&mut self) -> bool {
         let going = self.lookout.read_watch();
-        if !going.is_empty() {
-            self.look_for_losses(&going);
+        if going.is_empty() {
+            return false;
         }
+        self.look_for_losses(&going);
         self.settle();
+        true
     }
 
     fn on_incidents(&mut self) {
@@ -534,7 +546,11 @@ impl MutEventSubscriber for Owner {
             }
             Token::Notices => self.on_notices(),
             Token::Guard => self.on_guard(),
-            Token::Watch => self.on_watch(),
+            Token::Watch => {
+                if !self.on_watch() {
+                    return;
+                }
+            }
             Token::Incidents => self.on_incidents(),
             Token::Signal(index) => self.on_signal(index),
         }

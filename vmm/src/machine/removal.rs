@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use tracing::{error, info, warn};
 
-use super::devices::{HostDevice, HostKind, Settled};
+use super::devices::Settled;
 use super::guard::Used;
 use super::vm::{RunningVm, release_one};
 use crate::config::{DEFAULT_REMOVAL_TIMEOUT, OnRemoval, PmemConfig};
@@ -279,7 +279,8 @@ impl RunningVm {
             self.bury(*gpa);
         }
         let id = device.id.clone();
-        self.close_severed(device);
+        // Without its region: that goes when nobody uses it any more.
+        self.host.close_device(device, None, &mut self.ram);
         self.severed.push(Severed { id, place });
         self.finish_severing();
     }
@@ -288,12 +289,6 @@ impl RunningVm {
     pub(super) fn bury(&self, gpa: Gpa) {
         if let Some(region) = self.ram.regions().find(|region| region.gpa() == gpa) {
             self.host.tombstones.insert(gpa, region.size());
-        }
-    }
-
-    fn close_severed(&mut self, device: HostDevice) {
-        if let HostKind::Passthrough(passed) = device.kind {
-            self.host.close_passthrough(passed, &mut self.ram);
         }
     }
 
