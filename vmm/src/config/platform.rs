@@ -89,7 +89,7 @@ impl PlatformConfig {
             Key::new(
                 "iommufd",
                 "on|off",
-                "devices reach memory by iommufd, or by a VFIO container [default: what fits]",
+                "devices reach memory by iommufd, or by a VFIO container [default: iommufd where the host has it, but not for device-dax memory whose removal nobody holds]",
                 |platform, value| {
                     platform.iommufd = Some(value.switch()?);
                     Ok(())

@@ -108,7 +108,7 @@ impl Owner {
         let valid = config
             .validate()
             .map_err(|error| ApiError::from_error(ErrorKind::Internal, &error))?;
-        let vm = RunningVm::boot(valid, &self.monitor)
+        let vm = RunningVm::boot(valid, &self.monitor, &mut self.removals)
             .map_err(|error| ApiError::from_error(ErrorKind::Internal, &error))?;
         self.state = State::Up(Box::new(vm));
         self.watch(ops);
@@ -154,7 +154,7 @@ impl Owner {
                 DONE
             }
             State::Up(vm) => {
-                let (id, bdf) = vm.add(new).map_err(|error| {
+                let (id, bdf) = vm.add(new, &mut self.removals).map_err(|error| {
                     let kind = match error {
                         AddError::Config(_) | AddError::Second { .. } => ErrorKind::BadRequest,
                         _ => ErrorKind::Internal,

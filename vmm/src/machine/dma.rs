@@ -19,6 +19,7 @@ use daxhund_pin::{
 use rustix::fs::Access;
 use tracing::warn;
 
+use super::guard::Removals;
 use super::passthrough::PassedThrough;
 use super::pin_progress::PinProgress;
 use crate::memory::discard::Forbidden;
@@ -44,24 +45,58 @@ pub(super) struct DmaDomain {
     pub(super) _no_discard: Forbidden,
 }
 
-/// Which kind of address space fits: what was asked for, or else type1 for device-dax, because iommufd's unpin looks at
-/// the pages, and those of a device-dax device that went unannounced are gone.
-pub(super) fn choose(asked: Option<bool>, function: Option<&PciFunction>, dax: bool) -> SpaceKind {
-    let offered = || {
-        let access = Access::READ_OK | Access::WRITE_OK;
-        function.is_none_or(|f| f.cdev.is_some()) && rustix::fs::access(IOMMUFD, access).is_ok()
-    };
+/// Device-dax among the memory that devices are to reach.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum DaxInReach {
+    /// None.
+    None,
+    /// There is, and its removal is held until it is unpinned.
+    Held,
+    /// There is, and it can go at any moment.
+    Unheld,
+}
+
+impl DaxInReach {
+    /// Whether a guard holds removals is asked only when there is something to hold.
+    pub(super) fn of<'a>(
+        regions: impl IntoIterator<Item = &'a Region>,
+        removals: &mut Removals,
+    ) -> Self {
+        if !any_dax(regions) {
+            Self::None
+        } else if removals.are_held() {
+            Self::Held
+        } else {
+            Self::Unheld
+        }
+    }
+}
+
+/// Whether this process may use iommufd.
+pub(super) fn may_use_iommufd() -> bool {
+    rustix::fs::access(IOMMUFD, Access::READ_OK | Access::WRITE_OK).is_ok()
+}
+
+/// Which kind of address space fits: what was asked for, or else iommufd, which shares pins and accounts for them. But its
+/// unpin looks at the pages, and those of a device-dax device that went unannounced are gone: so type1 where that can be.
+pub(super) fn choose(
+    asked: Option<bool>,
+    function: Option<&PciFunction>,
+    dax: DaxInReach,
+    may_use_iommufd: bool,
+) -> SpaceKind {
+    // A descriptor is a device file of iommufd's: type1 could not take it.
+    let is_only_iommufd = function.is_none();
+    let is_offered = may_use_iommufd && function.is_some_and(|f| f.cdev.is_some());
     match asked {
         Some(true) => SpaceKind::Iommufd,
-        // A descriptor is a device file of iommufd's: type1 could not take it.
-        None if function.is_none() => SpaceKind::Iommufd,
-        None if !dax && offered() => SpaceKind::Iommufd,
+        None if is_only_iommufd || (is_offered && dax != DaxInReach::Unheld) => SpaceKind::Iommufd,
         Some(false) | None => SpaceKind::Type1,
     }
 }
 
 /// Whether any of these is device-dax that devices reach.
-pub(super) fn any_dax<'a>(regions: impl IntoIterator<Item = &'a Region>) -> bool {
+fn any_dax<'a>(regions: impl IntoIterator<Item = &'a Region>) -> bool {
     regions
         .into_iter()
         .any(|region| region.dma().memory() == DmaMemory::DeviceDax && region.dma().is_reachable())
@@ -180,14 +215,8 @@ impl Consumer for DmaConsumer {
 mod tests {
     use super::*;
 
-    #[test]
-    fn what_is_asked_for_is_taken_and_device_dax_goes_through_a_container() {
-        for dax in [false, true] {
-            assert_eq!(choose(Some(true), None, dax), SpaceKind::Iommufd);
-            assert_eq!(choose(Some(false), None, dax), SpaceKind::Type1);
-            assert_eq!(choose(None, None, dax), SpaceKind::Iommufd, "a descriptor");
-        }
-        let mut function = PciFunction {
+    fn function() -> PciFunction {
+        PciFunction {
             address: "0000:01:00.0".parse().unwrap(),
             sysfs_path: "/sys/devices/x".into(),
             group: 1,
@@ -199,9 +228,33 @@ mod tests {
             class: 0x0001_0802,
             numa_node: None,
             is_vfio: true,
-        };
-        assert_eq!(choose(None, Some(&function), true), SpaceKind::Type1);
+        }
+    }
+
+    #[test]
+    fn what_is_asked_for_is_taken() {
+        for dax in [DaxInReach::None, DaxInReach::Held, DaxInReach::Unheld] {
+            let chosen = |asked| choose(asked, None, dax, false);
+            assert_eq!(chosen(Some(true)), SpaceKind::Iommufd);
+            assert_eq!(chosen(Some(false)), SpaceKind::Type1);
+            assert_eq!(chosen(None), SpaceKind::Iommufd, "a descriptor");
+        }
+    }
+
+    #[test]
+    fn memory_that_can_go_at_any_moment_goes_through_a_container() {
+        let mut function = function();
+        let chosen = |function: &_, dax, may| choose(None, Some(function), dax, may);
+        for (dax, kind) in [
+            (DaxInReach::None, SpaceKind::Iommufd),
+            (DaxInReach::Held, SpaceKind::Iommufd),
+            (DaxInReach::Unheld, SpaceKind::Type1),
+        ] {
+            assert_eq!(chosen(&function, dax, true), kind, "{dax:?}");
+            assert_eq!(chosen(&function, dax, false), SpaceKind::Type1, "{dax:?}");
+        }
         function.cdev = None;
-        assert_eq!(choose(None, Some(&function), false), SpaceKind::Type1);
+        let held = chosen(&function, DaxInReach::Held, true);
+        assert_eq!(held, SpaceKind::Type1, "a kernel without device files");
     }
 }

@@ -144,6 +144,14 @@ impl Removals {
         }
     }
 
+    /// Whether somebody holds the removal of what is used. Looks for a guard that is not there yet.
+    pub(super) fn are_held(&mut self) -> bool {
+        if self.guard.is_none() {
+            self.find();
+        }
+        self.guard.is_some()
+    }
+
     /// Looks for a guard where one may be and none has to.
     fn find(&mut self) {
         if self.wish == RemovalGuard::Off || self.warned {

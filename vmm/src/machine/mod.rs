@@ -136,7 +136,7 @@ pub fn run(options: Options) -> Result<Ending, RunError> {
     monitor.send(&Happened::VmmStarting);
     // Before anything that must be undone: from here on a signal ends the guest in order.
     let signals = owner::Signals::install()?;
-    let removals = Removals::new(guard)?;
+    let mut removals = Removals::new(guard)?;
     let lookout = Lookout::new(&daxhund_dax::Host::system())?;
     let (sender, calls) = Calls::channel().map_err(|source| OwnerError::Descriptor {
         what: "event descriptor",
@@ -149,7 +149,7 @@ pub fn run(options: Options) -> Result<Ending, RunError> {
         None => None,
         Some(valid) => {
             monitor.send(&Happened::Booting);
-            let vm = RunningVm::boot(valid, &monitor)?;
+            let vm = RunningVm::boot(valid, &monitor, &mut removals)?;
             monitor.send(&Happened::Booted);
             Some(vm)
         }

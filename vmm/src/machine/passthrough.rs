@@ -19,7 +19,7 @@ use thiserror::Error;
 use tracing::{error, info, warn};
 
 use super::devices::{HostDevice, HostKind};
-use super::dma::{self, DmaDomain};
+use super::dma::{self, DaxInReach, DmaDomain};
 use super::host_devices::OpenedDevice;
 use super::resources::HostResources;
 use crate::config::{DeviceSource, ValidDevice};
@@ -188,20 +188,21 @@ impl PassedThrough {
 }
 
 impl HostResources {
-    /// Takes a function from the host. `dax`: device-dax memory is to be reached by devices.
+    /// Takes a function from the host. `dax`: the device-dax memory that devices are to reach.
     pub(super) fn open_passthrough(
         &mut self,
         valid: &ValidDevice,
-        dax: bool,
+        dax: DaxInReach,
     ) -> Result<OpenedDevice, OpenPassthroughError> {
         let id = || valid.id.clone();
         let host = Host::system();
+        let may_use_iommufd = dma::may_use_iommufd();
         let (space, attached) = match &valid.source {
             DeviceSource::Path(path) => {
                 let located = host
                     .locate(path)
                     .map_err(|source| OpenPassthroughError::Locate { id: id(), source })?;
-                let kind = dma::choose(self.iommufd, Some(&located), dax);
+                let kind = dma::choose(self.iommufd, Some(&located), dax, may_use_iommufd);
                 let space = self.domain(kind, host, valid)?;
                 let attached = space.attach(&located);
                 (space, attached)
@@ -209,7 +210,7 @@ impl HostResources {
             DeviceSource::Descriptor(number) => {
                 let fd = inherited::take(*number)
                     .map_err(|source| OpenPassthroughError::Inherited { id: id(), source })?;
-                let kind = dma::choose(self.iommufd, None, dax);
+                let kind = dma::choose(self.iommufd, None, dax, may_use_iommufd);
                 let space = self.domain(kind, host, valid)?;
                 let attached = space.attach_fd(fd);
                 (space, attached)

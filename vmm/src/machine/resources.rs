@@ -10,7 +10,8 @@ use thiserror::Error;
 use tracing::info;
 
 use super::devices::HostDevice;
-use super::dma::{self, DmaDomain};
+use super::dma::{DaxInReach, DmaDomain};
+use super::guard::Removals;
 use super::host_devices::{self, OpenDeviceError, OpenedDevice};
 use super::notices::Notices;
 use crate::boot::{Initramfs, InitramfsError, Kernel, KernelError, Payload};
@@ -120,9 +121,10 @@ pub struct HostResources {
 
 impl HostResources {
     /// Takes everything a configuration names. The regions are guest memory, mapped and not yet anybody's.
-    pub fn open(
+    pub(super) fn open(
         config: &ValidConfig,
         monitor: &Monitor,
+        removals: &mut Removals,
     ) -> Result<(Self, Vec<Region>), PrepareError> {
         let hypervisor = Hypervisor::open()?;
         let asked = config.cpus().max_vcpus;
@@ -193,7 +195,7 @@ impl HostResources {
             p2p: config.vfio_p2p_dma(),
             dma: None,
         };
-        resources.open_devices(config, &mut regions)?;
+        resources.open_devices(config, &mut regions, removals)?;
         // Last, so that no other error is printed on a terminal in raw mode.
         let console = Console::open(config.serial()).map_err(PrepareError::Serial)?;
         if let Some(name) = console.input.pty_name() {
@@ -209,6 +211,7 @@ impl HostResources {
         &mut self,
         config: &ValidConfig,
         regions: &mut Vec<Region>,
+        removals: &mut Removals,
     ) -> Result<(), OpenDeviceError> {
         let mut take = |this: &mut Self, opened: OpenedDevice| {
             this.devices.push(opened.device);
@@ -241,7 +244,8 @@ impl HostResources {
             take(self, opened);
         }
         for device in config.passthrough() {
-            let opened = self.open_passthrough(device, dma::any_dax(regions.iter()))?;
+            let dax = DaxInReach::of(regions.iter(), removals);
+            let opened = self.open_passthrough(device, dax)?;
             self.devices.push(opened.device);
         }
         // Those that want a certain slot come first.

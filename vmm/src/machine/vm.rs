@@ -9,7 +9,8 @@ use tracing::{error, info, warn};
 
 use super::build::{BuildError, Machine};
 use super::devices::{Bdf, PlugError, RemoveError, Settled};
-use super::dma;
+use super::dma::DaxInReach;
+use super::guard::Removals;
 use super::host_devices::{self, OpenDeviceError, OpenedDevice};
 use super::removal::Severed;
 use super::resources::{HostResources, PrepareError};
@@ -189,9 +190,13 @@ pub(super) struct RunningVm {
 
 impl RunningVm {
     /// Takes everything from the host, builds the machine and lets the guest run.
-    pub(super) fn boot(valid: ValidConfig, monitor: &Monitor) -> Result<Self, BootError> {
-        let (mut host, regions) =
-            HostResources::open(&valid, monitor).map_err(|e| BootError::Prepare(Box::new(e)))?;
+    pub(super) fn boot(
+        valid: ValidConfig,
+        monitor: &Monitor,
+        removals: &mut Removals,
+    ) -> Result<Self, BootError> {
+        let (mut host, regions) = HostResources::open(&valid, monitor, removals)
+            .map_err(|e| BootError::Prepare(Box::new(e)))?;
         // From here on it is taken from everybody before the host's resources go.
         let mut ram = Ram::new(vec![host.discard.consumer()]);
         for region in regions {
@@ -353,7 +358,11 @@ impl RunningVm {
     }
 
     /// Adds a device to the running guest. On failure nothing of it is left.
-    pub(super) fn add(&mut self, new: NewDevice) -> Result<(String, Bdf), AddError> {
+    pub(super) fn add(
+        &mut self,
+        new: NewDevice,
+        removals: &mut Removals,
+    ) -> Result<(String, Bdf), AddError> {
         let mut ids = self.ids.clone();
         let segments = self.valid.segments();
         let mut config = self.config.clone();
@@ -413,7 +422,7 @@ impl RunningVm {
                     id: Some(valid.id.clone()),
                     ..word
                 });
-                let dax = dma::any_dax(self.ram.regions());
+                let dax = DaxInReach::of(self.ram.regions(), removals);
                 self.host
                     .open_passthrough(&valid, dax)
                     .map_err(OpenDeviceError::from)?
