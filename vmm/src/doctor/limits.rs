@@ -55,11 +55,8 @@ fn memlock(roots: &Roots) -> Row {
     let limit = roots
         .proc_text("self/limits")
         .and_then(|text| soft_memlock(&text));
-    let privileged = roots
-        .proc_text("self/status")
-        .is_some_and(|text| has_ipc_lock(&text));
     match limit {
-        _ if privileged => Row::ok("memlock", "CAP_IPC_LOCK: the limit does not apply"),
+        _ if has_ipc_lock(roots) => Row::ok("memlock", "CAP_IPC_LOCK: the limit does not apply"),
         Some(Limit::Unlimited) => Row::ok("memlock", "unlimited"),
         limit => {
             let found = match limit {
@@ -94,13 +91,9 @@ fn soft_memlock(limits: &str) -> Option<Limit> {
     }
 }
 
-fn has_ipc_lock(status: &str) -> bool {
+fn has_ipc_lock(roots: &Roots) -> bool {
     const CAP_IPC_LOCK: u32 = 14;
-    status
-        .lines()
-        .find_map(|line| line.strip_prefix("CapEff:"))
-        .and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok())
-        .is_some_and(|set| set >> CAP_IPC_LOCK & 1 == 1)
+    roots.may(CAP_IPC_LOCK)
 }
 
 fn huge_pages(roots: &Roots, size: &str, kib: u64) -> Row {

@@ -20,6 +20,7 @@ mod dax;
 mod kvm;
 mod limits;
 mod passthrough;
+mod removal;
 mod report;
 mod roots;
 #[cfg(test)]
@@ -60,6 +61,7 @@ fn examine(roots: &Roots, live: &dyn Live) -> Vec<Row> {
     rows.extend(dax::check(roots, live));
     rows.extend(limits::check(roots));
     rows.extend(passthrough::check(roots, live));
+    rows.push(removal::check(roots, live));
     rows
 }
 
@@ -91,6 +93,7 @@ mod tests {
             "vfio",
             "hugepages-2M",
             "thp",
+            "removal-guard",
         ] {
             row(&rows, check);
         }

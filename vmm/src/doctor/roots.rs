@@ -5,6 +5,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use daxhund_guard::{DEFAULT_SOCKET, Guard};
 use rustix::fs::{Access, AtFlags, CWD, accessat};
 
 use crate::kvm::{Hypervisor, OpenError};
@@ -47,6 +48,15 @@ impl Roots {
         text(&self.proc.join(path))
     }
 
+    /// Whether this process has a capability, by its number, as far as procfs tells.
+    pub(super) fn may(&self, capability: u32) -> bool {
+        self.proc_text("self/status")
+            .as_deref()
+            .and_then(|status| status.lines().find_map(|line| line.strip_prefix("CapEff:")))
+            .and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok())
+            .is_some_and(|set| set >> capability & 1 == 1)
+    }
+
     pub(super) fn sys_number(&self, path: &str) -> Option<u64> {
         self.sys_text(path)?.parse().ok()
     }
@@ -68,12 +78,25 @@ fn text(path: &Path) -> Option<String> {
         .map(|text| text.trim_end().to_owned())
 }
 
+/// The removal guard's daemon.
+#[derive(Clone, Debug)]
+pub(super) enum Daemon {
+    /// No socket of its.
+    None,
+    /// It is there.
+    Answers,
+    /// Its socket is there; why it does not answer.
+    Silent(String),
+}
+
 /// What must be asked of the running kernel itself.
 pub(super) trait Live {
     /// Opens KVM and checks what daxhund needs of it; gives the most vCPUs a VM may have.
     fn kvm(&self, node: &Path) -> Result<usize, OpenError>;
     /// Whether this process may open a node for reading and writing.
     fn may_open(&self, node: &Path) -> bool;
+    /// Asks the removal guard's daemon whether it is there.
+    fn guard_daemon(&self) -> Daemon;
 }
 
 /// This process on the running kernel.
@@ -87,5 +110,16 @@ impl Live for ThisProcess {
     fn may_open(&self, node: &Path) -> bool {
         let access = Access::READ_OK | Access::WRITE_OK;
         accessat(CWD, node, access, AtFlags::EACCESS).is_ok()
+    }
+
+    fn guard_daemon(&self) -> Daemon {
+        let socket = Path::new(DEFAULT_SOCKET);
+        if !socket.exists() {
+            return Daemon::None;
+        }
+        match Guard::connect(socket, "daxhund doctor") {
+            Ok(_) => Daemon::Answers,
+            Err(error) => Daemon::Silent(crate::chain(&error)),
+        }
     }
 }

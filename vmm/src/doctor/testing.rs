@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 
 use super::report::Row;
-use super::roots::{Live, Roots};
+use super::roots::{Daemon, Live, Roots};
 use crate::kvm::OpenError;
 
 /// The only row of this check.
@@ -22,16 +22,28 @@ pub(super) fn row<'a>(rows: &'a [Row], check: &str) -> &'a Row {
 /// A kernel that lets every node that exists be opened, but for one.
 pub(super) struct FakeLive {
     refused: Option<&'static str>,
+    daemon: Daemon,
 }
 
 impl FakeLive {
     pub(super) fn allowing() -> Self {
-        Self { refused: None }
+        Self {
+            refused: None,
+            daemon: Daemon::Answers,
+        }
     }
 
     pub(super) fn refusing(node: &'static str) -> Self {
         Self {
             refused: Some(node),
+            ..Self::allowing()
+        }
+    }
+
+    pub(super) fn with_daemon(daemon: Daemon) -> Self {
+        Self {
+            daemon,
+            ..Self::allowing()
         }
     }
 }
@@ -56,6 +68,10 @@ impl Live for FakeLive {
 
     fn may_open(&self, node: &Path) -> bool {
         node.exists() && !self.refused.is_some_and(|refused| node.ends_with(refused))
+    }
+
+    fn guard_daemon(&self) -> Daemon {
+        self.daemon.clone()
     }
 }
 
