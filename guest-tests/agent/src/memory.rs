@@ -6,6 +6,7 @@
 //! (`memmap=SIZE$ADDRESS`) and refuses for its own memory.
 #![allow(unsafe_code)]
 
+use std::arch::asm;
 use std::ffi::c_void;
 use std::fs::{File, OpenOptions};
 use std::mem::MaybeUninit;
@@ -168,6 +169,41 @@ impl Words {
         let place = unsafe { self.start.add(index) };
         // SAFETY: `place` is mapped readable and aligned, as in `set`.
         unsafe { place.read_volatile() }
+    }
+
+    /// The first word, by an instruction that KVM's emulator does not have (`pxor` with a memory operand).
+    pub(crate) fn first_by_vector(&self) -> u64 {
+        assert!(self.count >= 2);
+        let word;
+        // SAFETY: the 16 bytes are inside the mapping, which begins at a page as the instruction wants it aligned; only
+        // the named registers change.
+        unsafe {
+            asm!(
+                "pxor {vector}, {vector}",
+                "pxor {vector}, xmmword ptr [{place}]",
+                "movq {word}, {vector}",
+                vector = out(xmm_reg) _,
+                place = in(reg) self.start.as_ptr(),
+                word = out(reg) word,
+                options(nostack, readonly, preserves_flags),
+            );
+        }
+        word
+    }
+
+    /// Stores the first word, by an instruction that KVM's emulator does not have (`movlps` to memory).
+    pub(crate) fn set_first_by_vector(&mut self, word: u64) {
+        // SAFETY: a mapping has at least a word; only memory of it and the named register change.
+        unsafe {
+            asm!(
+                "movq {vector}, {word}",
+                "movlps qword ptr [{place}], {vector}",
+                vector = out(xmm_reg) _,
+                place = in(reg) self.start.as_ptr(),
+                word = in(reg) word,
+                options(nostack, preserves_flags),
+            );
+        }
     }
 }
 

@@ -1,7 +1,7 @@
 //! Small programs that tests run on the emulated host: `lab-agent NAME ARGUMENT...`.
 //!
 //! `connect SOCKET`, `dax-vanish DEVICE`, `dax-watch DEVICE ROUNDS`, `dax-watch-cost DEVICE`, `await PATH SECONDS`, `await-gone PATH SECONDS`, `await-socket PATH SECONDS`, `unix-echo PATH`, `vsock-ask SOCKET PORT TEXT`,
-//! `tcp-ask ADDRESS TEXT`, `tcp-serve ADDRESS`, `loads FILE WORD`, `http SOCKET METHOD TARGET [BODY]`, and what [`crate::guard`] says.
+//! `tcp-ask ADDRESS TEXT`, `tcp-serve ADDRESS`, `loads FILE WORD`, `vector-loads FILE WORD`, `vector-stores FILE`, `http SOCKET METHOD TARGET [BODY]`, and what [`crate::guard`] says.
 //!
 //! For benches, each telling in JSON what it took: `pin-bare PATH MEMORY BYTES INTERFACE`, `pin-parts PATH MEMORY BYTES INTERFACE REGIONS THREADS`,
 //! `attach SOCKET PATH ID`, `detach SOCKET ID SECONDS`.
@@ -22,7 +22,7 @@ use serde::Serialize;
 use crate::bare::{self, Cut, Plan};
 use crate::{guard, memory, removal, rest, sockets, wait};
 
-pub(crate) const NAMES: [&str; 20] = [
+pub(crate) const NAMES: [&str; 22] = [
     "connect",
     "dax-vanish",
     "dax-watch",
@@ -35,6 +35,8 @@ pub(crate) const NAMES: [&str; 20] = [
     "tcp-ask",
     "tcp-serve",
     "loads",
+    "vector-loads",
+    "vector-stores",
     "http",
     "pin-bare",
     "pin-parts",
@@ -70,7 +72,13 @@ pub(crate) fn run(arguments: &[String]) -> ExitCode {
                 sockets::ask(&mut stream, text).map_err(|error| format!("{address}: {error}"))
             })
             .map(|line| println!("{line}")),
-        ["loads", path, word] => number(word).and_then(|word| loads(path, word)),
+        ["loads", path, word] => {
+            number(word).and_then(|word| loads(path, word, |words| words.get(0)))
+        }
+        ["vector-loads", path, word] => {
+            number(word).and_then(|word| loads(path, word, memory::Words::first_by_vector))
+        }
+        ["vector-stores", path] => vector_stores(path),
         ["tcp-serve", address] => sockets::serve_transfers(address),
         ["guard-hold", place, name, device, milliseconds] => number(milliseconds)
             .and_then(|milliseconds| guard::hold(place, name, device, milliseconds)),
@@ -101,13 +109,15 @@ pub(crate) fn run(arguments: &[String]) -> ExitCode {
     }
 }
 
+/// Between two accesses of a program that makes many.
+const PAUSE: Duration = Duration::from_millis(5);
+
 /// Loads the first word of a mapped file again and again, for as long as it is `expected`. What ends it otherwise is SIGBUS.
-fn loads(path: &str, expected: u64) -> Result<(), String> {
-    const PAUSE: Duration = Duration::from_millis(5);
+fn loads(path: &str, expected: u64, load: fn(&memory::Words) -> u64) -> Result<(), String> {
     let words = memory::Words::of_device(path, 4096)?;
     let mut told = false;
     loop {
-        let found = words.get(0);
+        let found = load(&words);
         if found != expected {
             return Err(format!("{path}: loaded {found:#x}, not {expected:#x}"));
         }
@@ -118,6 +128,17 @@ fn loads(path: &str, expected: u64) -> Result<(), String> {
         }
         thread::sleep(PAUSE);
     }
+}
+
+/// Stores the first word of a mapped file again and again, and each time tells how often on a line of its own.
+fn vector_stores(path: &str) -> Result<(), String> {
+    let mut words = memory::Words::of_device(path, 4096)?;
+    for times in 0u64.. {
+        words.set_first_by_vector(times);
+        println!("{times}");
+        thread::sleep(PAUSE);
+    }
+    Ok(())
 }
 
 fn number<T: std::str::FromStr>(word: &str) -> Result<T, String> {

@@ -128,6 +128,41 @@ fn loads_ended_in_sigbus(guest: &mut Guest) -> Result<(), TestError> {
     })
 }
 
+/// Programs on files of their own that load and store by instructions that KVM can't emulate; [`start_loads`] comes first.
+fn start_vectors(guest: &mut Guest) -> Result<(), TestError> {
+    guest.sh(&format!(
+        "cp /mnt/file /mnt/loads; cp /mnt/file /mnt/stores; sync; \
+         (/init vector-loads /mnt/loads {WORD} > /tmp/vector-loads 2>&1; echo $? > /tmp/vector-ended) < /dev/null > /dev/null 2>&1 & \
+         /init vector-stores /mnt/stores < /dev/null > /tmp/vector-stores 2>&1 &"
+    ))?;
+    eventually("the guest's programs load and store", || {
+        Ok(guest.cat("/tmp/vector-loads")?.contains("loading")
+            && !guest.cat("/tmp/vector-stores")?.is_empty())
+    })
+}
+
+/// What is loaded is a machine check, what is stored goes nowhere.
+fn vectors_end_as_they_should(guest: &mut Guest) -> Result<(), TestError> {
+    guest.await_path("/tmp/vector-ended")?;
+    let (ended, said) = (
+        guest.cat("/tmp/vector-ended")?,
+        guest.cat("/tmp/vector-loads")?,
+    );
+    claim(ended.trim() == KILLED_BY_SIGBUS, || {
+        format!("the program that loads by vectors ended with {ended} and said {said}")
+    })?;
+    let mut stores = || -> Result<u64, TestError> {
+        let said = guest.cat("/tmp/vector-stores")?;
+        let last = said.lines().last().unwrap_or_default();
+        let number = last.trim().parse();
+        number.map_err(|_| TestError::Claim(format!("the program that stores says {last}")))
+    };
+    let before = stores()?;
+    eventually("the guest's program goes on storing", || {
+        Ok(stores()? > before)
+    })
+}
+
 /// The guest works: its other memory, its agent, its kernel.
 fn is_well(guest: &mut Guest) -> Result<(), TestError> {
     let report = guest.pattern(Some(32 * MIB))?;
@@ -235,10 +270,12 @@ fn removal_of_pmem_cuts_off_a_guest_that_keeps_it(lab: &mut Lab) -> Result<(), T
     let dax = lab.host.dax()[1].clone();
     let mut guest = boot_on_pmem(lab, ",removal_timeout=2", &[], "acpiphp.disable=1")?;
     start_loads(&mut guest)?;
+    start_vectors(&mut guest)?;
     with_device(lab, &dax.name, || {
         unbind_goes_through(lab, &mut guest, &dax)
     })?;
     loads_ended_in_sigbus(&mut guest)?;
+    vectors_end_as_they_should(&mut guest)?;
     is_well(&mut guest)?;
     told(lab, "device-cut-off")?;
     power_off(guest)

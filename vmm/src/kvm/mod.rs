@@ -9,11 +9,13 @@
 
 mod cpuid;
 mod hypervisor;
+mod instruction;
 mod interrupts;
 mod kick;
 mod machine_check;
 mod slots;
 mod topology;
+mod unemulated;
 mod vcpu;
 mod vfio;
 mod vm;

@@ -6,7 +6,10 @@
 
 use std::io;
 
-use kvm_bindings::{Msrs, kvm_fpu, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs};
+use kvm_bindings::{
+    KVM_INTERNAL_ERROR_EMULATION, KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES, Msrs,
+    kvm_fpu, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs,
+};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use thiserror::Error;
 
@@ -470,8 +473,8 @@ fn set_segments(sregs: &mut kvm_sregs, boot: &BootRegisters) {
 #[derive(Debug)]
 pub struct BoundVcpu {
     kick: Kickable,
-    id: u8,
-    fd: VcpuFd,
+    pub(super) id: u8,
+    pub(super) fd: VcpuFd,
     machine_checks: Option<MachineChecks>,
 }
 
@@ -590,7 +593,7 @@ impl BoundVcpu {
     }
 
     /// Has the guest take a machine check at the instruction that its registers stand at.
-    fn machine_check(&mut self, address: u64) -> Result<Exit, VcpuFault> {
+    pub(super) fn machine_check(&mut self, address: u64) -> Result<Exit, VcpuFault> {
         let id = self.id;
         if let Some(checks) = self.machine_checks {
             tracing::debug!(vcpu = id, address = %format_args!("{address:#x}"), "a load from memory that is gone");
@@ -624,26 +627,33 @@ impl BoundVcpu {
         }
     }
 
-    fn run_error(&self, error: kvm_ioctls::Error) -> VcpuFault {
+    pub(super) fn run_error(&self, error: kvm_ioctls::Error) -> VcpuFault {
         VcpuFault::Run {
             id: self.id,
             source: io::Error::from(error),
         }
     }
 
-    /// KVM can't emulate every instruction, and fetches none from where there is no memory.
-    fn internal_error(&mut self, io: &impl Io) -> Result<Exit, VcpuFault> {
-        let rip = self.fd.get_regs().map_or(0, |regs| regs.rip);
-        if let Ok(fetched) = self.fd.translate_gva(rip)
-            && fetched.valid != 0
-            && io.beneath(fetched.physical_address) == Beneath::Tombstone
+    /// The instruction that KVM could not emulate, if that is what it tells of.
+    pub(super) fn unemulated(&mut self) -> Option<Vec<u8>> {
+        let run = self.fd.get_kvm_run();
+        // SAFETY: KVM_RUN just returned KVM_EXIT_INTERNAL_ERROR, for which `emulation_failure` and `internal` are the
+        // live members of the union and begin alike; every bit pattern is valid for their integers.
+        let failure = unsafe { run.__bindgen_anon_1.emulation_failure };
+        let has_bytes = u64::from(KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES);
+        if failure.suberror != KVM_INTERNAL_ERROR_EMULATION
+            || failure.ndata == 0
+            || failure.flags & has_bytes == 0
         {
-            return self.machine_check(fetched.physical_address);
+            return None;
         }
-        Err(self.internal_fault(rip))
+        // SAFETY: the union has one member, of bytes.
+        let told = unsafe { failure.__bindgen_anon_1.__bindgen_anon_1 };
+        let size = usize::from(told.insn_size).min(told.insn_bytes.len());
+        Some(told.insn_bytes[..size].to_vec())
     }
 
-    fn internal_fault(&mut self, rip: u64) -> VcpuFault {
+    pub(super) fn internal_fault(&mut self, rip: u64) -> VcpuFault {
         let id = self.id;
         let run = self.fd.get_kvm_run();
         // SAFETY: KVM_RUN just returned KVM_EXIT_INTERNAL_ERROR, for which `internal` is the live member of the

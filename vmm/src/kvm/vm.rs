@@ -3,6 +3,7 @@
 use std::io;
 use std::sync::Arc;
 
+use kvm_bindings::{KVM_CAP_EXIT_ON_EMULATION_FAILURE, kvm_enable_cap};
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
 use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
@@ -63,6 +64,16 @@ impl Vm {
             .map_err(failed("place the TSS pages"))?;
         fd.create_irq_chip()
             .map_err(failed("create the in-kernel irqchip"))?;
+        // Else what can't be emulated is an invalid instruction to a guest's program, and the vCPU is not asked (5.14).
+        let tell_of_failed_emulation = kvm_enable_cap {
+            cap: KVM_CAP_EXIT_ON_EMULATION_FAILURE,
+            args: [1, 0, 0, 0],
+            ..Default::default()
+        };
+        if fd.check_extension_raw(u64::from(KVM_CAP_EXIT_ON_EMULATION_FAILURE)) > 0 {
+            fd.enable_cap(&tell_of_failed_emulation)
+                .map_err(failed("tell of failed emulations"))?;
+        }
         Ok(Self {
             fd: Arc::new(fd),
             max_slots: kvm.get_nr_memslots(),
