@@ -197,10 +197,30 @@ impl Process {
         program(&mut self.channel.lock(), self.id).exited.is_some()
     }
 
-    /// Waits until it has ended and nothing holds its output any more.
+    /// Waits until it has ended and nothing holds its output any more. One that does not end is told of with what its
+    /// threads are at.
     pub fn wait(&self, deadline: Duration) -> Result<ExitStatus, HostError> {
+        match self.wait_plainly(deadline) {
+            Err(HostError::Timeout { what, seconds }) if !self.has_ended() => {
+                Err(HostError::Timeout {
+                    what: format!("{what}, whose threads are at\n{}", self.threads()),
+                    seconds,
+                })
+            }
+            Err(HostError::Timeout { seconds, .. }) => Err(HostError::Timeout {
+                what: format!(
+                    "`{}` has ended, but something that it started still holds its output",
+                    self.command
+                ),
+                seconds,
+            }),
+            outcome => outcome,
+        }
+    }
+
+    fn wait_plainly(&self, deadline: Duration) -> Result<ExitStatus, HostError> {
         let what = format!("waiting for the end of `{}`", self.command);
-        let outcome = self.channel.wait(&what, deadline, |state| {
+        self.channel.wait(&what, deadline, |state| {
             let program = program(state, self.id);
             if program.too_much {
                 return Some(Err(HostError::TooMuchOutput {
@@ -208,19 +228,24 @@ impl Process {
                 }));
             }
             program.exited.filter(|_| program.closed).map(Ok)
+        })
+    }
+
+    /// Each thread's name, system call and stack in the kernel.
+    fn threads(&self) -> String {
+        let script = format!(
+            "cd /proc/{}/task && for t in *; do echo \"$t $(cat $t/comm): $(cat $t/syscall)\"; cat $t/stack; done",
+            self.pid
+        );
+        let spec = SpawnSpec {
+            argv: vec!["sh".to_owned(), "-c".to_owned(), script],
+            ..SpawnSpec::default()
+        };
+        let told = Self::start(self.channel.clone(), spec).and_then(|look| {
+            look.wait_plainly(ANSWER_DEADLINE)?;
+            Ok(look.stdout())
         });
-        match outcome {
-            Err(HostError::Timeout { seconds, .. }) if self.has_ended() => {
-                Err(HostError::Timeout {
-                    what: format!(
-                        "`{}` has ended, but something that it started still holds its output",
-                        self.command
-                    ),
-                    seconds,
-                })
-            }
-            outcome => outcome,
-        }
+        told.unwrap_or_else(|error| error.to_string())
     }
 
     /// Waits for its end and takes its output.
