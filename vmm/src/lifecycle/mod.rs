@@ -2,4 +2,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod region;
+#[cfg(test)]
+mod simulation;
 pub mod slot;

@@ -14,15 +14,69 @@
 //!   any but Draining ──┘ lost
 //! ```
 //! An operator *asks*: the guest may eject late or unasked, and then the device goes; it may also never answer: then the
-//! device stays, whole, and that is said; it can be asked again. The host *claims* what is its own: a guest that does not
-//! let go in time is cut off. What is *lost* is cut off at once. A device that is cut off has given everything of the host
-//! back; its place in the guest stays taken, so that nothing else comes to be there, until the guest ejects it or is reset.
+//! device stays, whole, and that is said; it can be asked again. The host *claims* what is its own, and so does an operator who
+//! drains it: a guest that does not let go in time is cut off. Each can call off its own claim and not the other's. What is
+//! *lost* is cut off at once. A device that is cut off has given everything of the host back; its place in the guest stays
+//! taken, so that nothing else comes to be there, until the guest ejects it or is reset.
+//!
+//! A guest that is reset has let go of everything it was asked for: it does not find the device again. One that was asked in
+//! vain keeps the device, until it is asked again.
 
 use std::time::{Duration, Instant};
 
 /// From a request to the guest's eject. Linux takes well under a second; a guest that was not there by then has no
 /// driver for hotplug, is paused, or uses the device and does not let it go.
 pub const EJECT_DEADLINE: Duration = Duration::from_secs(10);
+
+/// Who can have a guest cut off.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Claimant {
+    /// The kernel, or whoever waits in it: it can think better of it.
+    Host,
+    /// Who drains the device.
+    Operator,
+}
+
+/// Who claims a device, and until when the guest has it: one of them at least.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Claims {
+    host: Option<Instant>,
+    operator: Option<Instant>,
+}
+
+impl Claims {
+    const NONE: Self = Self {
+        host: None,
+        operator: None,
+    };
+
+    /// When the guest is cut off: whoever is in the greater hurry.
+    fn until(self) -> Option<Instant> {
+        self.host.into_iter().chain(self.operator).min()
+    }
+
+    fn is_due(self, now: Instant) -> bool {
+        self.until().is_some_and(|until| now >= until)
+    }
+
+    fn of(&mut self, by: Claimant) -> &mut Option<Instant> {
+        match by {
+            Claimant::Host => &mut self.host,
+            Claimant::Operator => &mut self.operator,
+        }
+    }
+
+    fn with(mut self, by: Claimant, until: Instant) -> Self {
+        let claim = self.of(by);
+        *claim = Some(claim.map_or(until, |before| before.min(until)));
+        self
+    }
+
+    fn without(mut self, by: Claimant) -> Self {
+        *self.of(by) = None;
+        self
+    }
+}
 
 /// Where a device is in its life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,11 +90,8 @@ pub enum SlotState {
     },
     /// The guest was asked and did not let go in time. It still has the device.
     Unanswered,
-    /// The host wants it back: the guest has until then.
-    Claimed {
-        /// When it is cut off.
-        until: Instant,
-    },
+    /// It is wanted back: the guest has until then.
+    Claimed(Claims),
     /// Cut off. The guest has not let go of what is left of it: its place.
     Severed,
     /// The guest has let go; what is in flight on the host comes home.
@@ -56,7 +107,8 @@ impl SlotState {
             Self::Present => "present",
             Self::Asked { .. } => "removal-requested",
             Self::Unanswered => "removal-unanswered",
-            Self::Claimed { .. } => "claimed-by-host",
+            Self::Claimed(Claims { host: Some(_), .. }) => "claimed-by-host",
+            Self::Claimed(_) => "claimed-by-operator",
             Self::Severed => "cut-off",
             Self::Draining => "draining",
             Self::Gone => "gone",
@@ -72,13 +124,17 @@ pub enum SlotEvent {
         /// Now.
         now: Instant,
     },
-    /// The host wants it back.
+    /// It is wanted back.
     Claim {
+        /// By whom.
+        by: Claimant,
         /// When the guest is cut off.
         until: Instant,
     },
-    /// The host does not want it back any more.
+    /// It is not wanted back any more.
     Unclaim {
+        /// By whom.
+        by: Claimant,
         /// Now.
         now: Instant,
     },
@@ -93,6 +149,8 @@ pub enum SlotEvent {
     },
     /// Nothing of it is in flight any more.
     Drained,
+    /// The guest starts anew: nothing is in flight, and what it was asked for it does not find again.
+    Reset,
 }
 
 /// What is to be done.
@@ -127,35 +185,41 @@ pub fn step(state: SlotState, event: SlotEvent) -> (SlotState, SlotAction) {
             let until = now + EJECT_DEADLINE;
             (S::Asked { until }, A::RequestEject)
         }
-        (S::Claimed { .. } | S::Severed, E::Ask { .. }) => (state, A::RequestEject),
-        (S::Present | S::Asked { .. } | S::Unanswered, E::Claim { until }) => {
-            (S::Claimed { until }, A::RequestEject)
+        (S::Claimed(_) | S::Severed, E::Ask { .. }) => (state, A::RequestEject),
+        (S::Present | S::Asked { .. } | S::Unanswered, E::Claim { by, until }) => {
+            (S::Claimed(Claims::NONE.with(by, until)), A::RequestEject)
         }
-        // Whoever is in the greater hurry.
-        (S::Claimed { until: before }, E::Claim { until }) => {
-            let until = until.min(before);
-            (S::Claimed { until }, A::None)
+        (S::Claimed(claims), E::Claim { by, until }) => {
+            (S::Claimed(claims.with(by, until)), A::None)
         }
-        // It can't be unasked: the guest may be about to eject.
-        (S::Claimed { .. }, E::Unclaim { now }) => {
-            let until = now + EJECT_DEADLINE;
-            (S::Asked { until }, A::None)
+        (S::Claimed(claims), E::Unclaim { by, now }) => {
+            let left = claims.without(by);
+            if left == Claims::NONE {
+                // It can't be unasked: the guest may be about to eject.
+                let until = now + EJECT_DEADLINE;
+                (S::Asked { until }, A::None)
+            } else {
+                (S::Claimed(left), A::None)
+            }
         }
-        (S::Claimed { until }, E::Tick { now }) if now >= until => {
+        (S::Claimed(claims), E::Tick { now }) if claims.is_due(now) => {
             (S::Severed, A::CutOff { tell: false })
         }
-        (S::Present | S::Asked { .. } | S::Unanswered | S::Claimed { .. }, E::Lost) => {
+        (S::Present | S::Asked { .. } | S::Unanswered | S::Claimed(_), E::Lost) => {
             let tell = matches!(state, S::Present | S::Unanswered);
             (S::Severed, A::CutOff { tell })
         }
-        (
-            S::Present | S::Asked { .. } | S::Unanswered | S::Claimed { .. } | S::Severed,
-            E::Ejected,
-        ) => (S::Draining, A::Withdraw),
+        (S::Present | S::Asked { .. } | S::Unanswered | S::Claimed(_) | S::Severed, E::Ejected) => {
+            (S::Draining, A::Withdraw)
+        }
         (S::Asked { until }, E::Tick { now }) if now >= until => {
             (S::Unanswered, A::ReportUnanswered)
         }
-        (S::Draining, E::Drained) => (S::Gone, A::Release),
+        (S::Draining, E::Drained)
+        | (S::Asked { .. } | S::Claimed(_) | S::Severed | S::Draining, E::Reset) => {
+            (S::Gone, A::Release)
+        }
+        (S::Unanswered, E::Reset) => (S::Present, A::None),
         (state, _) => (state, A::None),
     }
 }
@@ -165,6 +229,8 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    const HOST: Claimant = Claimant::Host;
 
     fn after(events: &[SlotEvent]) -> (SlotState, Vec<SlotAction>) {
         let mut actions = Vec::new();
@@ -220,7 +286,7 @@ mod tests {
         let now = Instant::now();
         let until = now + Duration::from_secs(3);
         let (state, actions) = after(&[
-            SlotEvent::Claim { until },
+            SlotEvent::Claim { by: HOST, until },
             SlotEvent::Tick { now },
             SlotEvent::Tick { now: until },
             SlotEvent::Tick { now: until },
@@ -240,8 +306,8 @@ mod tests {
         let now = Instant::now();
         let until = now + Duration::from_secs(3);
         let (state, actions) = after(&[
-            SlotEvent::Claim { until },
-            SlotEvent::Unclaim { now },
+            SlotEvent::Claim { by: HOST, until },
+            SlotEvent::Unclaim { by: HOST, now },
             SlotEvent::Tick { now: until },
             SlotEvent::Tick {
                 now: now + EJECT_DEADLINE,
@@ -255,6 +321,58 @@ mod tests {
     }
 
     #[test]
+    fn each_calls_off_its_own_claim() {
+        let now = Instant::now();
+        let (soon, late) = (now + Duration::from_secs(3), now + Duration::from_secs(9));
+        let operator = SlotEvent::Claim {
+            by: Claimant::Operator,
+            until: late,
+        };
+        let host = SlotEvent::Claim {
+            by: HOST,
+            until: soon,
+        };
+        let (state, _) = after(&[operator, host, SlotEvent::Unclaim { by: HOST, now }]);
+        assert_eq!(state.name(), "claimed-by-operator");
+        let (_, action) = step(state, SlotEvent::Tick { now: soon });
+        assert_eq!(action, SlotAction::None);
+        let (state, action) = step(state, SlotEvent::Tick { now: late });
+        assert_eq!(
+            (state, action),
+            (SlotState::Severed, SlotAction::CutOff { tell: false })
+        );
+        let (state, _) = after(&[host, operator]);
+        assert_eq!(state.name(), "claimed-by-host");
+        let (state, _) = step(state, SlotEvent::Tick { now: soon });
+        assert_eq!(state, SlotState::Severed);
+    }
+
+    #[test]
+    fn a_guest_that_starts_anew_does_not_find_what_it_was_asked_for() {
+        let now = Instant::now();
+        let ask = SlotEvent::Ask { now };
+        for wanted in [
+            &[ask] as &[_],
+            &[SlotEvent::Claim {
+                by: HOST,
+                until: now,
+            }],
+            &[SlotEvent::Lost],
+            &[ask, SlotEvent::Ejected],
+        ] {
+            let (state, _) = after(wanted);
+            let end = (SlotState::Gone, SlotAction::Release);
+            assert_eq!(step(state, SlotEvent::Reset), end, "{wanted:?}");
+        }
+        let late = now + EJECT_DEADLINE;
+        for kept in [&[] as &[_], &[ask, SlotEvent::Tick { now: late }]] {
+            let (state, _) = after(kept);
+            let present = (SlotState::Present, SlotAction::None);
+            assert_eq!(step(state, SlotEvent::Reset), present);
+        }
+    }
+
+    #[test]
     fn what_is_lost_is_cut_off_and_the_guest_told() {
         let (state, actions) = after(&[SlotEvent::Lost, SlotEvent::Lost]);
         assert_eq!(state, SlotState::Severed);
@@ -262,10 +380,10 @@ mod tests {
     }
 
     proptest! {
-        /// In whatever order things happen: cut off, withdrawn and released at most once each, in this order; nothing is
+        /// In whatever order things happen: cut off, withdrawn and released at most once each; nothing is
         /// cut off after the guest has let go; one that is claimed and never let go is cut off by its deadline.
         #[test]
-        fn whatever_happens(events in prop::collection::vec((0u8..7, 0u64..30), 0..60)) {
+        fn whatever_happens(events in prop::collection::vec((0u8..10, 0u64..30), 0..60)) {
             let start = Instant::now();
             let (mut state, mut cut, mut withdrawn, mut released) = (SlotState::Present, 0, 0, 0);
             for (kind, seconds) in events {
@@ -274,10 +392,13 @@ mod tests {
                     0 => SlotEvent::Ask { now },
                     1 => SlotEvent::Ejected,
                     2 => SlotEvent::Tick { now },
-                    3 => SlotEvent::Claim { until: now },
-                    4 => SlotEvent::Unclaim { now },
+                    3 => SlotEvent::Claim { by: HOST, until: now },
+                    4 => SlotEvent::Unclaim { by: HOST, now },
                     5 => SlotEvent::Lost,
-                    _ => SlotEvent::Drained,
+                    6 => SlotEvent::Drained,
+                    7 => SlotEvent::Claim { by: Claimant::Operator, until: now },
+                    8 => SlotEvent::Unclaim { by: Claimant::Operator, now },
+                    _ => SlotEvent::Reset,
                 };
                 let (next, action) = step(state, event);
                 if let SlotAction::CutOff { .. } = action {
@@ -286,12 +407,13 @@ mod tests {
                 }
                 withdrawn += u32::from(action == SlotAction::Withdraw);
                 released += u32::from(action == SlotAction::Release);
-                prop_assert!(cut <= 1 && withdrawn <= 1 && released <= withdrawn);
+                prop_assert!(cut <= 1 && withdrawn <= 1 && released <= 1);
+                prop_assert_eq!(released == 1, next == SlotState::Gone);
                 if withdrawn == 1 {
                     prop_assert!(action != SlotAction::RequestEject);
                 }
-                if let (SlotState::Claimed { until }, SlotEvent::Tick { now }) = (next, event) {
-                    prop_assert!(now < until);
+                if let (SlotState::Claimed(claims), SlotEvent::Tick { now }) = (next, event) {
+                    prop_assert!(!claims.is_due(now) && claims != Claims::NONE);
                 }
                 state = next;
             }

@@ -214,9 +214,9 @@ impl Owner {
     }
 
     fn info(&self) -> Answer {
-        let (config, state, actual, tree) = match &self.state {
+        let (config, state, actual, tree, memory) = match &self.state {
             State::NoVm => return Err(no_vm()),
-            State::Created(config) => (config.as_ref(), "Created", None, Value::Null),
+            State::Created(config) => (config.as_ref(), "Created", None, Value::Null, Vec::new()),
             State::Up(vm) => {
                 let state = if vm.is_paused() { "Paused" } else { "Running" };
                 (
@@ -224,6 +224,7 @@ impl Owner {
                     state,
                     Some(vm.memory_actual_bytes()),
                     vm.device_tree(),
+                    vm.regions.tree(),
                 )
             }
         };
@@ -232,6 +233,8 @@ impl Owner {
             "state": state,
             "memory_actual_size": actual.unwrap_or(0),
             "device_tree": tree,
+            // What of guest memory is on its way out, or gone.
+            "memory_leaving": memory,
         }))
     }
 

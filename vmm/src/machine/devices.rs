@@ -21,8 +21,8 @@ use super::passthrough::PassedThrough;
 use super::seat::Seat;
 use super::wiring::{Fabric, KvmPin, KvmRoutes, KvmWindows};
 use crate::kvm::VectorsError;
-use crate::lifecycle::slot::{self, SlotAction, SlotEvent, SlotState};
-use crate::memory::layout::Gpa;
+use crate::lifecycle::region::RegionId;
+use crate::lifecycle::slot::{self, Claimant, SlotAction, SlotEvent, SlotState};
 use crate::memory::ram::GuestView;
 use crate::pci::{Ejected, Hotplug, InsertError, Segment, Slot, SlotError, Slots};
 use crate::vfio::{self, VfioPci, vectors_needed};
@@ -39,8 +39,8 @@ pub(super) struct HostDevice {
     pub(super) slot: Option<u8>,
     /// The device itself.
     pub(super) kind: HostKind,
-    /// Where the memory that it brings begins in the guest.
-    pub(super) memory: Option<Gpa>,
+    /// The memory that it brings.
+    pub(super) memory: Option<RegionId>,
 }
 
 /// What a device is to the host.
@@ -152,7 +152,7 @@ struct Plugged {
     slot: Slot,
     /// Empty once the function was cut off.
     seat: Option<Seat>,
-    memory: Option<Gpa>,
+    memory: Option<RegionId>,
     state: SlotState,
 }
 
@@ -177,12 +177,24 @@ pub(super) enum Settled {
     Gone {
         id: String,
         bdf: String,
-        memory: Option<Gpa>,
+        memory: Option<RegionId>,
     },
     /// The guest did not answer in time.
     Unanswered { id: String },
     /// The guest is cut off: what the device has of the host, memory first, can go. Its place stays taken.
-    Severed { id: String, memory: Option<Gpa> },
+    Severed {
+        id: String,
+        memory: Option<RegionId>,
+    },
+}
+
+impl Settled {
+    /// Which device.
+    pub(super) fn id(&self) -> &str {
+        match self {
+            Self::Gone { id, .. } | Self::Unanswered { id } | Self::Severed { id, .. } => id,
+        }
+    }
 }
 
 /// A removal can't be asked for.
@@ -358,16 +370,16 @@ impl Devices {
         Ok(())
     }
 
-    /// The host wants a device back: the guest is asked, and cut off when it has not let go by then. `false`: there is no
+    /// A device is wanted back: the guest is asked, and cut off when it has not let go by then. `false`: there is no
     /// such device.
-    pub(super) fn claim(&mut self, id: &str, until: Instant) -> bool {
+    pub(super) fn claim(&mut self, id: &str, by: Claimant, until: Instant) -> bool {
         let Some(plugged) = self.plugged.iter_mut().find(|plugged| plugged.id == id) else {
             return false;
         };
-        let (state, action) = slot::step(plugged.state, SlotEvent::Claim { until });
+        let (state, action) = slot::step(plugged.state, SlotEvent::Claim { by, until });
         plugged.state = state;
         if action == SlotAction::RequestEject {
-            info!(id, bdf = %plugged.bdf, "the host wants the device back; the guest is asked to let go of it");
+            info!(id, bdf = %plugged.bdf, ?by, "the device is wanted back; the guest is asked to let go of it");
             self.hotplug
                 .request_eject(plugged.bdf.segment, plugged.slot);
         }
@@ -375,9 +387,9 @@ impl Devices {
     }
 
     /// The undo of [`Devices::claim`], as far as there is one: the guest was asked already.
-    pub(super) fn unclaim(&mut self, id: &str, now: Instant) {
+    pub(super) fn unclaim(&mut self, id: &str, by: Claimant, now: Instant) {
         if let Some(plugged) = self.plugged.iter_mut().find(|plugged| plugged.id == id) {
-            (plugged.state, _) = slot::step(plugged.state, SlotEvent::Unclaim { now });
+            (plugged.state, _) = slot::step(plugged.state, SlotEvent::Unclaim { by, now });
         }
     }
 
@@ -527,6 +539,25 @@ impl Devices {
             bdf: bdf.to_string(),
             memory,
         }
+    }
+
+    /// The guest is about to start anew: devices that it was asked for, or was cut off from, it does not find again. To be
+    /// done when the machine is taken apart.
+    pub(super) fn end_for_reset(&mut self) -> Vec<Settled> {
+        let mut ended = Vec::new();
+        for plugged in &mut self.plugged {
+            let (state, action) = slot::step(plugged.state, SlotEvent::Reset);
+            plugged.state = state;
+            if action == SlotAction::Release {
+                info!(id = plugged.id, bdf = %plugged.bdf, "the reset takes the device from the guest");
+                ended.push(Settled::Gone {
+                    id: plugged.id.clone(),
+                    bdf: plugged.bdf.to_string(),
+                    memory: plugged.memory,
+                });
+            }
+        }
+        ended
     }
 
     /// Takes all devices off the bus, for a machine that ends; waits until none reaches guest memory any more, which is

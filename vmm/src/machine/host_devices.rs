@@ -155,26 +155,22 @@ impl HostResources {
         let device = PmemDevice::new(&valid.id, gpa, size, backing.flusher())
             .with_mark(region.mark().clone());
         let mut opened = OpenedDevice::new(&valid.id, valid.place, Arc::new(device));
-        opened.device.memory = Some(gpa);
         opened.region = Some(region);
         Ok(opened)
     }
 
-    /// The undo of all that open a device here. `region` is its memory, taken back from everybody; without it memory
-    /// that the device brought is still somebody's, and its place is not used again.
-    pub(super) fn close_device(
-        &mut self,
-        device: HostDevice,
-        region: Option<Region>,
-        ram: &mut Ram,
-    ) {
-        if let (Some(gpa), Some(region)) = (device.memory, region) {
-            release_one(region);
-            self.device_memory.free(gpa.0);
-        }
+    /// The undo of all that open a device here, but for its memory, which has a life of its own.
+    pub(super) fn close_device(&mut self, device: HostDevice, ram: &mut Ram) {
         if let HostKind::Passthrough(passed) = device.kind {
             self.close_passthrough(passed, ram);
         }
+    }
+
+    /// The undo of [`HostResources::open_pmem`] for the memory, while it is nobody's.
+    pub(super) fn unmap_pmem(&mut self, region: Region) {
+        let gpa = region.gpa();
+        release_one(region);
+        self.device_memory.free(gpa.0);
     }
 
     /// A balloon takes nothing from the host: it gives.

@@ -26,6 +26,7 @@ mod notices;
 mod owner;
 mod passthrough;
 mod pin_progress;
+mod regions;
 mod removal;
 mod requests;
 mod resources;

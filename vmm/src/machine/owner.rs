@@ -25,6 +25,7 @@ use super::events::Event;
 use super::guard::Removals;
 use super::lookout::Lookout;
 use super::passthrough::Notice;
+use super::regions::StuckMemory;
 use super::requests::Stopping;
 use super::serial_feed::{SerialFeed, add, remove};
 use super::timer::Timer;
@@ -340,7 +341,8 @@ impl Owner {
         let State::Up(vm) = &mut self.state else {
             return;
         };
-        let looked_after = vm.machine.was_mended_since(mended);
+        // One whose memory somebody keeps waits until he is asked again.
+        let looked_after = vm.machine.was_mended_since(mended) || vm.regions.is_waiting();
         if !self.look_for_losses(&BTreeSet::new()) && !looked_after {
             self.end(Ok(Ending::VcpuFailed(fault)));
         }
@@ -377,13 +379,15 @@ impl Owner {
         let losses = vm.look_for_losses(going);
         let found = !losses.is_empty();
         self.tell(losses.settled);
-        if let Some(lost) = losses.ram {
+        for lost in &losses.ram {
             self.monitor.send(&Happened::MemoryLost {
                 id: &lost.zone,
                 device: &lost.device,
                 gpa: &format!("{:#x}", lost.gpa),
                 size: &lost.size.to_string(),
             });
+        }
+        if let Some(lost) = losses.ram.into_iter().next() {
             self.end(Ok(Ending::MemoryLost(lost)));
         } else if found && let State::Up(vm) = &self.state {
             vm.machine.mended();
@@ -398,10 +402,11 @@ impl Owner {
             return;
         };
         let settled = vm.settle();
-        let settling = vm.machine.devices.is_settling() || vm.is_severing();
-        let waiting = settling || self.stopping.is_some();
+        let waiting = vm.is_settling() || self.stopping.is_some();
         self.timer.set(waiting.then_some(SETTLE_INTERVAL));
+        let reports = vm.regions.take_reports();
         self.tell(settled);
+        self.tell_of_stuck(&reports);
         self.stop_in_time();
     }
 
@@ -422,6 +427,23 @@ impl Owner {
                     self.monitor.send(&Happened::DeviceCutOff { id: &id });
                 }
             }
+        }
+    }
+
+    /// Tells of memory that somebody keeps.
+    fn tell_of_stuck(&self, reports: &[StuckMemory]) {
+        for report in reports {
+            let (id, gpa) = (report.user.id(), format!("{:#x}", report.gpa.0));
+            let (gpa, size) = (gpa.as_str(), &*report.size.to_string());
+            self.monitor.send(&match &report.held_by {
+                Some(held_by) => Happened::MemoryStuck {
+                    id,
+                    gpa,
+                    size,
+                    held_by,
+                },
+                None => Happened::MemoryFree { id, gpa, size },
+            });
         }
     }
 
@@ -501,6 +523,8 @@ impl Owner {
             other => self.state = other,
         }
         self.watch(ops);
+        // What the guest had been asked for has gone with it.
+        self.settle();
         Ok(())
     }
 

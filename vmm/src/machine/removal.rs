@@ -1,40 +1,28 @@
 //! What the host takes back from a running machine: memory and devices, announced or not.
 //!
 //! ```text
-//!   the host asks  ──▶ claim: the guest is asked ──▶ ejects ───────────────▶ given back, forgotten
+//!   the host asks  ──▶ claim: the guest is asked ──▶ ejects ──▶ Gone ──▶ memory is let go of
 //!                                 │ deadline
-//!   it is gone  ──▶ lost ─────────┴──▶ severed: DMA off, then all others; ▶ given back ── the guest ejects ──▶ forgotten
-//!                                      the place stays taken
+//!   it is gone  ──▶ DMA off ──▶ lost ──┴──▶ Severed ──▶ memory is given up ── the guest ejects ──▶ Gone
 //! ```
-//! Boot RAM can't be ejected: its loss ends the machine, in order, DMA first. What somebody does not let go of at once
-//! (a worker in the middle of a batch) is tried again by [`RunningVm::settle`] until it is.
+//! What becomes of a device is [`crate::lifecycle::slot`]'s to say, of its memory [`crate::lifecycle::region`]'s. Boot RAM can't be
+//! ejected: its loss ends the machine, or pauses it for good. A device's removal is told of, and its name free, when nothing of
+//! its memory is left.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tracing::{error, info, warn};
+use tracing::{error, warn};
 
 use super::devices::Settled;
 use super::guard::Used;
-use super::vm::{RunningVm, release_one};
+use super::regions::Known;
+use super::vm::RunningVm;
 use crate::config::{DEFAULT_REMOVAL_TIMEOUT, OnRemoval, PmemConfig};
-use crate::memory::layout::Gpa;
+use crate::lifecycle::region::{RegionEvent, RegionId, RegionState, Stage};
+use crate::lifecycle::slot::Claimant;
 use crate::memory::region::{Mapping, Region};
-
-/// A device that the guest still knows, with nothing of the host behind it.
-pub(super) struct Severed {
-    pub(super) id: String,
-    /// Where its memory was.
-    pub(super) place: Option<Place>,
-}
-
-/// Addresses whose memory is going or gone.
-pub(super) struct Place {
-    gpa: Gpa,
-    /// Whether somebody has still not let go of the memory.
-    held: bool,
-}
 
 /// Whose memory a region is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -43,6 +31,15 @@ pub(super) enum User {
     Zone(String),
     /// A device that brought it.
     Device(String),
+}
+
+impl User {
+    /// Its name in the configuration.
+    pub(super) fn id(&self) -> &str {
+        match self {
+            Self::Zone(id) | Self::Device(id) => id,
+        }
+    }
 }
 
 impl std::fmt::Display for User {
@@ -87,14 +84,14 @@ impl std::fmt::Display for LostRam {
 #[derive(Debug, Default)]
 pub(super) struct Losses {
     /// Boot RAM: the machine can't go on.
-    pub(super) ram: Option<LostRam>,
+    pub(super) ram: Vec<LostRam>,
     /// Devices that were cut off.
     pub(super) settled: Vec<Settled>,
 }
 
 impl Losses {
     pub(super) fn is_empty(&self) -> bool {
-        self.ram.is_none() && self.settled.is_empty()
+        self.ram.is_empty() && self.settled.is_empty()
     }
 }
 
@@ -127,25 +124,27 @@ impl RunningVm {
     /// Whose memory is on a device-dax device: each user once.
     pub(super) fn users_of(&self, device: &str) -> Vec<User> {
         let mut users = Vec::new();
-        for region in self.ram.regions() {
-            if dax_device(region).as_deref() == Some(device) {
-                let user = self.user(region);
-                if !users.contains(&user) {
-                    users.push(user);
-                }
+        for (_, state, known) in self.regions.iter() {
+            if known.device.as_deref() == Some(device)
+                && !state.is_given_back()
+                && !users.contains(&known.user)
+            {
+                users.push(known.user.clone());
             }
         }
         users
     }
 
-    /// The device-dax devices under guest memory.
+    /// The device-dax devices that something of guest memory is left of.
     pub(super) fn used_dax(&self) -> BTreeMap<String, Used> {
         let mut devices = BTreeMap::<String, Used>::new();
-        for region in self.ram.regions() {
-            let Mapping::Dax(mapping) = region.mapping() else {
+        for region in self.ram.regions().chain(self.regions.ours()) {
+            let (Mapping::Dax(mapping), Some((.., known))) =
+                (region.mapping(), self.regions.at(region.gpa()))
+            else {
                 continue;
             };
-            let (_, timeout) = self.removal_policy(&self.user(region));
+            let (_, timeout) = self.removal_policy(&known.user);
             devices
                 .entry(mapping.facts().name.to_string())
                 .and_modify(|used| used.timeout = used.timeout.max(timeout))
@@ -177,36 +176,21 @@ impl RunningVm {
         (policy.unwrap_or(default), timeout)
     }
 
-    fn user(&self, region: &Region) -> User {
-        let severed = |gpa| self.severed.iter().any(|severed| severed.is_at(gpa));
-        let is_device = self
-            .host
-            .devices
-            .iter()
-            .any(|d| d.memory == Some(region.gpa()));
-        // A device's memory is named after it.
-        if is_device || severed(region.gpa()) {
-            User::Device(region.zone().to_owned())
-        } else {
-            User::Zone(region.zone().to_owned())
-        }
+    /// A device is wanted back: the guest is asked, and cut off if it has not let go by then. `false`: there is none.
+    pub(super) fn claim(&mut self, id: &str, by: Claimant, until: Instant) -> bool {
+        self.machine.devices.claim(id, by, until)
     }
 
-    /// The host wants a device back: the guest is asked, and cut off if it has not let go by then.
-    pub(super) fn claim(&mut self, id: &str, until: Instant) -> bool {
-        self.machine.devices.claim(id, until)
-    }
-
-    /// The host does not want it any more.
-    pub(super) fn unclaim(&mut self, id: &str) {
-        self.machine.devices.unclaim(id, Instant::now());
+    /// It is not wanted any more.
+    pub(super) fn unclaim(&mut self, id: &str, by: Claimant) {
+        self.machine.devices.unclaim(id, by, Instant::now());
     }
 
     /// A device is lost: cut off at once.
     pub(super) fn lost_device(&mut self, id: &str) -> Vec<Settled> {
         let settled: Vec<Settled> = self.machine.devices.lost(id).into_iter().collect();
-        self.after(&settled);
-        settled
+        self.after(settled);
+        self.take_settled()
     }
 
     /// Looks at all memory that can be taken away, and cuts off what is gone or on one of these devices: transfers of
@@ -214,142 +198,106 @@ impl RunningVm {
     pub(super) fn look_for_losses(&mut self, going: &BTreeSet<String>) -> Losses {
         let is_going =
             |region: &Region| dax_device(region).is_some_and(|device| going.contains(&device));
-        let gone: Vec<Gpa> = self
+        let gone: Vec<(RegionId, RegionState)> = self
             .ram
             .regions()
             .filter(|region| is_going(region) || is_gone(region))
-            .map(Region::gpa)
+            .filter_map(|region| self.regions.at(region.gpa()))
+            .map(|(id, state, _)| (id, state))
             .collect();
-        for gpa in &gone {
-            if let Err(error) = self.ram.cut_dma(*gpa) {
-                error!(%error, "devices may still reach memory that is not ours any more");
-            }
-        }
+        self.drive(gone.iter().map(|(id, _)| (*id, RegionEvent::Lost)));
+        // What was on its way out before is no news.
+        let is_news = |(id, _, _): &(RegionId, RegionState, &Known)| {
+            gone.iter()
+                .any(|(gone, before)| gone == id && before.stage() == Stage::Present)
+        };
         let mut losses = Losses::default();
-        for region in self.ram.regions() {
-            if gone.contains(&region.gpa()) {
-                region.mark().lose();
+        let mut cut_off = Vec::new();
+        for (_, _, known) in self.regions.iter().filter(is_news) {
+            match &known.user {
+                // One that is on its way out already gives it up in its turn.
+                User::Device(id) => cut_off.extend(self.machine.devices.lost(id)),
+                User::Zone(zone) => losses.ram.push(LostRam {
+                    zone: zone.clone(),
+                    gpa: known.gpa.0,
+                    size: known.size,
+                    device: known.device.clone().unwrap_or_default(),
+                }),
             }
         }
-        for gpa in gone {
-            let Some(region) = self.ram.regions().find(|region| region.gpa() == gpa) else {
-                continue;
-            };
-            let (user, size) = (self.user(region), region.size());
-            let device = dax_device(region).unwrap_or_default();
-            match user {
-                User::Device(id) => {
-                    // One that is severed already is on its way.
-                    losses.settled.extend(self.machine.devices.lost(&id));
-                }
-                User::Zone(zone) => {
-                    error!(zone, %gpa, size = %format_args!("{size:#x}"), device, "guest memory was taken away");
-                    losses.ram.get_or_insert(LostRam {
-                        zone,
-                        gpa: gpa.0,
-                        size,
-                        device,
-                    });
-                }
-            }
+        for LostRam {
+            zone,
+            gpa,
+            size,
+            device,
+        } in &losses.ram
+        {
+            error!(zone, gpa = %format_args!("{gpa:#x}"), size = %format_args!("{size:#x}"), device, "guest memory was taken away");
         }
-        self.after(&losses.settled);
+        self.after(cut_off);
+        losses.settled = self.take_settled();
         losses
     }
 
     /// Does what a look at removals asks for.
-    pub(super) fn after(&mut self, settled: &[Settled]) {
+    pub(super) fn after(&mut self, settled: Vec<Settled>) {
         for settled in settled {
-            match settled {
+            match &settled {
                 Settled::Gone { id, memory, .. } => self.forget(id, *memory),
-                Settled::Severed { id, .. } => self.sever(id),
+                Settled::Severed { id, memory } => self.sever(id, *memory),
                 Settled::Unanswered { .. } => {}
             }
+            self.settled.push(settled);
         }
+    }
+
+    /// What is so by now. The end of a device is when nothing of its memory is left.
+    pub(super) fn take_settled(&mut self) -> Vec<Settled> {
+        let regions = &self.regions;
+        let is_so = |settled: &mut Settled| match settled {
+            Settled::Gone { memory, .. } | Settled::Severed { memory, .. } => {
+                memory.is_none_or(|memory| regions.is_given_back(memory))
+            }
+            Settled::Unanswered { .. } => true,
+        };
+        let settled: Vec<Settled> = self.settled.extract_if(.., is_so).collect();
+        for settled in &settled {
+            if let Settled::Gone { id, .. } = settled {
+                self.forget_word(id);
+            }
+        }
+        settled
     }
 
     /// Gives everything of the host back that a device has; its place stays taken.
-    fn sever(&mut self, id: &str) {
-        let Some(index) = self.host.devices.iter().position(|device| device.id == id) else {
-            return;
-        };
-        let device = self.host.devices.remove(index);
-        let place = device.memory.map(|gpa| Place { gpa, held: true });
-        if let Some(Place { gpa, .. }) = &place {
-            self.bury(*gpa);
-        }
-        let id = device.id.clone();
-        // Without its region: that goes when nobody uses it any more.
-        self.host.close_device(device, None, &mut self.ram);
-        self.severed.push(Severed { id, place });
-        self.finish_severing();
+    fn sever(&mut self, id: &str, memory: Option<RegionId>) {
+        self.close(id);
+        self.drive(memory.map(|memory| (memory, RegionEvent::GiveUp)));
     }
 
-    /// Memory that begins there is about to go. Before it does, so that there is no moment at which a load would find neither.
-    pub(super) fn bury(&self, gpa: Gpa) {
-        if let Some(region) = self.ram.regions().find(|region| region.gpa() == gpa) {
-            self.host.tombstones.insert(gpa, region.size());
+    /// The undo of [`RunningVm::add`], after the function is gone, but for the name.
+    fn forget(&mut self, id: &str, memory: Option<RegionId>) {
+        self.drive(memory.map(|memory| (memory, RegionEvent::LetGo)));
+        self.close(id);
+    }
+
+    /// What a device has of the host, memory apart; nothing when it was cut off before.
+    fn close(&mut self, id: &str) {
+        if let Some(index) = self.host.devices.iter().position(|device| device.id == id) {
+            let device = self.host.devices.remove(index);
+            self.host.close_device(device, &mut self.ram);
         }
     }
 
-    /// Memory that is to go goes as soon as nobody uses it any more.
-    pub(super) fn finish_severing(&mut self) {
-        for place in self.severed.iter_mut().filter_map(|s| s.place.as_mut()) {
-            if !place.held {
-                continue;
-            }
-            match self.ram.detach(place.gpa) {
-                Ok(region) => {
-                    place.held = false;
-                    info!(zone = region.zone(), gpa = %place.gpa, "memory is given back to the host");
-                    release_one(region);
-                }
-                Err(error) => {
-                    tracing::debug!(%error, "memory that is to go is still in use");
-                }
-            }
+    /// Tells regions what happens to them.
+    pub(super) fn drive(&mut self, events: impl IntoIterator<Item = (RegionId, RegionEvent)>) {
+        self.regions.drive(events, &mut self.ram, &mut self.host);
+    }
+
+    /// Asks those again who keep memory that is to go. A vCPU that waits for it tries again, too.
+    pub(super) fn ask_again(&mut self) {
+        if self.regions.tick(&mut self.ram, &mut self.host) {
+            self.machine.mended();
         }
-    }
-
-    /// Whether memory waits for somebody to let go of it.
-    pub(super) fn is_severing(&self) -> bool {
-        let mut places = self.severed.iter().filter_map(|s| s.place.as_ref());
-        places.any(|place| place.held)
-    }
-
-    /// The guest has let go of a device, or was never to have it again: what it still had goes, and its place is free.
-    fn forget(&mut self, id: &str, memory: Option<Gpa>) {
-        match self.severed.iter().position(|severed| severed.id == id) {
-            None => self.give_back(id, memory),
-            Some(index) => {
-                let severed = self.severed.remove(index);
-                self.forget_severed(&severed);
-            }
-        }
-    }
-
-    fn forget_severed(&mut self, severed: &Severed) {
-        if let Some(Place { gpa, held }) = &severed.place {
-            if *held {
-                error!(id = severed.id, %gpa, "memory of a device that is gone stays mapped");
-            } else {
-                self.host.device_memory.free(gpa.0);
-            }
-        }
-        self.forget_word(&severed.id);
-    }
-
-    /// A guest that starts anew knows nothing of devices that were cut off.
-    pub(super) fn forget_all_severed(&mut self) {
-        for severed in std::mem::take(&mut self.severed) {
-            self.forget_severed(&severed);
-        }
-        self.host.tombstones.clear();
-    }
-}
-
-impl Severed {
-    fn is_at(&self, gpa: Gpa) -> bool {
-        self.place.as_ref().is_some_and(|place| place.gpa == gpa)
     }
 }

@@ -10,6 +10,7 @@ use super::guard::Asked;
 use super::owner::{Owner, State};
 use super::removal::User;
 use crate::config::{DEFAULT_REMOVAL_TIMEOUT, OnRemoval};
+use crate::lifecycle::slot::Claimant;
 use crate::monitor::Event as Happened;
 
 /// A guest that was asked to power off, because its RAM is wanted.
@@ -60,7 +61,7 @@ impl Owner {
         let now = Instant::now();
         for (user, policy, timeout) in users {
             match (user, policy) {
-                (User::Device(id), _) => self.claim_until(&id, now + timeout),
+                (User::Device(id), _) => self.claim_until(&id, Claimant::Host, now + timeout),
                 (User::Zone(zone), _) => {
                     let until = now + timeout;
                     self.stop_guest(Stopping {
@@ -84,19 +85,19 @@ impl Owner {
         };
         for user in vm.users_of(device) {
             if let User::Device(id) = user {
-                vm.unclaim(&id);
+                vm.unclaim(&id, Claimant::Host);
             }
         }
     }
 
     /// The host wants a passed-through device back.
     pub(super) fn claim(&mut self, id: &str) {
-        self.claim_until(id, Instant::now() + DEFAULT_REMOVAL_TIMEOUT);
+        self.claim_until(id, Claimant::Host, Instant::now() + DEFAULT_REMOVAL_TIMEOUT);
     }
 
-    fn claim_until(&mut self, id: &str, until: Instant) {
+    fn claim_until(&mut self, id: &str, by: Claimant, until: Instant) {
         if let State::Up(vm) = &mut self.state {
-            vm.claim(id, until);
+            vm.claim(id, by, until);
         }
     }
 

@@ -8,18 +8,19 @@ use thiserror::Error;
 use tracing::{error, info, warn};
 
 use super::build::{BuildError, Machine};
-use super::devices::{Bdf, PlugError, RemoveError, Settled};
+use super::devices::{Bdf, HostDevice, PlugError, RemoveError, Settled};
 use super::dma::DaxInReach;
 use super::guard::Removals;
 use super::host_devices::{self, OpenDeviceError, OpenedDevice};
-use super::removal::Severed;
+use super::regions::Regions;
+use super::removal::User;
 use super::resources::{HostResources, PrepareError};
 use crate::api::{ApiError, ErrorKind};
 use crate::config::{
     ByteSize, ConfigError, DeviceConfig, DiskConfig, IdAllocator, NetConfig, PmemConfig,
     ValidConfig, VmConfig, VsockConfig,
 };
-use crate::memory::layout::Gpa;
+use crate::lifecycle::region::{RegionEvent, RegionId};
 use crate::memory::ram::{AttachFailure, DetachError, JoinError, Ram};
 use crate::memory::region::Region;
 use crate::monitor::Monitor;
@@ -183,8 +184,9 @@ pub(super) struct RunningVm {
     pub(super) machine: Machine,
     pub(super) ram: Ram,
     pub(super) host: HostResources,
-    /// Devices that were cut off and that the guest still knows.
-    pub(super) severed: Vec<Severed>,
+    pub(super) regions: Regions,
+    /// Ends of devices that are told of when nothing of their memory is left.
+    pub(super) settled: Vec<Settled>,
     paused: bool,
 }
 
@@ -199,7 +201,14 @@ impl RunningVm {
             .map_err(|e| BootError::Prepare(Box::new(e)))?;
         // From here on it is taken from everybody before the host's resources go.
         let mut ram = Ram::new(vec![host.discard.consumer()]);
+        let mut lives = Regions::default();
         for region in regions {
+            // A device's memory is named after it, and zones and devices have one name space.
+            let id = region.zone().to_owned();
+            match host.devices.iter_mut().find(|device| device.id == id) {
+                Some(device) => device.memory = Some(lives.begin(&region, User::Device(id))),
+                None => drop(lives.begin(&region, User::Zone(id))),
+            }
             ram.attach(region).map_err(BootError::Memory)?;
         }
         host.join_dma(&mut ram)
@@ -213,7 +222,8 @@ impl RunningVm {
             machine,
             ram,
             host,
-            severed: Vec::new(),
+            regions: lives,
+            settled: Vec::new(),
             paused: false,
         };
         vm.machine.release();
@@ -244,16 +254,21 @@ impl RunningVm {
             ids,
             mut host,
             mut ram,
-            machine,
-            severed,
+            mut machine,
+            regions,
+            settled,
             paused: _,
         } = self;
+        let ended = machine.devices.end_for_reset();
         // All others keep what they have: it is the same memory.
         let ((), left) = machine.take_apart(&mut host, &mut ram, |_| ());
         left.map_err(ResetError::TakeApart)?;
         info!("reset");
+        let has_ended = |device: &mut HostDevice| ended.iter().any(|ended| ended.id() == device.id);
+        let mut leaving: Vec<HostDevice> = host.devices.extract_if(.., has_ended).collect();
         let machine = Machine::build(&valid, &mut host, &mut ram)
             .map_err(|e| ResetError::Build(Box::new(e)))?;
+        host.devices.append(&mut leaving);
         let mut vm = Self {
             config,
             valid,
@@ -261,12 +276,15 @@ impl RunningVm {
             machine,
             ram,
             host,
-            severed,
+            regions,
+            settled,
             paused: false,
         };
-        // No worker of the time before is left.
-        vm.finish_severing();
-        vm.forget_all_severed();
+        // Before the guest runs; no worker of the time before is left.
+        vm.after(ended);
+        let all: Vec<RegionId> = vm.regions.iter().map(|(id, ..)| id).collect();
+        vm.drive(all.into_iter().map(|id| (id, RegionEvent::Reset)));
+        vm.host.tombstones.clear();
         vm.machine.release();
         Ok(vm)
     }
@@ -437,16 +455,24 @@ impl RunningVm {
     /// Memory first, then the function, then the guest.
     fn plug(&mut self, opened: OpenedDevice) -> Result<(String, Bdf), AddError> {
         let OpenedDevice { mut device, region } = opened;
-        if let Some(region) = region
-            && let Err(mut failure) = self.ram.attach(region)
-        {
-            let region = failure.region.take();
-            self.host.close_device(device, region, &mut self.ram);
-            return Err(failure.into());
+        if let Some(region) = region {
+            let memory = self.regions.begin(&region, User::Device(device.id.clone()));
+            device.memory = Some(memory);
+            if let Err(mut failure) = self.ram.attach(region) {
+                if let Some(region) = failure.region.take() {
+                    self.regions.forget(memory);
+                    self.host.unmap_pmem(region);
+                } else {
+                    // Somebody keeps what he was not to have.
+                    self.drive([(memory, RegionEvent::LetGo)]);
+                }
+                self.host.close_device(device, &mut self.ram);
+                return Err(failure.into());
+            }
         }
         if let Err(source) = self.host.join_dma(&mut self.ram) {
             let id = device.id.clone();
-            self.host.close_device(device, None, &mut self.ram);
+            self.unplug(device);
             return Err(AddError::Dma {
                 id,
                 source: Box::new(source),
@@ -460,11 +486,16 @@ impl RunningVm {
                 Ok((id, bdf))
             }
             Err(error) => {
-                let region = device.memory.and_then(|gpa| self.detach(gpa));
-                self.host.close_device(device, region, &mut self.ram);
+                self.unplug(device);
                 Err(error.into())
             }
         }
+    }
+
+    /// After a failure: the guest never knew of it.
+    fn unplug(&mut self, device: HostDevice) {
+        self.drive(device.memory.map(|memory| (memory, RegionEvent::LetGo)));
+        self.host.close_device(device, &mut self.ram);
     }
 
     /// Asks the guest to let go of a device; it goes when the guest has ejected it.
@@ -476,39 +507,20 @@ impl RunningVm {
     /// configuration.
     pub(super) fn settle(&mut self) -> Vec<Settled> {
         let settled = self.machine.devices.settle(Instant::now());
-        self.after(&settled);
-        self.finish_severing();
-        settled
+        self.after(settled);
+        self.ask_again();
+        self.take_settled()
     }
 
-    /// The undo of [`RunningVm::plug`], after the function is gone: memory, host resources, configuration.
-    pub(super) fn give_back(&mut self, id: &str, memory: Option<Gpa>) {
-        if let Some(gpa) = memory {
-            self.bury(gpa);
-        }
-        let region = memory.and_then(|gpa| self.detach(gpa));
-        if let Some(index) = self.host.devices.iter().position(|device| device.id == id) {
-            let device = self.host.devices.remove(index);
-            self.host.close_device(device, region, &mut self.ram);
-        }
-        self.forget_word(id);
+    /// Whether [`RunningVm::settle`] is to be called again.
+    pub(super) fn is_settling(&self) -> bool {
+        self.machine.devices.is_settling() || self.regions.is_waiting()
     }
 
     /// A device is no part of the configuration any more.
     pub(super) fn forget_word(&mut self, id: &str) {
         self.config.remove_device(id);
         self.ids.release(id);
-    }
-
-    /// Takes a device's memory from everybody. Memory that somebody does not let go of stays mapped and placed.
-    fn detach(&mut self, gpa: Gpa) -> Option<Region> {
-        match self.ram.detach(gpa) {
-            Ok(region) => Some(region),
-            Err(error) => {
-                error!(error = %error, "memory of a device that is gone stays mapped");
-                None
-            }
-        }
     }
 }
 

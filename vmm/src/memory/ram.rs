@@ -186,6 +186,8 @@ pub enum DetachError {
 enum State {
     /// Every consumer reaches it.
     Present,
+    /// Devices of the host are out, or are to be, and no consumer that comes later gets it. All others still have it.
+    Cut,
     /// On its way out, and somebody does not let go. Devices of this process don't see it any more.
     Stuck,
 }
@@ -408,10 +410,13 @@ impl Ram {
     }
 
     /// Has devices of the host let go of a region at once, before anything else is done about it: its memory is not ours any
-    /// more. Everybody else still has it; [`Ram::detach`] is to follow.
+    /// more. Everybody else still has it; [`Ram::detach`] is to follow. From the first try on, no consumer that joins gets it.
     pub fn cut_dma(&mut self, gpa: Gpa) -> Result<(), DetachError> {
         let attached = self.attached.iter_mut().find(|a| a.region.gpa() == gpa);
         let attached = attached.ok_or(DetachError::Unknown { gpa })?;
+        if attached.state == State::Present {
+            attached.state = State::Cut;
+        }
         // By rank, so that they are the last ones.
         while let Some((id, lease)) = attached.leases.pop() {
             let member = self.members.iter_mut().find(|member| member.id == id);
@@ -475,12 +480,12 @@ impl Ram {
         })
     }
 
-    /// Gives the devices a new snapshot: the regions every consumer has.
+    /// Gives the devices a new snapshot: the regions that are not on their way out.
     fn publish(&self) {
         let mut regions: Vec<Arc<SnapshotRegion>> = self
             .attached
             .iter()
-            .filter(|a| a.state == State::Present)
+            .filter(|a| a.state != State::Stuck)
             .map(|a| a.region.guest_region())
             .collect();
         regions.sort_by_key(|r| r.start_addr());

@@ -64,6 +64,26 @@ pub enum Event<'a> {
         /// Its bytes.
         size: &'a str,
     },
+    /// Memory that is to go back to the host does not: somebody keeps it. It is tried again.
+    MemoryStuck {
+        /// The zone, or the device that brought it.
+        id: &'a str,
+        /// First guest-physical address of the range.
+        gpa: &'a str,
+        /// Its bytes.
+        size: &'a str,
+        /// Who.
+        held_by: &'a str,
+    },
+    /// Memory that was stuck has gone back to the host.
+    MemoryFree {
+        /// The zone, or the device that brought it.
+        id: &'a str,
+        /// First guest-physical address of the range.
+        gpa: &'a str,
+        /// Its bytes.
+        size: &'a str,
+    },
     /// Somebody on the host wants to take device-dax memory away, and waits.
     RemovalRequested {
         /// The host's device.
@@ -145,6 +165,8 @@ impl Event<'_> {
             Self::DeviceRemovalUnanswered { .. } => "device-removal-unanswered",
             Self::DeviceCutOff { .. } => "device-cut-off",
             Self::MemoryLost { .. } => "memory-lost",
+            Self::MemoryStuck { .. } => "memory-stuck",
+            Self::MemoryFree { .. } => "memory-free",
             Self::RemovalRequested { .. } => "removal-requested",
             Self::RemovalRefused { .. } => "removal-refused",
             Self::DeviceRequested { .. } => "device-requested",
@@ -181,6 +203,20 @@ impl Event<'_> {
                 gpa,
                 size,
             } => vec![("id", id), ("device", device), ("gpa", gpa), ("size", size)],
+            Self::MemoryStuck {
+                id,
+                gpa,
+                size,
+                held_by,
+            } => vec![
+                ("id", id),
+                ("gpa", gpa),
+                ("size", size),
+                ("held_by", held_by),
+            ],
+            Self::MemoryFree { id, gpa, size } => {
+                vec![("id", id), ("gpa", gpa), ("size", size)]
+            }
             Self::RemovalRequested { device, by } => vec![("device", device), ("by", by)],
             Self::RemovalRefused { device } => vec![("device", device)],
             Self::DeviceRemoved { id, bdf } => vec![("id", id), ("bdf", bdf)],

@@ -257,6 +257,24 @@ fn one_that_leaves_lets_go_of_everything_and_can_be_tried_again() {
     assert_eq!(*b.log.lock().unwrap(), [("slots", false, 0)]);
 }
 
+#[test]
+fn one_that_comes_later_does_not_get_what_devices_were_cut_off_from() {
+    let mut b = bench(&["slots", "dma"], None);
+    b.ram.attach(region(0)).unwrap();
+    b.ram.attach(region(SIZE)).unwrap();
+    b.ram.cut_dma(Gpa(0)).unwrap();
+    let regions = b.ram.view().memory().num_regions();
+    assert_eq!(regions, 2, "all others still have it");
+    b.log.lock().unwrap().clear();
+    let free = Arc::default();
+    let dma = fake("dma", &b, false, &free);
+    b.ram.join(Box::new(dma)).unwrap();
+    assert_eq!(*b.log.lock().unwrap(), [("dma", true, SIZE)]);
+    b.log.lock().unwrap().clear();
+    b.ram.detach(Gpa(0)).unwrap();
+    assert_eq!(*b.log.lock().unwrap(), [("slots", false, 0)]);
+}
+
 /// Takes all but one region.
 struct Choosy {
     inner: Fake,
