@@ -58,12 +58,23 @@ struct Wait {
     pause: Duration,
 }
 
+/// What the guest knows of a region's place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Guest {
+    /// It has memory there.
+    Knows,
+    /// It had, and has let go of it; a program of it may still look there.
+    HasLetGo,
+    /// It has never heard of it.
+    IsNew,
+}
+
 /// A region's state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RegionState {
     stage: Stage,
     given_up: bool,
-    guest_knows: bool,
+    guest: Guest,
     wait: Option<Wait>,
     reported: bool,
 }
@@ -73,7 +84,7 @@ impl RegionState {
     pub const PRESENT: Self = Self {
         stage: Stage::Present,
         given_up: false,
-        guest_knows: true,
+        guest: Guest::Knows,
         wait: None,
         reported: false,
     };
@@ -117,6 +128,16 @@ impl RegionState {
             wait,
             ..self
         }
+    }
+
+    fn known_as(self, guest: Guest) -> Self {
+        // A guest that is new does not let go of what it never had.
+        let guest = if self.guest == Guest::IsNew {
+            self.guest
+        } else {
+            guest
+        };
+        Self { guest, ..self }
     }
 
     /// Waits, twice as long as the last time.
@@ -168,6 +189,8 @@ pub enum RegionEvent {
     GiveUp,
     /// The guest has let go of it, and never comes back to its place.
     LetGo,
+    /// It was never to be: the guest was not told of it.
+    Undone,
     /// The guest starts anew: it knows nothing of what it does not find.
     Reset,
     /// No device of the host reaches it any more.
@@ -230,13 +253,8 @@ pub fn step(state: RegionState, event: RegionEvent) -> (RegionState, Vec<RegionA
         (S::Cutting | S::Cut | S::Leaving, E::Lost) => (state, vec![A::MarkLost]),
         (_, E::GiveUp) => give_up(state),
         (S::Present, E::Reset) => (state, Vec::new()),
-        (_, E::LetGo | E::Reset) => {
-            let guest_knows = false;
-            give_up(RegionState {
-                guest_knows,
-                ..state
-            })
-        }
+        (_, E::LetGo) => give_up(state.known_as(Guest::HasLetGo)),
+        (_, E::Reset | E::Undone) => give_up(state.known_as(Guest::IsNew)),
         (S::Cutting, E::DmaOff) if state.given_up => leave(state),
         (S::Cutting, E::DmaOff) => (state.at(S::Cut), Vec::new()),
         // Never in the usual course of things.
@@ -277,13 +295,14 @@ fn give_up(state: RegionState) -> (RegionState, Vec<RegionAction>) {
 }
 
 fn leave(state: RegionState) -> (RegionState, Vec<RegionAction>) {
-    let actions = vec![RegionAction::Bury, RegionAction::Detach];
-    (state.at(Stage::Leaving), actions)
+    let tombstone = (state.guest != Guest::IsNew).then_some(RegionAction::Bury);
+    let actions = tombstone.into_iter().chain([RegionAction::Detach]);
+    (state.at(Stage::Leaving), actions.collect())
 }
 
 /// The host has it; what the guest knows decides about the place.
 fn end(state: RegionState) -> (RegionState, Vec<RegionAction>) {
-    if state.guest_knows {
+    if state.guest == Guest::Knows {
         (state.at(Stage::Buried), Vec::new())
     } else {
         (state.at(Stage::Gone), vec![RegionAction::FreePlace])
@@ -481,7 +500,7 @@ mod tests {
     proptest! {
         /// Events in any order, also ones that nobody asked for: steps come once each and in order, tries apart.
         #[test]
-        fn whatever_happens(events in prop::collection::vec((0u8..11, 0u64..5_000), 0..60)) {
+        fn whatever_happens(events in prop::collection::vec((0u8..12, 0u64..5_000), 0..60)) {
             let start = Instant::now();
             let mut state = RegionState::PRESENT;
             let (mut buried, mut freed, mut reports) = (0, 0, 0);
@@ -498,6 +517,7 @@ mod tests {
                     7 => RegionEvent::Held { now },
                     8 => RegionEvent::Closed,
                     9 => RegionEvent::NotClosed { now },
+                    10 => RegionEvent::Undone,
                     _ => RegionEvent::Tick { now },
                 };
                 let (next, actions) = step(state, event);
@@ -507,7 +527,8 @@ mod tests {
                         RegionAction::CutDma => prop_assert_eq!(next.stage(), Stage::Cutting),
                         RegionAction::Bury => buried += 1,
                         RegionAction::Detach => {
-                            prop_assert_eq!((next.stage(), buried), (Stage::Leaving, 1));
+                            prop_assert_eq!(next.stage(), Stage::Leaving);
+                            prop_assert!(buried == 1 || next.guest == Guest::IsNew);
                         }
                         RegionAction::Close => prop_assert_eq!(next.stage(), Stage::Closing),
                         RegionAction::FreePlace => {

@@ -294,6 +294,25 @@ impl RunningVm {
         self.regions.drive(events, &mut self.ram, &mut self.host);
     }
 
+    /// The guest that is about to run has heard of no memory that it does not find: neither of what these devices had, nor of
+    /// what was on its way out.
+    pub(super) fn drive_for_reset(&mut self, ended: &[Settled]) {
+        let has_ended = |id: RegionId| {
+            ended
+                .iter()
+                .any(|ended| matches!(ended, Settled::Gone { memory, .. } if *memory == Some(id)))
+        };
+        let events = self.regions.iter().map(|(id, ..)| {
+            let event = if has_ended(id) {
+                RegionEvent::Undone
+            } else {
+                RegionEvent::Reset
+            };
+            (id, event)
+        });
+        self.drive(events.collect::<Vec<_>>());
+    }
+
     /// Asks those again who keep memory that is to go. A vCPU that waits for it tries again, too.
     pub(super) fn ask_again(&mut self) {
         if self.regions.tick(&mut self.ram, &mut self.host) {

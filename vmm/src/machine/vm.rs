@@ -20,7 +20,7 @@ use crate::config::{
     ByteSize, ConfigError, DeviceConfig, DiskConfig, IdAllocator, NetConfig, PmemConfig,
     ValidConfig, VmConfig, VsockConfig,
 };
-use crate::lifecycle::region::{RegionEvent, RegionId};
+use crate::lifecycle::region::RegionEvent;
 use crate::memory::ram::{AttachFailure, DetachError, JoinError, Ram};
 use crate::memory::region::Region;
 use crate::monitor::Monitor;
@@ -281,9 +281,8 @@ impl RunningVm {
             paused: false,
         };
         // Before the guest runs; no worker of the time before is left.
+        vm.drive_for_reset(&ended);
         vm.after(ended);
-        let all: Vec<RegionId> = vm.regions.iter().map(|(id, ..)| id).collect();
-        vm.drive(all.into_iter().map(|id| (id, RegionEvent::Reset)));
         vm.host.tombstones.clear();
         vm.machine.release();
         Ok(vm)
@@ -464,7 +463,7 @@ impl RunningVm {
                     self.host.unmap_pmem(region);
                 } else {
                     // Somebody keeps what he was not to have.
-                    self.drive([(memory, RegionEvent::LetGo)]);
+                    self.drive([(memory, RegionEvent::Undone)]);
                 }
                 self.host.close_device(device, &mut self.ram);
                 return Err(failure.into());
@@ -494,7 +493,7 @@ impl RunningVm {
 
     /// After a failure: the guest never knew of it.
     fn unplug(&mut self, device: HostDevice) {
-        self.drive(device.memory.map(|memory| (memory, RegionEvent::LetGo)));
+        self.drive(device.memory.map(|memory| (memory, RegionEvent::Undone)));
         self.host.close_device(device, &mut self.ram);
     }
 
