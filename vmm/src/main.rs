@@ -118,7 +118,7 @@ fn ended(ending: &Ending) -> ExitStatus {
             }
         }
         Ending::MemoryLost(lost) => {
-            eprintln!("daxhund: {lost}");
+            eprintln!("daxhund: {lost}; the guest can't go on and was ended (on_loss=stop)");
             ExitStatus::MemoryLost
         }
         Ending::MemoryWithdrawn { zone, device } => {

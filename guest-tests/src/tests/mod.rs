@@ -7,6 +7,7 @@ mod api;
 mod blk;
 mod boot;
 mod consoles;
+mod drain;
 mod guard;
 mod host;
 mod hostile;
@@ -108,6 +109,7 @@ pub fn all(kernel: &str) -> Vec<GuestTest> {
         pci::TESTS.to_vec(),
         pmem::TESTS.to_vec(),
         removal::TESTS.to_vec(),
+        drain::TESTS.to_vec(),
         persistence::TESTS.to_vec(),
         blk::TESTS.to_vec(),
         net::TESTS.to_vec(),

@@ -62,26 +62,26 @@ fn unbind_script(device: &str) -> String {
     format!("echo {device} > {DRIVER}/unbind")
 }
 
-fn unbind(lab: &Lab, device: &str) -> Result<Output, TestError> {
+pub(super) fn unbind(lab: &Lab, device: &str) -> Result<Output, TestError> {
     Ok(lab
         .host
         .run_within(&["sh", "-c", &unbind_script(device)], REMOVAL_DEADLINE)?)
 }
 
-fn is_bound(lab: &Lab, device: &str) -> Result<bool, TestError> {
+pub(super) fn is_bound(lab: &Lab, device: &str) -> Result<bool, TestError> {
     Ok(lab
         .host
         .exists(&format!("/sys/bus/dax/devices/{device}/driver"))?)
 }
 
-fn bind(lab: &Lab, device: &str) -> Result<(), TestError> {
+pub(super) fn bind(lab: &Lab, device: &str) -> Result<(), TestError> {
     let script = format!("echo {device} > {DRIVER}/bind");
     lab.host.check(&["sh", "-c", &script])?;
     Ok(())
 }
 
 /// Runs a story that may leave a device without its driver, and gives it back.
-fn with_device<T>(
+pub(super) fn with_device<T>(
     lab: &Lab,
     device: &str,
     story: impl FnOnce() -> Result<T, TestError>,
@@ -94,7 +94,11 @@ fn with_device<T>(
 }
 
 /// An unbind goes through, and by then the VMM has nothing of the device any more.
-fn unbind_goes_through(lab: &Lab, guest: &mut Guest, dax: &DaxDevice) -> Result<(), TestError> {
+pub(super) fn unbind_goes_through(
+    lab: &Lab,
+    guest: &mut Guest,
+    dax: &DaxDevice,
+) -> Result<(), TestError> {
     let gone = unbind(lab, &dax.name)?;
     claim(gone.status.success() && !is_bound(lab, &dax.name)?, || {
         format!("{} does not go: {gone:?}", dax.name)
@@ -105,7 +109,7 @@ fn unbind_goes_through(lab: &Lab, guest: &mut Guest, dax: &DaxDevice) -> Result<
 }
 
 /// A file on the guest's persistent memory, which a program of the guest has mapped and loads from.
-fn start_loads(guest: &mut Guest) -> Result<(), TestError> {
+pub(super) fn start_loads(guest: &mut Guest) -> Result<(), TestError> {
     make_file_system(guest, "ext4-dax")?;
     mount_file_system(guest, "ext4-dax")?;
     let escapes = WORD.to_le_bytes().map(|byte| format!("\\x{byte:02x}"));
@@ -120,7 +124,7 @@ fn start_loads(guest: &mut Guest) -> Result<(), TestError> {
 }
 
 /// The program got SIGBUS, and no byte that nobody wrote.
-fn loads_ended_in_sigbus(guest: &mut Guest) -> Result<(), TestError> {
+pub(super) fn loads_ended_in_sigbus(guest: &mut Guest) -> Result<(), TestError> {
     guest.await_path("/tmp/ended")?;
     let (ended, said) = (guest.cat("/tmp/ended")?, guest.cat("/tmp/loads")?);
     claim(ended.trim() == KILLED_BY_SIGBUS, || {
@@ -164,7 +168,7 @@ fn vectors_end_as_they_should(guest: &mut Guest) -> Result<(), TestError> {
 }
 
 /// The guest works: its other memory, its agent, its kernel.
-fn is_well(guest: &mut Guest) -> Result<(), TestError> {
+pub(super) fn is_well(guest: &mut Guest) -> Result<(), TestError> {
     let report = guest.pattern(Some(32 * MIB))?;
     claim(report.wrong_words == 0, || {
         format!("the guest's RAM is damaged: {report:?}")
@@ -172,7 +176,12 @@ fn is_well(guest: &mut Guest) -> Result<(), TestError> {
 }
 
 /// Boots on pmem of the second device with RAM on the first, events to a file.
-fn boot_on_pmem(lab: &Lab, keys: &str, more: &[&str], cmdline: &str) -> Result<Guest, TestError> {
+pub(super) fn boot_on_pmem(
+    lab: &Lab,
+    keys: &str,
+    more: &[&str],
+    cmdline: &str,
+) -> Result<Guest, TestError> {
     scratch(lab)?;
     lab.host.sh(&format!("cd {SCRATCH} && : > events"))?;
     let path = &lab.host.dax()[1].path;
@@ -186,7 +195,7 @@ fn boot_on_pmem(lab: &Lab, keys: &str, more: &[&str], cmdline: &str) -> Result<G
 }
 
 /// The host goes on as soon as nothing of the memory is left, which can be before that is told.
-fn told(lab: &Lab, event: &str) -> Result<(), TestError> {
+pub(super) fn told(lab: &Lab, event: &str) -> Result<(), TestError> {
     eventually(&format!("the event {event} is told"), || {
         let events = lab.host.read_text(&format!("{SCRATCH}/events"))?;
         Ok(events.contains(&format!("\"{event}\"")))

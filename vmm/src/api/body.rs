@@ -65,17 +65,22 @@ pub(super) fn add_device(received: Received<'_>) -> Result<Request, ApiError> {
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct RemoveDevice {
+struct Named {
     id: String,
 }
 
-impl JsonObject for RemoveDevice {
+impl JsonObject for Named {
     const SHAPE: Shape = Shape::WHOLE;
 }
 
 pub(super) fn remove_device(received: Received<'_>) -> Result<Request, ApiError> {
-    let RemoveDevice { id } = received.read()?;
+    let Named { id } = received.read()?;
     Ok(Request::RemoveDevice { id })
+}
+
+pub(super) fn drain(received: Received<'_>) -> Result<Request, ApiError> {
+    let Named { id } = received.read()?;
+    Ok(Request::Drain { id })
 }
 
 #[derive(Deserialize)]

@@ -60,6 +60,11 @@ pub enum Request {
         /// Its name.
         id: String,
     },
+    /// Take a device or a memory zone from the guest; answered when the host may have it.
+    Drain {
+        /// Its name.
+        id: String,
+    },
     /// Change how much the guest has. What is absent stays as it is.
     Resize {
         /// How many vCPUs.
@@ -166,6 +171,13 @@ impl ApiError {
             ErrorKind::NotSupported,
             format!("not supported by daxhund: {what}"),
         )
+    }
+
+    /// The same error with a cause below it.
+    #[must_use]
+    pub fn because(mut self, cause: impl Into<String>) -> Self {
+        self.chain.push(cause.into());
+        self
     }
 
     /// The same error with a message around it.

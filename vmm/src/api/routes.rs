@@ -77,6 +77,7 @@ pub(super) static ENDPOINTS: &[Endpoint] = &[
     put("vm.add-vsock", Does::WithBody(body::add_vsock)),
     put("vm.add-device", Does::WithBody(body::add_device)),
     put("vm.remove-device", Does::WithBody(body::remove_device)),
+    put("vm.drain", Does::WithBody(body::drain)),
     put("vm.add-fs", Does::NotBuilt),
     put("vm.add-generic-vhost-user", Does::NotBuilt),
     put("vm.add-user-device", Does::NotBuilt),
@@ -182,16 +183,20 @@ impl<S: CallSink> Shared<S> {
         let gone = |cause: &dyn std::error::Error| {
             ApiError::caused_by(ErrorKind::Internal, format!("{name} was not done"), cause)
         };
+        let patience = match request {
+            Request::Drain { .. } => self.limits.drain_timeout,
+            _ => self.limits.call_timeout,
+        };
         let (call, answer) = Call::new(request);
         self.sink.submit(call).map_err(|cause| gone(&cause))?;
-        match timeout(self.limits.call_timeout, answer).await {
+        match timeout(patience, answer).await {
             Ok(Ok(answer)) => answer,
             Ok(Err(_)) => Err(gone(&Gone)),
             Err(_) => Err(ApiError::new(
                 ErrorKind::Internal,
                 format!(
                     "{name} is not done after {}; it may still be done: look at vm.info",
-                    Span(self.limits.call_timeout)
+                    Span(patience)
                 ),
             )),
         }

@@ -31,6 +31,8 @@ use tokio::task::AbortHandle;
 use tokio::time::{sleep, timeout};
 use tracing::{debug, error, warn};
 
+use crate::config::LONGEST_REMOVAL_TIMEOUT;
+
 use super::listener::{Listener, Place};
 use super::request::CallSink;
 use super::routes;
@@ -56,6 +58,8 @@ pub struct Limits {
     pub body_timeout: Duration,
     /// How long a client waits for the owner before it is told that it waits in vain.
     pub call_timeout: Duration,
+    /// The same for a drain, in which a guest has its time.
+    pub drain_timeout: Duration,
     /// How long a connection is without a request before a newcomer may take its place.
     pub idle: Duration,
     /// How long answers that are under way have when the server stops.
@@ -71,6 +75,7 @@ impl Default for Limits {
             head_timeout: Duration::from_secs(30),
             body_timeout: Duration::from_secs(10),
             call_timeout: Duration::from_mins(1),
+            drain_timeout: LONGEST_REMOVAL_TIMEOUT + Duration::from_mins(1),
             idle: Duration::from_millis(100),
             stop_timeout: Duration::from_secs(2),
         }

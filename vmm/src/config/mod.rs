@@ -66,8 +66,8 @@ pub use platform::{PlatformConfig, PlatformError};
 pub use pmem::{PmemConfig, PmemError, ValidPmem};
 pub use queues::{MAX_QUEUE_SIZE, MAX_QUEUES, QueuesError};
 pub use removal::{
-    DEFAULT_REMOVAL_TIMEOUT, OnRemoval, RemovalGuard, RemovalGuardError, RemovalTimeout,
-    TimeoutTooLong,
+    DEFAULT_REMOVAL_TIMEOUT, LONGEST_REMOVAL_TIMEOUT, OnLoss, OnRemoval, RemovalGuard,
+    RemovalGuardError, RemovalTimeout, TimeoutTooLong,
 };
 pub use rng::{DEFAULT_RNG_SOURCE, RngConfig, RngError, ValidRng};
 pub use size::ByteSize;

@@ -13,6 +13,8 @@ use super::keyvalue::{Expected, Value};
 pub const DEFAULT_REMOVAL_TIMEOUT: Duration = Duration::from_secs(10);
 /// A removal that is held longer than that is as good as refused.
 const LONGEST_TIMEOUT: u32 = 3600;
+/// As long as a guest can have.
+pub const LONGEST_REMOVAL_TIMEOUT: Duration = Duration::from_secs(LONGEST_TIMEOUT as u64);
 
 /// What is done when the host asks for memory that the guest uses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -24,6 +26,17 @@ pub enum OnRemoval {
     Stop,
     /// The guest is asked to eject the memory, is cut off from it when it has not by the end of its time, and goes on.
     Eject,
+}
+
+/// What is done when the host has taken memory away that the guest can't go on without.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnLoss {
+    /// The guest is ended, and the process with it.
+    #[default]
+    Stop,
+    /// The guest is held for good: it can be looked at, started anew and deleted, not resumed.
+    Pause,
 }
 
 /// A number of seconds, as `removal_timeout=` has it.
@@ -73,6 +86,14 @@ impl Value<'_> {
             "refuse" => Ok(OnRemoval::Refuse),
             "stop" => Ok(OnRemoval::Stop),
             _ => Err(Expected("refuse or stop")),
+        }
+    }
+
+    pub(crate) fn on_loss(self) -> Result<OnLoss, Expected> {
+        match self.text()?.as_str() {
+            "stop" => Ok(OnLoss::Stop),
+            "pause" => Ok(OnLoss::Pause),
+            _ => Err(Expected("stop or pause")),
         }
     }
 
@@ -137,6 +158,19 @@ mod tests {
         assert!(error.contains("refuse or stop"), "{error}");
         let error = pmem("stop").unwrap_err().to_string();
         assert!(error.contains("eject or refuse"), "{error}");
+    }
+
+    #[test]
+    fn a_guest_without_its_ram_stops_or_is_held() {
+        let zone = |value| MemoryZoneConfig::parse(&format!("id=a,size=1G,on_loss={value}"));
+        assert_eq!(zone("stop").unwrap().on_loss, Some(OnLoss::Stop));
+        assert_eq!(zone("pause").unwrap().on_loss, Some(OnLoss::Pause));
+        let error = zone("resume").unwrap_err().to_string();
+        assert!(error.contains("stop or pause"), "{error}");
+        let json = r#"{"id":"a","size":4096,"on_loss":"pause"}"#;
+        let zone: MemoryZoneConfig = serde_json::from_str(json).unwrap();
+        assert_eq!(zone.on_loss, Some(OnLoss::Pause));
+        serde_json::from_str::<OnLoss>("\"eject\"").unwrap_err();
     }
 
     #[test]

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use super::json::{JsonObject, NotBuilt, Shape};
-use super::removal::{OnRemoval, RemovalTimeout};
+use super::removal::{OnLoss, OnRemoval, RemovalTimeout};
 use super::{ByteSize, Extent, Key, Word, WordError};
 
 /// One piece of guest RAM.
@@ -54,6 +54,9 @@ pub struct MemoryZoneConfig {
     /// How long the guest has then, in seconds; absent is 10.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub removal_timeout: Option<RemovalTimeout>,
+    /// What becomes of the guest when the memory is gone; absent is `stop`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub on_loss: Option<OnLoss>,
 }
 
 /// A zone that no guest can have.
@@ -159,7 +162,6 @@ impl JsonObject for MemoryZoneConfig {
             NotBuilt::number("hotplugged_size", 0),
             NotBuilt::switch("reserve", false),
             NotBuilt::presence("align"),
-            NotBuilt::presence("on_loss"),
             NotBuilt::presence("pool"),
         ],
         ..Shape::WHOLE
@@ -279,6 +281,15 @@ impl MemoryZoneConfig {
                     Ok(())
                 },
             ),
+            Key::new(
+                "on_loss",
+                "stop|pause",
+                "what becomes of the guest when it is gone [default: stop]",
+                |zone, value| {
+                    zone.on_loss = Some(value.on_loss()?);
+                    Ok(())
+                },
+            ),
             Key::new("mergeable", "off", "accepted as off only", |zone, value| {
                 zone.mergeable = value.switch()?;
                 Ok(())
@@ -287,7 +298,6 @@ impl MemoryZoneConfig {
             Key::not_built("hotplugged_size"),
             Key::not_built("reserve"),
             Key::not_built("align"),
-            Key::not_built("on_loss"),
             Key::not_built("pool"),
         ],
     };
@@ -390,7 +400,7 @@ mod tests {
     fn every_key_is_stored() {
         let parsed = zone(
             "id=z0,size=1G,file=/dev/dax0.0,offset=512M,shared=on,hugepages=off,\
-             hugepage_size=2M,host_numa_node=1,prefault=on,mergeable=off,dma=off,on_removal=stop,removal_timeout=30",
+             hugepage_size=2M,host_numa_node=1,prefault=on,mergeable=off,dma=off,on_removal=stop,removal_timeout=30,on_loss=pause",
         );
         let expected = MemoryZoneConfig {
             id: "z0".into(),
@@ -406,6 +416,7 @@ mod tests {
             dma: Some(false),
             on_removal: Some(OnRemoval::Stop),
             removal_timeout: Some(30.try_into().unwrap()),
+            on_loss: Some(OnLoss::Pause),
         };
         assert_eq!(parsed, expected);
         let json = serde_json::to_string(&parsed).unwrap();
@@ -428,7 +439,6 @@ mod tests {
         assert!(error.to_string().contains("add id=VALUE"));
         for key in [
             "align",
-            "on_loss",
             "pool",
             "hotplug_size",
             "hotplugged_size",

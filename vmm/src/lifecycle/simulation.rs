@@ -21,7 +21,7 @@ enum Step {
     AddCard,
     Ask(usize),
     Claim(usize, bool, u64),
-    Unclaim(usize, bool),
+    Unclaim(usize),
     /// The guest lets go of a device, whether it was asked or not.
     Eject(usize),
     /// A word of the guest about a device of the past.
@@ -58,8 +58,10 @@ struct Memory {
     /// Workers are in the middle of something with it.
     busy: bool,
     mapped: bool,
-    /// The host has not taken it.
-    there: bool,
+    /// The host has taken it.
+    taken: bool,
+    /// And that was noted, for the next look.
+    noted: bool,
     marked: bool,
     keeps_dma: u8,
     keeps_mapping: u8,
@@ -150,10 +152,10 @@ impl Sim {
                     *claim = until.min(*claim);
                 }
             }
-            Step::Unclaim(which, by_host) => {
-                let (by, now) = (claimant(by_host), self.now);
-                if let Some(serial) = self.tell_slot(which, SlotEvent::Unclaim { by, now }) {
-                    self.claims.remove(&(serial, by_host));
+            Step::Unclaim(which) => {
+                let now = self.now;
+                if let Some(serial) = self.tell_slot(which, SlotEvent::Unclaim { now }) {
+                    self.claims.remove(&(serial, true));
                 }
             }
             Step::Eject(which) if !self.paused => self.eject(which),
@@ -167,10 +169,12 @@ impl Sim {
             Step::Finish(which) => self.set_busy(which, false),
             Step::KeepDma(which, times) => self.with_memory(which, |m| m.keeps_dma = times),
             Step::KeepMapping(which, times) => self.with_memory(which, |m| m.keeps_mapping = times),
-            Step::HostTakes(which) => self.with_memory(which, |m| m.there = false),
-            // What comes back is another device: what was mapped of the one before is lost all the same, and the watch
-            // has noted it.
-            Step::HostBringsBack(_) | Step::Eject(_) | Step::LateEject(_) => {}
+            Step::HostTakes(which) => {
+                self.with_memory(which, |m| (m.taken, m.noted) = (true, true))
+            }
+            // What comes back is another device: what was mapped of the one before is lost all the same.
+            Step::HostBringsBack(which) => self.with_memory(which, |m| m.taken = false),
+            Step::Eject(_) | Step::LateEject(_) => {}
             Step::Look => self.look(),
             Step::CardFails(which) => {
                 if let Some(index) = self.index(which)
@@ -402,7 +406,7 @@ impl Sim {
         let gone: Vec<(RegionId, Stage)> = self
             .regions
             .iter()
-            .filter(|(_, state, memory)| !memory.there && !state.is_given_back())
+            .filter(|(_, state, memory)| memory.noted && !state.is_given_back())
             .map(|(id, state, _)| (id, state.stage()))
             .collect();
         self.drive(
@@ -725,7 +729,8 @@ impl Memory {
             slot: true,
             busy: false,
             mapped: true,
-            there: true,
+            taken: false,
+            noted: false,
             marked: false,
             keeps_dma: 0,
             keeps_mapping: 0,
@@ -756,7 +761,7 @@ fn steps() -> impl Strategy<Value = Step> {
         1 => Just(Step::AddCard),
         2 => which.clone().prop_map(Step::Ask),
         3 => (which.clone(), any::<bool>(), 0u64..12_000).prop_map(|(w, h, t)| Step::Claim(w, h, t)),
-        2 => (which.clone(), any::<bool>()).prop_map(|(w, h)| Step::Unclaim(w, h)),
+        2 => which.clone().prop_map(Step::Unclaim),
         3 => which.clone().prop_map(Step::Eject),
         1 => which.clone().prop_map(Step::LateEject),
         3 => which.clone().prop_map(Step::Begin),

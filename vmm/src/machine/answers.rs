@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use super::Ending;
 use super::owner::{Owner, State};
 use super::vm::{AddError, NewDevice, RunningVm};
-use crate::api::{Answer, ApiError, DeviceAdded, ErrorKind, Reply, Request};
+use crate::api::{Answer, ApiError, Call, DeviceAdded, ErrorKind, Reply, Request};
 use crate::config::VmConfig;
 use crate::monitor::Event;
 
@@ -17,9 +17,9 @@ use crate::monitor::Event;
 const DONE: Answer = Ok(Reply::Empty);
 
 impl Owner {
-    /// Does what was asked and says how it went.
-    pub(super) fn answer(&mut self, request: Request, ops: &mut EventOps<'_>) -> Answer {
-        match request {
+    /// Does what was asked and says how it went: now, or when a drain is over.
+    pub(super) fn serve(&mut self, Call { request, reply }: Call, ops: &mut EventOps<'_>) {
+        let answer = match request {
             Request::Info => self.info(),
             Request::Counters => self.counters(),
             Request::VmmShutdown => {
@@ -28,50 +28,31 @@ impl Owner {
             }
             Request::Create(config) => self.create(config),
             Request::Boot => self.boot(ops),
-            Request::Shutdown => {
-                self.up()?;
-                self.shut_down(ops);
-                DONE
-            }
-            Request::Delete => {
-                self.defined()?;
-                self.shut_down(ops);
-                self.state = State::NoVm;
-                self.monitor.send(&Event::Deleted);
-                DONE
-            }
-            Request::Reboot => {
-                self.up()?;
-                self.reset(ops).map_err(|error| {
-                    let answer = ApiError::from_error(ErrorKind::Internal, &error);
-                    // The machine is gone; what is left to say goes with the process.
-                    self.end(Err(error));
-                    answer
-                })?;
-                DONE
-            }
+            Request::Shutdown => self.shutdown(ops),
+            Request::Delete => self.delete(ops),
+            Request::Reboot => self.reboot(ops),
             Request::Pause => self.pause(),
             Request::Resume => self.resume(),
-            Request::PowerButton => {
-                self.up()?.machine.power_button();
-                DONE
-            }
+            Request::PowerButton => self.power_button(),
             Request::AddPmem(word) => self.add(NewDevice::Pmem(*word)),
             Request::AddDisk(word) => self.add(NewDevice::Disk(*word)),
             Request::AddNet(word, fds) => self.add(NewDevice::Net(*word, fds)),
             Request::AddVsock(word) => self.add(NewDevice::Vsock(*word)),
             Request::AddDevice(word) => self.add(NewDevice::Passthrough(*word)),
             Request::RemoveDevice { id } => self.remove_device(&id),
+            Request::Drain { id } => return self.drain(&id, reply),
             Request::Resize {
                 vcpus,
                 ram,
                 balloon,
             } => self.resize(vcpus, ram, balloon),
-        }
+        };
+        // A client that has gone needs none.
+        let _ = reply.send(answer);
     }
 
     /// The machine that is up, running or paused.
-    fn up(&mut self) -> Result<&mut RunningVm, ApiError> {
+    pub(super) fn up(&mut self) -> Result<&mut RunningVm, ApiError> {
         match &mut self.state {
             State::Up(vm) => Ok(vm),
             State::Created(_) => Err(wrong_state("the VM is not booted; vm.boot starts it")),
@@ -116,6 +97,40 @@ impl Owner {
         DONE
     }
 
+    fn shutdown(&mut self, ops: &mut EventOps<'_>) -> Answer {
+        self.up()?;
+        self.shut_down(ops);
+        DONE
+    }
+
+    fn delete(&mut self, ops: &mut EventOps<'_>) -> Answer {
+        self.defined()?;
+        self.shut_down(ops);
+        self.state = State::NoVm;
+        self.monitor.send(&Event::Deleted);
+        DONE
+    }
+
+    fn power_button(&mut self) -> Answer {
+        self.up()?.machine.power_button();
+        DONE
+    }
+
+    /// A guest whose RAM is gone starts on what the host has now.
+    fn reboot(&mut self, ops: &mut EventOps<'_>) -> Answer {
+        if !self.up()?.lost.is_empty() {
+            self.shut_down(ops);
+            return self.boot(ops);
+        }
+        self.reset(ops).map_err(|error| {
+            let answer = ApiError::from_error(ErrorKind::Internal, &error);
+            // The machine is gone; what is left to say goes with the process.
+            self.end(Err(error));
+            answer
+        })?;
+        DONE
+    }
+
     fn pause(&mut self) -> Answer {
         let vm = self.up()?;
         if vm.is_paused() {
@@ -133,6 +148,12 @@ impl Owner {
         let vm = self.up()?;
         if !vm.is_paused() {
             return Err(wrong_state("the VM is not paused"));
+        }
+        if let Some(lost) = vm.lost.first() {
+            return Err(wrong_state(&format!(
+                "{lost}; a guest without it can't go on: vm.reboot starts it anew when the memory is back, vm.shutdown \
+                 and vm.delete take it down"
+            )));
         }
         self.monitor.send(&Event::Resuming);
         self.up()?.resume();
@@ -214,28 +235,30 @@ impl Owner {
     }
 
     fn info(&self) -> Answer {
-        let (config, state, actual, tree, memory) = match &self.state {
+        let (config, vm) = match &self.state {
             State::NoVm => return Err(no_vm()),
-            State::Created(config) => (config.as_ref(), "Created", None, Value::Null, Vec::new()),
-            State::Up(vm) => {
-                let state = if vm.is_paused() { "Paused" } else { "Running" };
-                (
-                    vm.config(),
-                    state,
-                    Some(vm.memory_actual_bytes()),
-                    vm.device_tree(),
-                    vm.regions.tree(),
-                )
-            }
+            State::Created(config) => (config.as_ref(), None),
+            State::Up(vm) => (vm.config(), Some(vm)),
         };
-        Reply::json(&json!({
+        let state = match vm {
+            None => "Created",
+            Some(vm) if vm.is_paused() => "Paused",
+            Some(_) => "Running",
+        };
+        let mut info = json!({
             "config": config,
             "state": state,
-            "memory_actual_size": actual.unwrap_or(0),
-            "device_tree": tree,
-            // What of guest memory is on its way out, or gone.
-            "memory_leaving": memory,
-        }))
+            "memory_actual_size": vm.map_or(0, |vm| vm.memory_actual_bytes()),
+            "device_tree": vm.map_or(Value::Null, |vm| vm.device_tree()),
+        });
+        if let Some(vm) = vm {
+            // Regions that are on their way out, or gone.
+            info["memory_leaving"] = json!(vm.regions.tree());
+            if let Some(lost) = vm.lost.first() {
+                info["paused_because"] = json!(lost.to_string());
+            }
+        }
+        Reply::json(&info)
     }
 
     fn counters(&mut self) -> Answer {

@@ -386,10 +386,10 @@ impl Devices {
         true
     }
 
-    /// The undo of [`Devices::claim`], as far as there is one: the guest was asked already.
-    pub(super) fn unclaim(&mut self, id: &str, by: Claimant, now: Instant) {
+    /// The host does not want it any more. The guest was asked already, and an operator may still want it.
+    pub(super) fn unclaim(&mut self, id: &str, now: Instant) {
         if let Some(plugged) = self.plugged.iter_mut().find(|plugged| plugged.id == id) {
-            (plugged.state, _) = slot::step(plugged.state, SlotEvent::Unclaim { by, now });
+            (plugged.state, _) = slot::step(plugged.state, SlotEvent::Unclaim { now });
         }
     }
 

@@ -18,6 +18,7 @@ mod calls;
 mod consumers;
 mod devices;
 mod dma;
+mod drains;
 mod events;
 mod guard;
 mod host_devices;

@@ -21,11 +21,13 @@ use tracing::{debug, info, warn};
 
 use super::calls::Calls;
 use super::devices::Settled;
+use super::drains::Drain;
 use super::events::Event;
 use super::guard::Removals;
 use super::lookout::Lookout;
 use super::passthrough::Notice;
 use super::regions::StuckMemory;
+use super::removal::LostRam;
 use super::requests::Stopping;
 use super::serial_feed::{SerialFeed, add, remove};
 use super::timer::Timer;
@@ -190,6 +192,10 @@ pub(super) struct Owner {
     lookout: Lookout,
     /// The guest is to stop, because its RAM is wanted.
     pub(super) stopping: Option<Stopping>,
+    /// Who waits for what is to be taken from the guest.
+    pub(super) drains: Vec<Drain>,
+    /// What the last machine could not give back.
+    pub(super) left_behind: Vec<String>,
     ended: Option<Result<Ending, RunError>>,
 }
 
@@ -218,6 +224,8 @@ impl Owner {
             guard_fd: None,
             lookout,
             stopping: None,
+            drains: Vec::new(),
+            left_behind: Vec::new(),
             ended: None,
         })
     }
@@ -327,7 +335,9 @@ impl Owner {
         if self.ended.is_some() {
             return;
         }
-        if reset {
+        // Nor is one of a guest that is held because its RAM is gone.
+        let is_lost = matches!(&self.state, State::Up(vm) if !vm.lost.is_empty());
+        if reset && !is_lost {
             if let Err(error) = self.reset(ops) {
                 self.end(Err(error));
             }
@@ -387,12 +397,33 @@ impl Owner {
                 size: &lost.size.to_string(),
             });
         }
-        if let Some(lost) = losses.ram.into_iter().next() {
-            self.end(Ok(Ending::MemoryLost(lost)));
+        if !losses.ram.is_empty() {
+            self.on_lost_ram(losses.ram);
         } else if found && let State::Up(vm) = &self.state {
             vm.machine.mended();
         }
         found
+    }
+
+    /// The guest can't go on: it is ended, or held for good.
+    fn on_lost_ram(&mut self, lost: Vec<LostRam>) {
+        let State::Up(vm) = &mut self.state else {
+            return;
+        };
+        let first = lost.first().cloned();
+        if vm.is_held_on_loss(&lost) {
+            match vm.hold_for_loss(lost) {
+                Ok(()) => {
+                    warn!("the guest is held for good (on_loss=pause); vm.reboot starts it anew");
+                    self.monitor.send(&Happened::Paused);
+                    return;
+                }
+                Err(error) => warn!(%error, "the guest is not held but ended"),
+            }
+        }
+        if let Some(first) = first {
+            self.end(Ok(Ending::MemoryLost(first)));
+        }
     }
 
     /// Looks at removals, and arms the timer while there are any.
@@ -402,7 +433,7 @@ impl Owner {
             return;
         };
         let settled = vm.settle();
-        let waiting = vm.is_settling() || self.stopping.is_some();
+        let waiting = vm.is_settling() || self.stopping.is_some() || !self.drains.is_empty();
         self.timer.set(waiting.then_some(SETTLE_INTERVAL));
         let reports = vm.regions.take_reports();
         self.tell(settled);
@@ -503,9 +534,7 @@ impl Owner {
         self.calls.acknowledge();
         while let Some(Call { request, reply }) = self.calls.next() {
             debug!(?request, "call");
-            let answer = self.answer(request, ops);
-            // A client that has gone needs none.
-            let _ = reply.send(answer);
+            self.serve(Call { request, reply }, ops);
             if self.ended.is_some() {
                 return;
             }
@@ -535,7 +564,7 @@ impl Owner {
             State::Up(vm) => {
                 self.stopping = None;
                 let config = Box::new(vm.config().clone());
-                vm.shut_down();
+                self.left_behind = vm.shut_down();
                 self.state = State::Created(config);
                 self.monitor.send(&Happened::Shutdown);
             }
@@ -583,6 +612,7 @@ impl MutEventSubscriber for Owner {
             self.shut_down(ops);
         }
         self.follow(ops);
+        self.answer_drains();
     }
 }
 

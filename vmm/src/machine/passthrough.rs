@@ -317,6 +317,12 @@ impl HostResources {
         }
     }
 
+    /// Whether a device could not be given back because memory is still mapped for it.
+    pub(super) fn keeps(&self, id: &str) -> bool {
+        let mut kept = self.dma.iter().flat_map(|domain| &domain.kept);
+        kept.any(|device| device.id == id)
+    }
+
     /// All of them, when the machine is gone and memory has been taken from them.
     pub(super) fn close_passthroughs(&mut self, ram: &mut Ram) {
         for device in std::mem::take(&mut self.devices) {

@@ -18,10 +18,11 @@ use tracing::{error, warn};
 use super::devices::Settled;
 use super::guard::Used;
 use super::regions::Known;
-use super::vm::RunningVm;
-use crate::config::{DEFAULT_REMOVAL_TIMEOUT, OnRemoval, PmemConfig};
+use super::vm::{PAUSE_DEADLINE, PauseError, RunningVm};
+use crate::config::{DEFAULT_REMOVAL_TIMEOUT, OnLoss, OnRemoval, PmemConfig};
 use crate::lifecycle::region::{RegionEvent, RegionId, RegionState, Stage};
 use crate::lifecycle::slot::Claimant;
+use crate::memory::layout::Gpa;
 use crate::memory::region::{Mapping, Region};
 
 /// Whose memory a region is.
@@ -74,8 +75,7 @@ impl std::fmt::Display for LostRam {
         } = self;
         write!(
             f,
-            "memory zone {zone} (guest {gpa:#x}, {size:#x} bytes) is gone: the host took {device} away from under it; \
-             the guest can't go on and was ended"
+            "memory zone {zone} (guest {gpa:#x}, {size:#x} bytes) is gone: the host took {device} away from under it"
         )
     }
 }
@@ -181,9 +181,9 @@ impl RunningVm {
         self.machine.devices.claim(id, by, until)
     }
 
-    /// It is not wanted any more.
-    pub(super) fn unclaim(&mut self, id: &str, by: Claimant) {
-        self.machine.devices.unclaim(id, by, Instant::now());
+    /// The host does not want it any more.
+    pub(super) fn unclaim(&mut self, id: &str) {
+        self.machine.devices.unclaim(id, Instant::now());
     }
 
     /// A device is lost: cut off at once.
@@ -237,6 +237,37 @@ impl RunningVm {
         self.after(cut_off);
         losses.settled = self.take_settled();
         losses
+    }
+
+    /// Whether the guest is to be held when this RAM is gone.
+    pub(super) fn is_held_on_loss(&self, lost: &[LostRam]) -> bool {
+        let zones = &self.config().memory.zones;
+        let pauses = |lost: &LostRam| {
+            let zone = zones.iter().find(|zone| zone.id == lost.zone);
+            zone.and_then(|zone| zone.on_loss) == Some(OnLoss::Pause)
+        };
+        lost.iter().all(pauses)
+    }
+
+    /// Holds the guest for good, and gives the host back what is left of its RAM that is gone: devices were out of it before.
+    pub(super) fn hold_for_loss(&mut self, lost: Vec<LostRam>) -> Result<(), PauseError> {
+        if !self.machine.hold_vcpus(PAUSE_DEADLINE) {
+            return Err(PauseError::Vcpu);
+        }
+        let busy = self.machine.devices.pause(Instant::now() + PAUSE_DEADLINE);
+        if !busy.is_empty() {
+            warn!(devices = ?busy, "devices are still at work; what they use is kept until they have finished");
+        }
+        self.paused = true;
+        let gone = lost.iter().filter_map(|lost| {
+            let (id, ..) = self.regions.at(Gpa(lost.gpa))?;
+            Some((id, RegionEvent::GiveUp))
+        });
+        self.drive(gone.collect::<Vec<_>>());
+        self.lost.extend(lost);
+        // Those that wait for a look wait for a resume from now on.
+        self.machine.mended();
+        Ok(())
     }
 
     /// Does what a look at removals asks for.

@@ -16,9 +16,10 @@ use crate::monitor::Event as Happened;
 /// A guest that was asked to power off, because its RAM is wanted.
 #[derive(Debug)]
 pub(super) struct Stopping {
-    until: Instant,
-    zone: String,
-    device: String,
+    pub(super) until: Instant,
+    pub(super) by: Claimant,
+    pub(super) zone: String,
+    pub(super) device: String,
 }
 
 impl Owner {
@@ -66,6 +67,7 @@ impl Owner {
                     let until = now + timeout;
                     self.stop_guest(Stopping {
                         until,
+                        by: Claimant::Host,
                         zone,
                         device: device.to_owned(),
                     });
@@ -76,16 +78,15 @@ impl Owner {
 
     fn on_unwanted(&mut self, device: &str) {
         info!(device, "the host does not want it any more");
-        if self.stopping.as_ref().is_some_and(|s| s.device == device) {
-            // The button was pressed; what the guest makes of it is its own affair.
-            self.stopping = None;
-        }
+        // The button was pressed; what the guest makes of it is its own affair.
+        self.stopping
+            .take_if(|stopping| stopping.device == device && stopping.by == Claimant::Host);
         let State::Up(vm) = &mut self.state else {
             return;
         };
         for user in vm.users_of(device) {
             if let User::Device(id) = user {
-                vm.unclaim(&id, Claimant::Host);
+                vm.unclaim(&id);
             }
         }
     }
@@ -110,12 +111,17 @@ impl Owner {
     }
 
     /// Asks the guest to power off; the first zone that is wanted sets the time.
-    fn stop_guest(&mut self, stopping: Stopping) {
+    pub(super) fn stop_guest(&mut self, stopping: Stopping) {
         let State::Up(vm) = &self.state else { return };
-        if self.stopping.is_none() {
-            info!(zone = stopping.zone, "the guest is asked to power off");
-            vm.machine.power_button();
-            self.stopping = Some(stopping);
+        match &mut self.stopping {
+            None => {
+                info!(zone = stopping.zone, "the guest is asked to power off");
+                vm.machine.power_button();
+                self.stopping = Some(stopping);
+            }
+            // Who does not think better of it decides.
+            Some(before) if stopping.by == Claimant::Operator => before.by = stopping.by,
+            Some(_) => {}
         }
     }
 

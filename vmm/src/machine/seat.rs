@@ -49,10 +49,13 @@ impl Seat {
         }
     }
 
-    /// Whether it stays in its slot, and answers the guest, when everything of the host is taken from it. Drivers of
-    /// virtio devices wait for answers without a limit; one of real hardware takes all ones for a card that was pulled.
+    /// Whether it stays in its slot, and answers the guest, when everything of the host is taken from it: persistent memory
+    /// can, whose requests end in errors. Everything else is a card that was pulled.
     pub(super) fn outlives_host(&self) -> bool {
-        matches!(self, Self::Virtio(_))
+        match self {
+            Self::Virtio(transport) => transport.device().outlives_host(),
+            Self::Passthrough { .. } => false,
+        }
     }
 
     /// What it is made of is taken back: it answers with errors from now on.

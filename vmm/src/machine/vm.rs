@@ -13,7 +13,7 @@ use super::dma::DaxInReach;
 use super::guard::Removals;
 use super::host_devices::{self, OpenDeviceError, OpenedDevice};
 use super::regions::Regions;
-use super::removal::User;
+use super::removal::{LostRam, User};
 use super::resources::{HostResources, PrepareError};
 use crate::api::{ApiError, ErrorKind};
 use crate::config::{
@@ -27,7 +27,7 @@ use crate::monitor::Monitor;
 use crate::virtio::balloon::BalloonSizeError;
 
 /// vCPUs leave the guest at once, workers when the host has answered what they asked of it.
-const PAUSE_DEADLINE: Duration = Duration::from_secs(5);
+pub(super) const PAUSE_DEADLINE: Duration = Duration::from_secs(5);
 
 /// The guest can't be started.
 #[derive(Debug, Error)]
@@ -187,7 +187,9 @@ pub(super) struct RunningVm {
     pub(super) regions: Regions,
     /// Ends of devices that are told of when nothing of their memory is left.
     pub(super) settled: Vec<Settled>,
-    paused: bool,
+    /// RAM that is gone: the guest is held for good.
+    pub(super) lost: Vec<LostRam>,
+    pub(super) paused: bool,
 }
 
 impl RunningVm {
@@ -224,14 +226,15 @@ impl RunningVm {
             host,
             regions: lives,
             settled: Vec::new(),
+            lost: Vec::new(),
             paused: false,
         };
         vm.machine.release();
         Ok(vm)
     }
 
-    /// The undo of [`RunningVm::boot`].
-    pub(super) fn shut_down(self) {
+    /// The undo of [`RunningVm::boot`]; what could not be given back.
+    pub(super) fn shut_down(self) -> Vec<String> {
         let Self {
             mut host,
             mut ram,
@@ -244,6 +247,7 @@ impl RunningVm {
         }
         host.close_passthroughs(&mut ram);
         release(regions);
+        stuck.iter().map(|error| crate::chain(error)).collect()
     }
 
     /// Builds the machine anew on the same memory and devices.
@@ -257,6 +261,7 @@ impl RunningVm {
             mut machine,
             regions,
             settled,
+            lost,
             paused: _,
         } = self;
         let ended = machine.devices.end_for_reset();
@@ -278,6 +283,7 @@ impl RunningVm {
             host,
             regions,
             settled,
+            lost,
             paused: false,
         };
         // Before the guest runs; no worker of the time before is left.
@@ -367,7 +373,7 @@ impl RunningVm {
         }
     }
 
-    /// The undo of [`RunningVm::pause`].
+    /// The undo of [`RunningVm::pause`]; not for a guest whose RAM is gone.
     pub(super) fn resume(&mut self) {
         self.machine.devices.resume();
         self.machine.release();

@@ -93,6 +93,12 @@ pub(super) enum Sub {
     },
     /// Forget the guest
     Delete,
+    /// Take a device or a memory zone from the guest, and wait until the host may have it
+    Drain {
+        /// The device's or the zone's name
+        #[arg(value_name = "ID")]
+        id: String,
+    },
     /// Print the guest's configuration and state
     Info,
     /// Hold the guest

@@ -19,9 +19,19 @@ use tokio::time::timeout;
 
 use crate::api::PREFIX;
 use crate::api::stream::FdStream;
+use crate::config::LONGEST_REMOVAL_TIMEOUT;
 
 /// Longer than the server makes anybody wait.
 const PATIENCE: Duration = Duration::from_secs(90);
+/// The same for a drain, in which a guest has its time.
+const PATIENCE_FOR_DRAIN: Duration = LONGEST_REMOVAL_TIMEOUT.saturating_add(PATIENCE);
+
+fn patience_for(name: &str) -> Duration {
+    match name {
+        "vm.drain" => PATIENCE_FOR_DRAIN,
+        _ => PATIENCE,
+    }
+}
 
 /// More than the description of the largest guest.
 const LONGEST_ANSWER: usize = 16 << 20;
@@ -87,7 +97,7 @@ pub enum ClientError {
         source: Box<dyn std::error::Error + Send + Sync>,
     },
     /// No answer.
-    #[error("{name} was not answered within {} s; the daxhund may still do it", PATIENCE.as_secs())]
+    #[error("{name} was not answered within {} s; the daxhund may still do it", patience_for(name).as_secs())]
     TimedOut {
         /// What was asked.
         name: String,
@@ -134,7 +144,8 @@ impl Client {
         &self.socket
     }
 
-    /// Asks for `name` (such as `vm.info`) and waits for the answer, at most 90 s. `descriptors` go beside the
+    /// Asks for `name` (such as `vm.info`) and waits for the answer, at most 90 s (a drain: as long as
+    /// the guest may have, and that). `descriptors` go beside the
     /// request; only `vm.add-net` takes any.
     pub fn call(
         &self,
@@ -148,7 +159,12 @@ impl Client {
             .build()
             .map_err(ClientError::Runtime)?;
         let exchange = async {
-            match timeout(PATIENCE, self.exchange(method, name, body, descriptors)).await {
+            match timeout(
+                patience_for(name),
+                self.exchange(method, name, body, descriptors),
+            )
+            .await
+            {
                 Ok(answer) => answer,
                 Err(_) => Err(ClientError::TimedOut { name: name.into() }),
             }

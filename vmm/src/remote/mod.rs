@@ -165,6 +165,7 @@ fn ask(sub: Sub, input: &mut dyn Read) -> Result<Ask, RemoteError> {
                 .collect::<Result<_, _>>()?;
             Ok(ask)
         }
+        Sub::Drain { id } => Ask::with("vm.drain", &json!({ "id": id })),
         Sub::RemoveDevice { id } => Ask::with("vm.remove-device", &json!({ "id": id })),
         Sub::Resize {
             balloon,

@@ -100,6 +100,7 @@ fn subcommands_ask_for_what_they_say() {
         (&["resume"], "Resume"),
         (&["power-button"], "PowerButton"),
         (&["counters"], "Counters"),
+        (&["drain", "p0"], "Drain { id: \"p0\" }"),
         (
             &["remove-device", "d\"1"],
             "RemoveDevice { id: \"d\\\"1\" }",

@@ -112,8 +112,14 @@ pub trait Device: Send + Sync {
     /// reset, when all workers of the time before are gone.
     fn activate(&self, activation: Activation) -> Result<Vec<Box<dyn Worker>>, ActivateError>;
 
-    /// What it is made of is taken back by the host: nothing of it is touched any more, and requests end in errors. Most
-    /// devices have nothing that is taken without notice.
+    /// Whether it can go on in its slot, without anything of the host, until the guest lets go of it. Others leave the bus
+    /// when the host takes them back.
+    fn outlives_host(&self) -> bool {
+        false
+    }
+
+    /// What it is made of is taken back by the host: nothing of it is touched any more, and requests end in errors. For
+    /// those that outlive that.
     fn sever(&self) {}
 
     /// Counters for `vm.counters`, by name.

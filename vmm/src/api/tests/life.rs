@@ -36,6 +36,28 @@ fn an_owner_that_takes_too_long_is_named() {
 }
 
 #[test]
+fn a_drain_has_the_guests_time_and_holds_up_nobody() {
+    let api = Api::start(Limits {
+        call_timeout: Duration::from_millis(50),
+        ..Limits::default()
+    });
+    let client = api.client();
+    let draining = thread::spawn(move || {
+        let body = br#"{"id":"p0"}"#.to_vec();
+        client.call(Method::Put, "vm.drain", Some(body), Vec::new())
+    });
+    let drain = api.call();
+    assert!(matches!(&drain.request, Request::Drain { id } if id == "p0"));
+    // Longer than anything else may take.
+    let refusal = refusal(put(&api.client(), "vm.pause"));
+    assert_eq!(refusal.status, 500);
+    drop(api.call());
+    api.is_well();
+    drain.reply.send(Ok(Reply::Empty)).unwrap();
+    assert_eq!(draining.join().unwrap().unwrap().status, 204);
+}
+
+#[test]
 fn an_owner_that_drops_a_call_has_gone() {
     let api = Api::start(Limits::default());
     let client = api.client();

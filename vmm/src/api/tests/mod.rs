@@ -189,6 +189,8 @@ fn the_paths_are_those_of_the_contract() {
         "PUT vm.reboot",
         "PUT vm.receive-migration",
         "PUT vm.remove-device",
+        // daxhund's own.
+        "PUT vm.drain",
         "PUT vm.resize",
         "PUT vm.resize-disk",
         "PUT vm.resize-zone",

@@ -11,8 +11,9 @@
 mod request;
 mod worker;
 
-use std::sync::Arc;
+use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
 
 pub use worker::Worker;
 
@@ -36,9 +37,32 @@ struct Counters {
 pub struct PmemDevice {
     id: String,
     space: [u8; 16],
-    flush: Arc<dyn Flush>,
+    flush: Arc<UntilSevered>,
     lost: LossMark,
     counters: Arc<Counters>,
+}
+
+/// What makes stores durable, until it is taken back.
+struct UntilSevered(RwLock<Option<Arc<dyn Flush>>>);
+
+impl Flush for UntilSevered {
+    /// What is under way when it is closed keeps its file open until it ends.
+    fn flush(&self) -> io::Result<()> {
+        let flush = self
+            .0
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone();
+        flush.map_or(Err(io::ErrorKind::NotConnected.into()), |flush| {
+            flush.flush()
+        })
+    }
+}
+
+impl UntilSevered {
+    fn close(&self) {
+        *self.0.write().unwrap_or_else(PoisonError::into_inner) = None;
+    }
 }
 
 impl PmemDevice {
@@ -50,7 +74,7 @@ impl PmemDevice {
         Self {
             id: id.to_owned(),
             space,
-            flush,
+            flush: Arc::new(UntilSevered(RwLock::new(Some(flush)))),
             lost: LossMark::new(),
             counters: Arc::default(),
         }
@@ -85,7 +109,7 @@ impl PmemDevice {
             name: thread_name(&self.id),
             memory,
             queue,
-            flush: Arc::clone(&self.flush),
+            flush: Arc::clone(&self.flush) as Arc<dyn Flush>,
             lost: self.lost.clone(),
             counters: Arc::clone(&self.counters),
             signals,
@@ -117,8 +141,14 @@ impl Device for PmemDevice {
         Ok(vec![Box::new(self.worker(activation)?)])
     }
 
+    /// Linux waits for the answer to a flush without a limit.
+    fn outlives_host(&self) -> bool {
+        true
+    }
+
     fn sever(&self) {
         self.mark_lost();
+        self.flush.close();
     }
 
     fn counters(&self) -> Vec<(&'static str, u64)> {
