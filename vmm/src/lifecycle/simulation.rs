@@ -47,6 +47,7 @@ const FOR_EVER: u8 = 9;
 
 /// What the host knows of a region.
 #[derive(Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a holder or a fact")]
 struct Memory {
     place: usize,
     /// `None` is boot RAM.
@@ -71,6 +72,7 @@ struct Memory {
 
 /// A device in its slot.
 #[derive(Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a fact")]
 struct Plugged {
     serial: u32,
     state: SlotState,
@@ -170,7 +172,7 @@ impl Sim {
             Step::KeepDma(which, times) => self.with_memory(which, |m| m.keeps_dma = times),
             Step::KeepMapping(which, times) => self.with_memory(which, |m| m.keeps_mapping = times),
             Step::HostTakes(which) => {
-                self.with_memory(which, |m| (m.taken, m.noted) = (true, true))
+                self.with_memory(which, |m| (m.taken, m.noted) = (true, true));
             }
             // What comes back is another device: what was mapped of the one before is lost all the same.
             Step::HostBringsBack(which) => self.with_memory(which, |m| m.taken = false),
@@ -239,9 +241,8 @@ impl Sim {
     }
 
     fn add_pmem(&mut self, fails: bool) {
-        let place = (0..)
-            .find(|place| !self.places.contains(place))
-            .unwrap_or_default();
+        let free = (0..100).find(|place| !self.places.contains(place));
+        let place = free.expect("fewer steps than places");
         self.places.insert(place);
         // It gives way to what comes there.
         self.tombstones.remove(&place);
@@ -406,7 +407,7 @@ impl Sim {
         let gone: Vec<(RegionId, Stage)> = self
             .regions
             .iter()
-            .filter(|(_, state, memory)| memory.noted && !state.is_given_back())
+            .filter(|(_, state, memory)| (memory.taken || memory.noted) && !state.is_given_back())
             .map(|(id, state, _)| (id, state.stage()))
             .collect();
         self.drive(
@@ -415,12 +416,19 @@ impl Sim {
                 .collect(),
         );
         for (id, before) in gone {
+            if let Some(memory) = self.regions.get_mut(id) {
+                memory.noted = false;
+            }
             if before != Stage::Present {
                 continue;
             }
             let Some(memory) = self.regions.get_mut(id) else {
                 continue;
             };
+            assert!(
+                memory.marked,
+                "what is read of it may be scratch: {memory:?}"
+            );
             match memory.device {
                 None => {
                     (self.paused, self.lost_ram) = (true, true);
@@ -604,7 +612,7 @@ impl Sim {
                     );
                 }
                 Stage::Leaving | Stage::Closing => {
-                    assert!(!memory.dma && !memory.slot, "{memory:?}")
+                    assert!(!memory.dma && !memory.slot, "{memory:?}");
                 }
                 Stage::Buried | Stage::Gone => assert!(!memory.is_anybodys(), "{memory:?}"),
             }
@@ -704,6 +712,8 @@ impl Sim {
         }
         for (_, state, memory) in self.regions.iter() {
             let rests = matches!(state.stage(), Stage::Present | Stage::Buried);
+            let is_kept = state.stage() != Stage::Buried || self.knows(memory);
+            assert!(is_kept, "its place is never free: {state:?} {memory:?}");
             assert!(rests, "it never comes to rest: {state:?} {memory:?}");
         }
         assert!(

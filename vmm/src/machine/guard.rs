@@ -9,15 +9,15 @@
 //! What is held follows what is used: [`Removals::follow`] is called after everything that can change it. So an answer can't
 //! be forgotten, and none is given while a mapping is left.
 //!
-//! A guard that ends unasked is asked for again once; without it a removal is found out afterwards, like those that no guard
-//! can hold.
+//! A guard that ends unasked is looked for again at once, and then ever less often; so is one that was not there. Without it a
+//! removal is found out afterwards, like those that no guard can hold.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use daxhund_guard::{
     ConnectError, DEFAULT_SOCKET, Guard, Helper, HoldError, LostError, Notice, RequestId,
@@ -90,8 +90,61 @@ pub(super) struct Removals {
     lost: Option<Guard>,
     held: BTreeSet<String>,
     waiting: Vec<Waiting>,
+    search: Search,
+    /// Whether there is anything to hold.
+    has_use: bool,
+}
+
+/// When a guard is looked for. Time is passed in.
+#[derive(Debug, Default)]
+struct Search {
+    /// Looks in vain, and guards that did not last, since one lasted.
+    failures: u32,
+    /// Not before then; absent is now.
+    next: Option<Instant>,
+    found: Option<Instant>,
     /// Whether it was told that nobody holds removals.
     warned: bool,
+}
+
+impl Search {
+    const FIRST_PAUSE: Duration = Duration::from_millis(500);
+    const LONGEST_PAUSE: Duration = Duration::from_mins(1);
+    /// A guard that lived so long was no failure.
+    const LASTING: Duration = Duration::from_mins(1);
+
+    fn is_due(&self, now: Instant) -> bool {
+        self.next.is_none_or(|next| now >= next)
+    }
+
+    fn found(&mut self, now: Instant) {
+        (self.found, self.next, self.warned) = (Some(now), None, false);
+    }
+
+    /// Whether that is worth a word: once, until a guard was there again.
+    fn failed(&mut self, now: Instant) -> bool {
+        self.put_off(now);
+        !std::mem::replace(&mut self.warned, true)
+    }
+
+    /// The one that was found has ended. The next one is looked for at once, unless that goes on like this.
+    fn lost(&mut self, now: Instant) {
+        let found = self.found.take();
+        if found.is_none_or(|found| now.saturating_duration_since(found) >= Self::LASTING) {
+            self.failures = 0;
+        }
+        if self.failures == 0 {
+            self.failures = 1;
+        } else {
+            self.put_off(now);
+        }
+    }
+
+    fn put_off(&mut self, now: Instant) {
+        let pause = Self::FIRST_PAUSE.saturating_mul(1 << self.failures.min(16));
+        self.next = Some(now + pause.min(Self::LONGEST_PAUSE));
+        self.failures += 1;
+    }
 }
 
 impl Removals {
@@ -109,7 +162,8 @@ impl Removals {
             lost: None,
             held: BTreeSet::new(),
             waiting: Vec::new(),
-            warned: false,
+            search: Search::default(),
+            has_use: false,
         })
     }
 
@@ -125,8 +179,10 @@ impl Removals {
 
     /// Holds what is used now, and lets everything else go: whoever waits for it goes on.
     pub(super) fn follow(&mut self, used: &BTreeMap<String, Used>) {
-        if !used.is_empty() && self.guard.is_none() {
-            self.find();
+        self.has_use = !used.is_empty();
+        let now = Instant::now();
+        if self.has_use && self.guard.is_none() && self.search.is_due(now) {
+            self.find(now);
         }
         let gone: Vec<String> = self
             .held
@@ -147,14 +203,20 @@ impl Removals {
     /// Whether somebody holds the removal of what is used. Looks for a guard that is not there yet.
     pub(super) fn are_held(&mut self) -> bool {
         if self.guard.is_none() {
-            self.find();
+            self.find(Instant::now());
         }
         self.guard.is_some()
     }
 
+    /// When [`Removals::follow`] is to be called although nothing has happened: a guard is looked for again then.
+    pub(super) fn looks_again_at(&self) -> Option<Instant> {
+        let is_missing = self.has_use && self.guard.is_none() && self.wish != RemovalGuard::Off;
+        is_missing.then(|| self.search.next.unwrap_or_else(Instant::now))
+    }
+
     /// Looks for a guard where one may be and none has to.
-    fn find(&mut self) {
-        if self.wish == RemovalGuard::Off || self.warned {
+    fn find(&mut self, now: Instant) {
+        if self.wish == RemovalGuard::Off {
             return;
         }
         let daemon_runs = Path::new(DEFAULT_SOCKET).exists();
@@ -163,17 +225,22 @@ impl Removals {
         } else if self.wish == RemovalGuard::On || may_have_helper() {
             helper()
         } else {
-            self.warn(None);
+            self.not_found(now, None);
             return;
         };
         match found {
-            Ok(guard) => self.guard = Some(guard),
-            Err(error) => self.warn(Some(&error)),
+            Ok(guard) => {
+                self.guard = Some(guard);
+                self.search.found(now);
+            }
+            Err(error) => self.not_found(now, Some(&error)),
         }
     }
 
-    fn warn(&mut self, error: Option<&GuardError>) {
-        self.warned = true;
+    fn not_found(&mut self, now: Instant, error: Option<&GuardError>) {
+        if !self.search.failed(now) {
+            return;
+        }
         let why = error.map_or_else(
             || "no daxhund-guardd runs, and a helper needs CAP_SYS_ADMIN".to_owned(),
             |error| crate::chain(error),
@@ -279,6 +346,7 @@ impl Removals {
 
     fn lost(&mut self, error: &LostError) {
         error!(error = %crate::chain(error), "the removal guard is gone; another one is looked for");
+        self.search.lost(Instant::now());
         self.lost = self.guard.take();
         self.held.clear();
         self.waiting.clear();
@@ -303,4 +371,55 @@ fn me() -> String {
 fn may_have_helper() -> bool {
     rustix::thread::capabilities(None)
         .is_ok_and(|sets| sets.effective.contains(CapabilitySet::SYS_ADMIN))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    #[test]
+    fn a_lost_guard_is_looked_for_at_once_and_then_ever_less_often() {
+        let mut now = Instant::now();
+        let mut search = Search::default();
+        assert!(search.is_due(now));
+        search.found(now);
+        now += Search::LASTING;
+        search.lost(now);
+        assert!(search.is_due(now), "it had lasted");
+        // One after the other dies young.
+        let mut pauses = Vec::new();
+        for _ in 0..10 {
+            search.found(now);
+            search.lost(now);
+            let next = search.next.unwrap();
+            assert!(!search.is_due(now));
+            pauses.push(next - now);
+            now = next;
+        }
+        assert_eq!(pauses[0], SECOND);
+        assert!(pauses.is_sorted());
+        assert_eq!(pauses[9], Search::LONGEST_PAUSE);
+        search.found(now);
+        search.lost(now + Search::LASTING);
+        assert!(search.is_due(now + Search::LASTING));
+    }
+
+    #[test]
+    fn one_that_is_not_there_is_looked_for_again_and_missed_aloud_once() {
+        let mut now = Instant::now();
+        let mut search = Search::default();
+        assert!(search.failed(now), "worth a word");
+        for _ in 0..20 {
+            assert!(!search.is_due(now));
+            now = search.next.unwrap();
+            assert!(search.is_due(now));
+            assert!(!search.failed(now), "said once");
+        }
+        assert_eq!(search.next.unwrap() - now, Search::LONGEST_PAUSE);
+        search.found(now);
+        search.lost(now);
+        assert!(search.failed(now), "another loss");
+    }
 }

@@ -124,6 +124,8 @@ pub(super) enum Token {
     Watch,
     /// This process has touched memory that is not there.
     Incidents,
+    /// A removal guard is to be looked for again.
+    NoGuard,
     /// A signal; the index into [`Signals`].
     Signal(u32),
 }
@@ -141,7 +143,8 @@ impl Token {
             Self::Guard => 7,
             Self::Watch => 8,
             Self::Incidents => 9,
-            Self::Signal(index) => 10 + index,
+            Self::NoGuard => 10,
+            Self::Signal(index) => 11 + index,
         }
     }
 
@@ -157,7 +160,8 @@ impl Token {
             7 => Self::Guard,
             8 => Self::Watch,
             9 => Self::Incidents,
-            signal => Self::Signal(signal - 10),
+            10 => Self::NoGuard,
+            signal => Self::Signal(signal - 11),
         }
     }
 }
@@ -180,6 +184,8 @@ pub(super) struct Owner {
     calls: Calls,
     signals: Signals,
     timer: Timer,
+    /// When a guard is looked for again.
+    guard_timer: Timer,
     pub(super) monitor: Monitor,
     pub(super) state: State,
     feed: SerialFeed,
@@ -207,14 +213,17 @@ impl Owner {
         (removals, lookout): (Removals, Lookout),
         running: Option<RunningVm>,
     ) -> Result<Self, OwnerError> {
-        let timer = Timer::new().map_err(|source| OwnerError::Descriptor {
-            what: "timer",
-            source,
-        })?;
+        let timer = || {
+            Timer::new().map_err(|source| OwnerError::Descriptor {
+                what: "timer",
+                source,
+            })
+        };
         Ok(Self {
             calls,
             signals,
-            timer,
+            timer: timer()?,
+            guard_timer: timer()?,
             monitor,
             state: running.map_or(State::NoVm, |vm| State::Up(Box::new(vm))),
             feed: SerialFeed::default(),
@@ -266,6 +275,7 @@ impl Owner {
         self.wait_on_guard(ops);
         self.removals.follow(&used);
         self.wait_on_guard(ops);
+        self.guard_timer.set_once(self.removals.looks_again_at());
     }
 
     /// Waits on the guard that there is, and on no other.
@@ -577,6 +587,7 @@ impl MutEventSubscriber for Owner {
     fn init(&mut self, ops: &mut EventOps<'_>) {
         add(ops, self.calls.as_raw_fd(), Token::Calls);
         add(ops, self.timer.as_raw_fd(), Token::Timer);
+        add(ops, self.guard_timer.as_raw_fd(), Token::NoGuard);
         add(ops, self.lookout.watch_fd(), Token::Watch);
         add(ops, self.lookout.incidents_fd(), Token::Incidents);
         for (index, (_, pipe)) in (0u32..).zip(&self.signals.pipes) {
@@ -605,6 +616,8 @@ impl MutEventSubscriber for Owner {
                 }
             }
             Token::Incidents => self.on_incidents(),
+            // What is used is followed after every event.
+            Token::NoGuard => self.guard_timer.acknowledge(),
             Token::Signal(index) => self.on_signal(index),
         }
         if self.ended.is_some() {
@@ -633,6 +646,7 @@ mod tests {
             Token::Guard,
             Token::Watch,
             Token::Incidents,
+            Token::NoGuard,
             Token::Signal(0),
             Token::Signal(2),
         ];
