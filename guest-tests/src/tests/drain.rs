@@ -8,7 +8,7 @@ use serde_json::Value;
 use super::remote::Remote;
 use super::removal::{
     bind, boot_on_pmem, is_bound, is_well, loads_ended_in_sigbus, start_loads, told, unbind,
-    unbind_goes_through, with_device,
+    unbind_goes_through, unbind_script, with_device,
 };
 use super::support::{MIB, dax_zone, eventually, holds, power_off, scratch, spec_on};
 use super::{GuestTest, Lab, TestError, claim};
@@ -24,6 +24,10 @@ pub(super) const TESTS: &[GuestTest] = &[
     GuestTest {
         name: "drain_of_pmem_cuts_off_a_guest_that_keeps_it",
         run: drain_of_pmem_cuts_off_a_guest_that_keeps_it,
+    },
+    GuestTest {
+        name: "removal_of_pmem_ends_with_a_reset",
+        run: removal_of_pmem_ends_with_a_reset,
     },
     GuestTest {
         name: "ram_that_is_gone_holds_the_guest_where_asked",
@@ -72,12 +76,15 @@ fn drain_of_pmem_returns_when_the_host_may_take_it(lab: &mut Lab) -> Result<(), 
 }
 
 fn drain_of_pmem_cuts_off_a_guest_that_keeps_it(lab: &mut Lab) -> Result<(), TestError> {
+    scratch(lab)?;
     let device = lab.host.dax()[1].name.clone();
-    let remote = Remote::new();
+    let (remote, disk) = (Remote::new(), format!("{SCRATCH}/disk"));
+    lab.host.check(&["truncate", "-s", "16M", &disk])?;
+    let disk_word = format!("path={disk},image_type=raw,id=d0");
     let mut guest = boot_on_pmem(
         lab,
         ",removal_timeout=2",
-        &["--api-socket", remote.socket()],
+        &["--api-socket", remote.socket(), "--disk", &disk_word],
         "acpiphp.disable=1",
     )?;
     start_loads(&mut guest)?;
@@ -111,6 +118,51 @@ fn drain_of_pmem_cuts_off_a_guest_that_keeps_it(lab: &mut Lab) -> Result<(), Tes
     told(lab, "device-cut-off")?;
     // It has nothing of it any more, and once more is as good as once.
     remote.ok(lab, &["drain", "p0"])?;
+    // A disk is no memory and goes all the same.
+    remote.ok(lab, &["drain", "d0"])?;
+    claim(!holds(lab, &mut guest, &disk)?, || {
+        format!("{disk} was drained and is still open")
+    })?;
+    is_well(&mut guest)?;
+    power_off(guest)
+}
+
+/// A guest that keeps what the host wants is started anew: it does not find it again, and the host need not wait any longer.
+fn removal_of_pmem_ends_with_a_reset(lab: &mut Lab) -> Result<(), TestError> {
+    let dax = lab.host.dax()[1].clone();
+    let remote = Remote::new();
+    let mut guest = boot_on_pmem(
+        lab,
+        ",removal_timeout=600",
+        &["--api-socket", remote.socket()],
+        "acpiphp.disable=1",
+    )?;
+    with_device(lab, &dax.name, || {
+        let script = unbind_script(&dax.name);
+        let waiting = lab.host.spawn(SpawnSpec {
+            argv: ["sh", "-c", &script].map(str::to_owned).to_vec(),
+            ..SpawnSpec::default()
+        })?;
+        guest.vmm().wait_for_error(ASKED, RUN_DEADLINE)?;
+        claim(!waiting.has_ended() && is_bound(lab, &dax.name)?, || {
+            "the host does not wait for the guest".to_owned()
+        })?;
+        remote.ok(lab, &["reboot"])?;
+        let gone = waiting.finish(RUN_DEADLINE)?;
+        claim(
+            gone.status == ExitStatus::Code(0) && !is_bound(lab, &dax.name)?,
+            || format!("{} does not go with the guest's reset: {gone:?}", dax.name),
+        )?;
+        claim(!holds(lab, &mut guest, &dax.path)?, || {
+            format!("{} was let go of and is still in use", dax.path)
+        })?;
+        guest.wait_ready()?;
+        is_well(&mut guest)
+    })?;
+    claim(!remote.knows(lab, "p0")?, || {
+        "the VM still knows p0 after the reset".to_owned()
+    })?;
+    told(lab, "device-removed")?;
     power_off(guest)
 }
 

@@ -58,7 +58,7 @@ const KILLED_BY_SIGBUS: &str = "135";
 const DRIVER: &str = "/sys/bus/dax/drivers/device_dax";
 
 /// What a person would type.
-fn unbind_script(device: &str) -> String {
+pub(super) fn unbind_script(device: &str) -> String {
     format!("echo {device} > {DRIVER}/unbind")
 }
 

@@ -3,47 +3,16 @@
 //! any step. What the machine does between the two state machines (`machine::removal`, `machine::devices`) is done here in the
 //! same order, on a model of the host. Everything that must hold is looked at after every step.
 
+mod steps;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
 
+use self::steps::{FOR_EVER, Step, steps};
 use super::region::{PATIENCE, RegionAction, RegionEvent, RegionId, Regions, Stage};
 use super::slot::{self, Claimant, EJECT_DEADLINE, SlotAction, SlotEvent, SlotState};
-
-/// What the world does next. Numbers choose among what there is.
-#[derive(Debug, Clone)]
-enum Step {
-    AddPmem {
-        /// A consumer refuses it, and another one does not let go of it again.
-        fails: bool,
-    },
-    AddCard,
-    Ask(usize),
-    Claim(usize, bool, u64),
-    Unclaim(usize),
-    /// The guest lets go of a device, whether it was asked or not.
-    Eject(usize),
-    /// A word of the guest about a device of the past.
-    LateEject(usize),
-    /// Workers, or the hardware, are in the middle of something.
-    Begin(usize),
-    Finish(usize),
-    /// Devices of the host keep a region this many times; 9 is for ever.
-    KeepDma(usize, u8),
-    /// The kernel does not unmap a region this many times.
-    KeepMapping(usize, u8),
-    HostTakes(usize),
-    HostBringsBack(usize),
-    Look,
-    CardFails(usize),
-    Wait(u64),
-    Pause,
-    Resume,
-    Reset,
-}
-
-const FOR_EVER: u8 = 9;
 
 /// What the host knows of a region.
 #[derive(Debug)]
@@ -760,33 +729,6 @@ fn claimant(by_host: bool) -> Claimant {
     } else {
         Claimant::Operator
     }
-}
-
-fn steps() -> impl Strategy<Value = Step> {
-    let which = 0usize..6;
-    let times = prop_oneof![1u8..4, Just(FOR_EVER)];
-    let ms = prop_oneof![0u64..50, 900u64..15_000];
-    prop_oneof![
-        3 => (0u8..5).prop_map(|n| Step::AddPmem { fails: n == 0 }),
-        1 => Just(Step::AddCard),
-        2 => which.clone().prop_map(Step::Ask),
-        3 => (which.clone(), any::<bool>(), 0u64..12_000).prop_map(|(w, h, t)| Step::Claim(w, h, t)),
-        2 => which.clone().prop_map(Step::Unclaim),
-        3 => which.clone().prop_map(Step::Eject),
-        1 => which.clone().prop_map(Step::LateEject),
-        3 => which.clone().prop_map(Step::Begin),
-        3 => which.clone().prop_map(Step::Finish),
-        2 => (which.clone(), times.clone()).prop_map(|(w, t)| Step::KeepDma(w, t)),
-        1 => (which.clone(), times).prop_map(|(w, t)| Step::KeepMapping(w, t)),
-        2 => which.clone().prop_map(Step::HostTakes),
-        1 => which.clone().prop_map(Step::HostBringsBack),
-        3 => Just(Step::Look),
-        1 => which.prop_map(Step::CardFails),
-        5 => ms.prop_map(Step::Wait),
-        1 => Just(Step::Pause),
-        1 => Just(Step::Resume),
-        1 => Just(Step::Reset),
-    ]
 }
 
 proptest! {
