@@ -254,6 +254,10 @@ impl Owner {
         if let Some(vm) = vm {
             // Regions that are on their way out, or gone.
             info["memory_leaving"] = json!(vm.regions.tree());
+            let kept: Vec<&str> = vm.host.kept().collect();
+            if !kept.is_empty() {
+                info["devices_kept"] = json!(kept);
+            }
             if let Some(lost) = vm.lost.first() {
                 info["paused_because"] = json!(lost.to_string());
             }

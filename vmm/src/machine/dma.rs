@@ -11,6 +11,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::time::Instant;
 
 use daxhund_pin::{
     AddressSpace, DmaLease, DmaMapper, DmaMemory, DmaRequest, PciFunction, Progress, SpaceKind,
@@ -41,6 +42,8 @@ pub(super) struct DmaDomain {
     pub(super) monitor: Monitor,
     /// Functions that could not leave because memory is still mapped for them.
     pub(super) kept: Vec<Arc<PassedThrough>>,
+    /// When that is tried again, while there are any.
+    pub(super) ask_again: Option<Instant>,
     /// A device keeps the page it was given; the guest would get another one.
     pub(super) _no_discard: Forbidden,
 }

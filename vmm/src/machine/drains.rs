@@ -154,13 +154,13 @@ impl RunningVm {
             .any(|(_, state, known)| known.user == *user && !state.is_given_back());
         let id = user.id();
         let is_open = self.host.devices.iter().any(|device| device.id == id);
-        !has_memory && !is_open && !self.host.keeps(id)
+        !has_memory && !is_open && !self.host.kept().any(|kept| kept == id)
     }
 
     /// Who is in the way of that.
     fn keepers_of(&self, user: &User) -> Vec<String> {
         let mut keepers = self.regions.holders(user);
-        if self.host.keeps(user.id()) {
+        if self.host.kept().any(|kept| kept == user.id()) {
             keepers.push("memory of the guest is still mapped for it in the IOMMU".to_owned());
         }
         if keepers.is_empty() {

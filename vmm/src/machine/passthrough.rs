@@ -10,6 +10,7 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use daxhund_pin::{
     AddressSpace, AttachError, Host, HostFunction, IrqKind, LocateError, OpenError, VfioFunction,
@@ -26,6 +27,9 @@ use crate::config::{DeviceSource, ValidDevice};
 use crate::inherited::{self, InheritedError};
 use crate::kvm::VfioRegistry;
 use crate::memory::ram::{JoinError, Ram};
+
+/// From one try to have memory let go of to the next.
+const KEPT_PAUSE: Duration = Duration::from_secs(1);
 
 /// A function of the host can't be had.
 #[derive(Debug, Error)]
@@ -76,6 +80,17 @@ pub enum OpenPassthroughError {
         /// What the kernel said.
         #[source]
         source: io::Error,
+    },
+    /// Memory is still mapped for one that is gone.
+    #[error(
+        "device {id}: guest memory is still mapped for device {kept}, which was removed; it is let go of again every second: try \
+         again when vm.info has no devices_kept any more"
+    )]
+    Kept {
+        /// Which device.
+        id: String,
+        /// The one before.
+        kept: String,
     },
     /// It fails to be reset.
     #[error(
@@ -195,6 +210,11 @@ impl HostResources {
         dax: DaxInReach,
     ) -> Result<OpenedDevice, OpenPassthroughError> {
         let id = || valid.id.clone();
+        // What has been let go of by then would be missing for a newcomer.
+        if let Some(kept) = self.kept().next() {
+            let kept = kept.to_owned();
+            return Err(OpenPassthroughError::Kept { id: id(), kept });
+        }
         let host = Host::system();
         let may_use_iommufd = dma::may_use_iommufd();
         let (space, attached) = match &valid.source {
@@ -281,6 +301,7 @@ impl HostResources {
             devices: 0,
             monitor: self.monitor.clone(),
             kept: Vec::new(),
+            ask_again: None,
             _no_discard: self.discard.forbid(),
         });
         Ok(space)
@@ -296,7 +317,7 @@ impl HostResources {
         let Some(domain) = self.dma.as_mut().filter(|domain| domain.member.is_none()) else {
             return Ok(());
         };
-        let started = std::time::Instant::now();
+        let started = Instant::now();
         match ram.join(domain.consumer()) {
             Ok(member) => {
                 domain.member = Some(member);
@@ -317,10 +338,10 @@ impl HostResources {
         }
     }
 
-    /// Whether a device could not be given back because memory is still mapped for it.
-    pub(super) fn keeps(&self, id: &str) -> bool {
-        let mut kept = self.dma.iter().flat_map(|domain| &domain.kept);
-        kept.any(|device| device.id == id)
+    /// Devices that could not be given back because memory is still mapped for them.
+    pub(super) fn kept(&self) -> impl Iterator<Item = &str> {
+        let kept = self.dma.iter().flat_map(|domain| &domain.kept);
+        kept.map(|device| device.id.as_str())
     }
 
     /// All of them, when the machine is gone and memory has been taken from them.
@@ -346,21 +367,48 @@ impl HostResources {
             if let Err(error) = ram.leave(member) {
                 error!(id = device.id, %error, "the device is kept: memory is still mapped for it");
                 domain.kept.push(device);
+                domain.ask_again = Some(Instant::now() + KEPT_PAUSE);
                 return;
             }
             domain.member = None;
         }
-        let id = device.id.clone();
-        let function = Arc::into_inner(device).and_then(|d| Arc::into_inner(d.function));
-        if let Some(function) = function {
-            detach(&domain.space, &id, function);
-        } else {
-            error!(
-                id,
-                "a device is given back only when its last user lets go of it"
-            );
+        give_back(&domain.space, device);
+        self.drop_idle_domain();
+    }
+
+    /// Has memory let go of once more for devices that are kept; at most every second.
+    pub(super) fn ask_for_kept(&mut self, ram: &mut Ram) {
+        let now = Instant::now();
+        let is_due = |domain: &&mut DmaDomain| domain.ask_again.is_some_and(|again| now >= again);
+        let Some(domain) = self.dma.as_mut().filter(is_due) else {
+            return;
+        };
+        domain.ask_again = Some(now + KEPT_PAUSE);
+        if let Some(member) = domain.member {
+            if ram.leave(member).is_err() {
+                return;
+            }
+            domain.member = None;
+        }
+        domain.ask_again = None;
+        for device in std::mem::take(&mut domain.kept) {
+            warn!(id = device.id, "the device that was kept has gone");
+            give_back(&domain.space, device);
         }
         self.drop_idle_domain();
+    }
+}
+
+fn give_back(space: &AddressSpace, device: Arc<PassedThrough>) {
+    let id = device.id.clone();
+    let function = Arc::into_inner(device).and_then(|d| Arc::into_inner(d.function));
+    if let Some(function) = function {
+        detach(space, &id, function);
+    } else {
+        error!(
+            id,
+            "a device is given back only when its last user lets go of it"
+        );
     }
 }
 

@@ -514,12 +514,15 @@ impl RunningVm {
         let settled = self.machine.devices.settle(Instant::now());
         self.after(settled);
         self.ask_again();
+        self.host.ask_for_kept(&mut self.ram);
         self.take_settled()
     }
 
     /// Whether [`RunningVm::settle`] is to be called again.
     pub(super) fn is_settling(&self) -> bool {
-        self.machine.devices.is_settling() || self.regions.is_waiting()
+        self.machine.devices.is_settling()
+            || self.regions.is_waiting()
+            || self.host.kept().next().is_some()
     }
 
     /// A device is no part of the configuration any more.
