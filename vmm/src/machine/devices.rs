@@ -386,6 +386,24 @@ impl Devices {
         true
     }
 
+    /// An operator wants a device for the host: as [`Devices::claim`]. One that can't be taken from a guest that keeps it is
+    /// asked for: [`Devices::is_kept`].
+    pub(super) fn drain(&mut self, id: &str, until: Instant, now: Instant) {
+        let plugged = self.plugged.iter().find(|plugged| plugged.id == id);
+        let seat = plugged.and_then(|plugged| plugged.seat.as_ref());
+        if seat.is_none_or(Seat::can_be_cut_off) {
+            self.claim(id, Claimant::Operator, until);
+        } else if let Err(error) = self.request_removal(id, now) {
+            debug!(%error, "it is on its way without being asked for");
+        }
+    }
+
+    /// Whether the guest was asked for it, and has not let go in time.
+    pub(super) fn is_kept(&self, id: &str) -> bool {
+        let kept = |plugged: &Plugged| plugged.id == id && plugged.state == SlotState::Unanswered;
+        self.plugged.iter().any(kept)
+    }
+
     /// The host does not want it any more. The guest was asked already, and an operator may still want it.
     pub(super) fn unclaim(&mut self, id: &str, now: Instant) {
         if let Some(plugged) = self.plugged.iter_mut().find(|plugged| plugged.id == id) {

@@ -74,8 +74,7 @@ impl Owner {
         }
         let until = Instant::now() + timeout;
         match &user {
-            // One that is on its way already goes without.
-            User::Device(id) => drop(vm.claim(id, Claimant::Operator, until)),
+            User::Device(id) => vm.machine.devices.drain(id, until, Instant::now()),
             User::Zone(zone) => {
                 let (zone, device) = (zone.clone(), vm.device_of(&user));
                 self.stop_guest(Stopping {
@@ -107,6 +106,13 @@ impl Owner {
         let user = &drain.user;
         let keepers = match &self.state {
             State::Up(vm) if vm.has_nothing_of(user) => Vec::new(),
+            State::Up(vm) if vm.machine.devices.is_kept(user.id()) => {
+                let why = format!(
+                    "the guest did not let go of {user} in time and keeps it; it can be asked again, and goes with a \
+                     vm.shutdown"
+                );
+                return Some(Err(ApiError::new(ErrorKind::WrongState, why)));
+            }
             State::Up(_) if Instant::now() < drain.until => return None,
             State::Up(vm) => vm.keepers_of(user),
             // A guest that is down has nothing, but for what could not be taken from it.

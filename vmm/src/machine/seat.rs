@@ -49,12 +49,17 @@ impl Seat {
         }
     }
 
-    /// Whether it stays in its slot, and answers the guest, when everything of the host is taken from it: persistent memory
-    /// can, whose requests end in errors. Everything else is a card that was pulled.
+    /// Whether it stays in its slot, and answers the guest, when everything of the host is taken from it. Drivers of
+    /// virtio devices wait for answers without a limit; one of real hardware takes all ones for a card that was pulled.
     pub(super) fn outlives_host(&self) -> bool {
+        matches!(self, Self::Virtio(_))
+    }
+
+    /// Whether everything of the host can be taken from it while the guest has it.
+    pub(super) fn can_be_cut_off(&self) -> bool {
         match self {
             Self::Virtio(transport) => transport.device().outlives_host(),
-            Self::Passthrough { .. } => false,
+            Self::Passthrough { .. } => true,
         }
     }
 

@@ -112,14 +112,13 @@ pub trait Device: Send + Sync {
     /// reset, when all workers of the time before are gone.
     fn activate(&self, activation: Activation) -> Result<Vec<Box<dyn Worker>>, ActivateError>;
 
-    /// Whether it can go on in its slot, without anything of the host, until the guest lets go of it. Others leave the bus
-    /// when the host takes them back.
+    /// Whether it can go on in its slot, without anything of the host, until the guest lets go of it: [`Device::sever`].
+    /// Others stay whole until then.
     fn outlives_host(&self) -> bool {
         false
     }
 
-    /// What it is made of is taken back by the host: nothing of it is touched any more, and requests end in errors. For
-    /// those that outlive that.
+    /// What it is made of is taken back by the host: nothing of it is touched any more, and requests end in errors.
     fn sever(&self) {}
 
     /// Counters for `vm.counters`, by name.
