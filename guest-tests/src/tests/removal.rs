@@ -187,7 +187,7 @@ pub(super) fn boot_on_pmem(
     let path = &lab.host.dax()[1].path;
     let pmem = format!("file={path},size=1G,id=p0{keys}");
     let events = format!("path={SCRATCH}/events");
-    let mut words = vec!["--event-monitor", &events, "--pmem", &pmem];
+    let mut words = vec!["-vv", "--event-monitor", &events, "--pmem", &pmem];
     words.extend(more);
     let mut spec = spec_with(lab, &words);
     cmdline.clone_into(&mut spec.cmdline);
