@@ -1,7 +1,8 @@
 //! Small programs that tests run on the emulated host: `lab-agent NAME ARGUMENT...`.
 //!
 //! `connect SOCKET`, `dax-vanish DEVICE`, `dax-watch DEVICE ROUNDS`, `dax-watch-cost DEVICE`, `await PATH SECONDS`, `await-gone PATH SECONDS`, `await-socket PATH SECONDS`, `unix-echo PATH`, `vsock-ask SOCKET PORT TEXT`,
-//! `tcp-ask ADDRESS TEXT`, `tcp-serve ADDRESS`, `loads FILE WORD`, `vector-loads FILE WORD`, `vector-stores FILE`, `http SOCKET METHOD TARGET [BODY]`, and what [`crate::guard`] says.
+//! `tcp-ask ADDRESS TEXT`, `tcp-serve ADDRESS`, `loads FILE WORD [OFFSET]`, `vector-loads FILE WORD`, `vector-stores FILE`, `http SOCKET METHOD TARGET [BODY]`,
+//! and what [`crate::guard`] says.
 //!
 //! For benches, each telling in JSON what it took: `pin-bare PATH MEMORY BYTES INTERFACE`, `pin-parts PATH MEMORY BYTES INTERFACE REGIONS THREADS`,
 //! `attach SOCKET PATH ID`, `detach SOCKET ID SECONDS`.
@@ -20,6 +21,7 @@ use lab_agent::pin_protocol::{BareAttach, Interface};
 use serde::Serialize;
 
 use crate::bare::{self, Cut, Plan};
+use crate::guest::page_map::physical_address;
 use crate::{guard, memory, removal, rest, sockets, wait};
 
 pub(crate) const NAMES: [&str; 22] = [
@@ -73,10 +75,13 @@ pub(crate) fn run(arguments: &[String]) -> ExitCode {
             })
             .map(|line| println!("{line}")),
         ["loads", path, word] => {
-            number(word).and_then(|word| loads(path, word, |words| words.get(0)))
+            number(word).and_then(|word| loads(path, word, 0, memory::Words::get))
         }
+        ["loads", path, word, offset] => number(word).and_then(|word| {
+            number(offset).and_then(|offset| loads(path, word, offset, memory::Words::get))
+        }),
         ["vector-loads", path, word] => {
-            number(word).and_then(|word| loads(path, word, memory::Words::first_by_vector))
+            number(word).and_then(|word| loads(path, word, 0, |words, _| words.first_by_vector()))
         }
         ["vector-stores", path] => vector_stores(path),
         ["tcp-serve", address] => sockets::serve_transfers(address),
@@ -112,17 +117,26 @@ pub(crate) fn run(arguments: &[String]) -> ExitCode {
 /// Between two accesses of a program that makes many.
 const PAUSE: Duration = Duration::from_millis(5);
 
-/// Loads the first word of a mapped file again and again, for as long as it is `expected`. What ends it otherwise is SIGBUS.
-fn loads(path: &str, expected: u64, load: fn(&memory::Words) -> u64) -> Result<(), String> {
-    let words = memory::Words::of_device(path, 4096)?;
+/// Loads a word of a mapped file, at an offset that is a multiple of 8, again and again, for as long as it is `expected`.
+/// Says when the first one is loaded, and its physical address where that is told. What ends it otherwise is SIGBUS.
+fn loads(
+    path: &str,
+    expected: u64,
+    offset: usize,
+    load: fn(&memory::Words, usize) -> u64,
+) -> Result<(), String> {
+    const WORD_BYTES: usize = 8;
+    let words = memory::Words::of_device(path, (offset / 4096 + 1) * 4096)?;
+    let place = offset / WORD_BYTES;
     let mut told = false;
     loop {
-        let found = load(&words);
+        let found = load(&words, place);
         if found != expected {
             return Err(format!("{path}: loaded {found:#x}, not {expected:#x}"));
         }
         if !told {
-            println!("loading");
+            let physical = physical_address(words.address(place)).unwrap_or_default();
+            println!("loading {physical:#x}");
             io::stdout().flush().map_err(|error| error.to_string())?;
             told = true;
         }

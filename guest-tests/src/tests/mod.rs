@@ -17,6 +17,7 @@ mod passthrough;
 mod pci;
 mod persistence;
 mod pmem;
+mod poison;
 mod power;
 mod remote;
 mod removal;
@@ -110,6 +111,7 @@ pub fn all(kernel: &str) -> Vec<GuestTest> {
         pmem::TESTS.to_vec(),
         removal::TESTS.to_vec(),
         drain::TESTS.to_vec(),
+        poison::TESTS.to_vec(),
         persistence::TESTS.to_vec(),
         blk::TESTS.to_vec(),
         net::TESTS.to_vec(),

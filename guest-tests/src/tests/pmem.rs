@@ -74,7 +74,7 @@ pub(super) fn mount_file_system(guest: &mut Guest, kind: &str) -> Result<(), Tes
 }
 
 /// Guest-physical addresses of the persistent memory regions, in the order of their numbers.
-fn regions(guest: &mut Guest) -> Result<Vec<u64>, TestError> {
+pub(super) fn regions(guest: &mut Guest) -> Result<Vec<u64>, TestError> {
     let text = guest.sh("cat /sys/bus/nd/devices/region*/resource")?;
     let parse = |line: &str| u64::from_str_radix(line.trim().strip_prefix("0x")?, 16).ok();
     Ok(text.lines().filter_map(parse).collect())

@@ -126,9 +126,8 @@ pub fn load(
     let initramfs_at = match &payload.initramfs {
         None => None,
         Some(initramfs) => {
-            let at = limit
-                .checked_sub(initramfs.len())
-                .map(|at| at / place::PAGE * place::PAGE)
+            let at = map
+                .last_room(initramfs.len(), limit)
                 .filter(|at| *at >= payload.kernel.end_in_memory())
                 .ok_or_else(too_small)?;
             Some(at)

@@ -81,12 +81,44 @@ impl MemoryMap {
             .map_or(0, |(_, size)| *size)
     }
 
+    /// Where the last `len` bytes below `limit` begin that are not reserved: a multiple of a page.
+    pub(super) fn last_room(&self, len: u64, limit: u64) -> Option<u64> {
+        let mut end = limit;
+        loop {
+            let start = end.checked_sub(len)? / place::PAGE * place::PAGE;
+            let in_the_way = |(at, size): &&(u64, u64)| *at < start + len && start < *at + *size;
+            match self.reserved.iter().filter(in_the_way).min() {
+                None => return Some(start),
+                Some((at, _)) => end = *at,
+            }
+        }
+    }
+
+    /// RAM in a range: what of it is not reserved. Said without overlaps, because Linux looks for a place for its kernel before it
+    /// has put them straight.
+    fn free(&self, start: u64, size: u64) -> Vec<(u64, u64, u32)> {
+        let mut taken = self.reserved.clone();
+        taken.sort_unstable();
+        let (mut free, mut next, end) = (Vec::new(), start, start + size);
+        for (at, size) in taken {
+            let before = at.min(end);
+            if next < before {
+                free.push((next, before - next, RAM));
+            }
+            next = next.max(at + size);
+        }
+        if next < end {
+            free.push((next, end - next, RAM));
+        }
+        free
+    }
+
     /// (start, length, type), sorted.
     fn entries(&self) -> Vec<(u64, u64, u32)> {
         let mut entries = Vec::new();
         for &(start, size) in &self.ram {
             if start >= place::HIGH_MEMORY {
-                entries.push((start, size, RAM));
+                entries.extend(self.free(start, size));
                 continue;
             }
             let end = start + size;
@@ -99,7 +131,7 @@ impl MemoryMap {
             ));
             entries.push((place::ACPI, place::HIGH_MEMORY - place::ACPI, ACPI_DATA));
             if end > place::HIGH_MEMORY {
-                entries.push((place::HIGH_MEMORY, end - place::HIGH_MEMORY, RAM));
+                entries.extend(self.free(place::HIGH_MEMORY, end - place::HIGH_MEMORY));
             }
         }
         entries.extend(
@@ -254,6 +286,28 @@ mod tests {
             ]
         );
         assert_eq!(map.contiguous_from_zero(), GIB);
+    }
+
+    #[test]
+    fn nothing_is_placed_in_what_is_reserved() {
+        let reserved = vec![(GIB - 0x3000, 0x1000), (GIB - 0x8000, 0x2000)];
+        let map = MemoryMap::new([(0, GIB)], reserved);
+        assert_eq!(map.last_room(0x1fff, GIB), Some(GIB - 0x2000));
+        assert_eq!(map.last_room(0x2001, GIB), Some(GIB - 0x6000));
+        assert_eq!(map.last_room(0x3001, GIB), Some(GIB - 0xc000));
+        assert_eq!(map.last_room(GIB, GIB), None);
+        let ram = map.entries().into_iter().filter(|(.., kind)| *kind == RAM);
+        let ram: Vec<_> = ram.map(|(at, size, _)| (at, at + size)).collect();
+        let expected = [
+            (0, place::EXTENDED_BIOS_DATA),
+            (place::HIGH_MEMORY, GIB - 0x8000),
+            (GIB - 0x6000, GIB - 0x3000),
+            (GIB - 0x2000, GIB),
+        ];
+        assert_eq!(ram, expected);
+        let free = MemoryMap::new([(0, GIB)], vec![(4 * GIB, GIB)]);
+        assert_eq!(free.last_room(GIB, GIB), Some(0));
+        assert_eq!(free.last_room(5, GIB - 1), Some(GIB - 0x1000));
     }
 
     #[test]

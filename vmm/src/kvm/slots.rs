@@ -29,6 +29,13 @@ pub struct SlotLease {
     range: SlotRange,
 }
 
+impl SlotLease {
+    /// What the guest reaches by it.
+    pub fn range(&self) -> SlotRange {
+        self.range
+    }
+}
+
 /// A slot could not be made or deleted.
 #[derive(Debug, Error)]
 pub enum SlotError {

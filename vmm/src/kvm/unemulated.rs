@@ -26,7 +26,7 @@ impl BoundVcpu {
         if let [Some((address, Beneath::Tombstone))] =
             self.look_beneath(&[regs.rip], &regs, io)?[..]
         {
-            return self.machine_check(address);
+            return self.machine_check(io, address);
         }
         let Some(bytes) = self.unemulated() else {
             return Err(self.internal_fault(regs.rip));
@@ -58,9 +58,12 @@ impl BoundVcpu {
         for (touch, found) in effects.touches.iter().zip(found) {
             match found {
                 Some((address, Beneath::Tombstone)) if touch.loads || !effects.only_stores => {
-                    return self.machine_check(address).map(Some);
+                    return self.machine_check(io, address).map(Some);
                 }
-                Some((_, Beneath::Tombstone)) => is_dropped = true,
+                Some((address, Beneath::Tombstone)) => {
+                    io.store_dropped(address);
+                    is_dropped = true;
+                }
                 Some((address, Beneath::Memory)) => {
                     return Err(VcpuFault::MemoryGone {
                         id: self.id,

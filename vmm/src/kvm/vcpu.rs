@@ -189,6 +189,10 @@ pub trait Io {
     fn mmio_write(&self, address: u64, data: &[u8]);
     /// What a guest-physical address is that KVM has no memory slot for, or does not reach through it.
     fn beneath(&self, address: u64) -> Beneath;
+    /// The guest takes a machine check for its load there.
+    fn machine_checked(&self, address: u64);
+    /// Its store there goes nowhere.
+    fn store_dropped(&self, address: u64);
 }
 
 /// What an access that leaves KVM is to.
@@ -198,7 +202,7 @@ pub enum Beneath {
     Device,
     /// Guest memory: the access is a fault of the memory behind it.
     Memory,
-    /// Memory was there and was taken away: a load is a machine check, a store goes nowhere.
+    /// Memory was there and was taken away, or is poisoned: a load is a machine check, a store goes nowhere.
     Tombstone,
 }
 
@@ -527,7 +531,7 @@ impl BoundVcpu {
                 }
                 Step::DeadLoad(address) => {
                     self.take_load_back()?;
-                    return self.machine_check(address);
+                    return self.machine_check(io, address);
                 }
                 Step::Internal => return self.internal_error(io),
                 Step::Fault(fault) => return Err(fault),
@@ -548,7 +552,7 @@ impl BoundVcpu {
             Ok(VcpuExit::MmioWrite(address, data)) => match io.beneath(address) {
                 Beneath::Device => io.mmio_write(address, data),
                 Beneath::Memory => return Step::Lost(address),
-                Beneath::Tombstone => {}
+                Beneath::Tombstone => io.store_dropped(address),
             },
             Ok(VcpuExit::Intr) => return Step::Exit(Exit::Kicked),
             Ok(VcpuExit::Shutdown) => return Step::Exit(Exit::TripleFault),
@@ -593,13 +597,14 @@ impl BoundVcpu {
     }
 
     /// Has the guest take a machine check at the instruction that its registers stand at.
-    pub(super) fn machine_check(&mut self, address: u64) -> Result<Exit, VcpuFault> {
+    pub(super) fn machine_check(&mut self, io: &impl Io, address: u64) -> Result<Exit, VcpuFault> {
         let id = self.id;
         if let Some(checks) = self.machine_checks {
-            tracing::debug!(vcpu = id, address = %format_args!("{address:#x}"), "a load from memory that is gone");
+            tracing::debug!(vcpu = id, address = %format_args!("{address:#x}"), "a load from memory that is gone or poisoned");
             checks
                 .raise(&self.fd, address)
                 .map_err(|source| VcpuFault::Run { id, source })?;
+            io.machine_checked(address);
         }
         // The kick's flag was used: what is wanted of this vCPU has to be read again.
         Ok(Exit::Kicked)

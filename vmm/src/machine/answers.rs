@@ -254,6 +254,7 @@ impl Owner {
         if let Some(vm) = vm {
             // Regions that are on their way out, or gone.
             info["memory_leaving"] = json!(vm.regions.tree());
+            info["poison"] = json!(vm.poison());
             let kept: Vec<&str> = vm.host.kept().collect();
             if !kept.is_empty() {
                 info["devices_kept"] = json!(kept);

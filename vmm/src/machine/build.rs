@@ -82,7 +82,7 @@ impl Machine {
     ) -> Result<Self, BuildError> {
         let vm = Vm::create(&host.hypervisor)?;
         let memory_slots = vm.memory_slots();
-        let slots = match ram.join(Box::new(KvmSlots(memory_slots.clone()))) {
+        let slots = match ram.join(Box::new(KvmSlots::new(&memory_slots, &host.poison))) {
             Ok(slots) => slots,
             Err(failure) => {
                 if let Some(slots) = failure.stays {
@@ -118,6 +118,7 @@ impl Machine {
             mmio,
             memory: ram.view().clone(),
             tombstones: Arc::clone(&host.tombstones),
+            poison: Arc::clone(&host.poison),
         });
         let vcpus = Vcpus::spawn(vcpus, &io, &sender)?;
         Ok(Self {
@@ -329,12 +330,26 @@ fn load(
         .iter()
         .map(|range| (range.gpa.0, range.size));
     let ecams = host.pci.segments.iter();
-    let reserved = ecams
-        .map(|segment| (segment.ecam.base(), segment.ecam.size()))
-        .collect();
+    let ecams = ecams.map(|segment| (segment.ecam.base(), segment.ecam.size()));
+    let reserved = ecams.chain(poisoned_ram(host)).collect();
     let map = MemoryMap::new(ranges, reserved);
     let memory = vm_memory::GuestAddressSpace::memory(ram.view());
     Ok(boot::load(&mut host.payload, &memory, &map, &tables)?)
+}
+
+/// What the guest must not take for RAM: first address and length.
+fn poisoned_ram(host: &HostResources) -> Vec<(u64, u64)> {
+    let mut found = Vec::new();
+    for poisoned in host.poison.known() {
+        for range in host.layout.ranges() {
+            let start = poisoned.gpa.max(range.gpa.0);
+            let end = (poisoned.gpa + poisoned.size).min(range.gpa.0 + range.size);
+            if start < end {
+                found.push((start, end - start));
+            }
+        }
+    }
+    found
 }
 
 fn vcpus(

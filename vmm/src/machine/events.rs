@@ -27,6 +27,11 @@ pub enum Event {
         /// How often the owner had looked by then.
         mended: u64,
     },
+    /// A vCPU's guest has touched poison: an incident tells where. It waits at the access for the owner to look.
+    PoisonTouched {
+        /// How often the owner had looked by then.
+        mended: u64,
+    },
     /// The thread of a vCPU panicked: a defect of the VMM.
     VcpuPanicked(u8),
     /// The guest has let go of the device in a slot.

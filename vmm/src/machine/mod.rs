@@ -27,6 +27,7 @@ mod notices;
 mod owner;
 mod passthrough;
 mod pin_progress;
+mod poison;
 mod regions;
 mod removal;
 mod requests;

@@ -26,6 +26,7 @@ use super::events::Event;
 use super::guard::Removals;
 use super::lookout::Lookout;
 use super::passthrough::Notice;
+use super::poison::News;
 use super::regions::StuckMemory;
 use super::removal::LostRam;
 use super::requests::Stopping;
@@ -334,6 +335,7 @@ impl Owner {
                 Event::VcpuFailed(fault) => self.end(Ok(Ending::VcpuFailed(fault))),
                 Event::VcpuPanicked(id) => self.end(Ok(Ending::VcpuPanicked(id))),
                 Event::MemoryGone { fault, mended } => self.on_memory_gone(fault, mended),
+                Event::PoisonTouched { mended } => self.on_poison_touched(mended),
                 Event::Ejected(ejected) => {
                     if let State::Up(vm) = &mut self.state {
                         vm.machine.devices.ejected(ejected);
@@ -358,6 +360,7 @@ impl Owner {
 
     /// A vCPU found no memory: what is gone is looked for. When nothing is, its fault has another reason.
     fn on_memory_gone(&mut self, fault: VcpuFault, mended: u64) {
+        self.look_at_incidents();
         let State::Up(vm) = &mut self.state else {
             return;
         };
@@ -379,15 +382,43 @@ impl Owner {
         true
     }
 
-    fn on_incidents(&mut self) {
-        let (gone, poison) = self.lookout.read_incidents();
-        for incident in poison {
-            warn!(?incident, "poisoned memory");
+    /// A vCPU's guest touched poison, and the vCPU waits. It tries again whatever was found.
+    fn on_poison_touched(&mut self, mended: u64) {
+        self.look_at_incidents();
+        if let State::Up(vm) = &self.state
+            && !vm.machine.was_mended_since(mended)
+        {
+            vm.machine.mended();
         }
-        if gone {
+    }
+
+    fn on_incidents(&mut self) {
+        self.look_at_incidents();
+        self.settle();
+    }
+
+    /// Does about what the handler of SIGBUS has noted what is to be done.
+    fn look_at_incidents(&mut self) {
+        let (gone, poison) = self.lookout.read_incidents();
+        let State::Up(vm) = &mut self.state else {
+            return;
+        };
+        let mut too_much = false;
+        if gone || !poison.is_empty() {
+            for News { id, range, touched } in vm.on_poison(&poison) {
+                self.monitor.send(&Happened::MemoryPoisoned {
+                    id: &id,
+                    gpa: &format!("{:#x}", range.start),
+                    size: &(range.end - range.start).to_string(),
+                    touched: if touched { "true" } else { "false" },
+                });
+            }
+            // More than a mark tells apart is a loss.
+            too_much = vm.ram.regions().any(|region| region.mark().is_lost());
+        }
+        if gone || too_much {
             self.look_for_losses(&BTreeSet::new());
         }
-        self.settle();
     }
 
     /// Looks for memory that the host has taken away, all that is on these devices among it, and does what is to be done

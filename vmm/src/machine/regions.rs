@@ -121,6 +121,7 @@ impl Regions {
             }
             RegionAction::Detach => Some(match ram.detach(known.gpa) {
                 Ok(region) => {
+                    host.poison.forget(&(region.gpa().0..region.end().0));
                     known.ours = Some(region);
                     RegionEvent::Detached
                 }

@@ -20,6 +20,7 @@ use crate::devices::console::{Console, ConsoleInput, ConsoleOutput, OpenConsoleE
 use crate::kvm::{CpuidError, CpuidTemplate, Hypervisor, OpenError, Topology, TopologyError};
 use crate::memory::discard::DiscardTable;
 use crate::memory::layout::{LayoutError, RamLayout};
+use crate::memory::poison::Poison;
 use crate::memory::region::Region;
 use crate::memory::tombstones::Tombstones;
 use crate::memory::zone::{Zone, ZoneMapError, ZoneOpenError};
@@ -101,6 +102,8 @@ pub struct HostResources {
     pub(super) device_memory: MemoryArea,
     /// Where the guest had memory that the host has taken back.
     pub(super) tombstones: Arc<Tombstones>,
+    /// What of guest memory is poisoned.
+    pub(super) poison: Arc<Poison>,
     /// Which guest memory can be given back to the host.
     pub(super) discard: Arc<DiscardTable>,
     /// By when they were opened.
@@ -186,6 +189,7 @@ impl HostResources {
             device_memory: MemoryArea::new(pci.device_memory),
             pci,
             tombstones: Arc::default(),
+            poison: Arc::default(),
             discard: DiscardTable::new(),
             devices: Vec::new(),
             balloon: None,

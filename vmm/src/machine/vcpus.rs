@@ -7,8 +7,8 @@
 //!     ├───────hold─────────┘                    │
 //!     └───────────────────stop──────────────────┘
 //! ```
-//! A vCPU whose access found no memory waits, as if held, until the owner has looked for what is gone: then it tries again, and
-//! finds memory, a tombstone, or the same fault.
+//! A vCPU whose access found no memory, or poison, waits, as if held, until the owner has looked after it: then it tries
+//! again, and finds memory, a tombstone, or the same fault.
 //!
 //! All vCPUs of a machine want the same. Threads are created held, so that a machine whose last thread can't be
 //! created never ran an instruction. To stop, the wish is written first and each thread kicked once afterwards; see
@@ -26,6 +26,7 @@ use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryBackend};
 use super::events::{Event, EventSender};
 use crate::bus::Bus;
 use crate::kvm::{Beneath, Exit, Io, KickTarget, Vcpu};
+use crate::memory::poison::Poison;
 use crate::memory::ram::GuestView;
 use crate::memory::sigbus::OnVcpuThread;
 use crate::memory::tombstones::Tombstones;
@@ -120,6 +121,8 @@ pub(super) struct GuestIo {
     pub(super) memory: GuestView,
     /// Where memory was that the host took away.
     pub(super) tombstones: Arc<Tombstones>,
+    /// What is poisoned, and out of the guest's reach for that.
+    pub(super) poison: Arc<Poison>,
 }
 
 impl Io for GuestIo {
@@ -141,7 +144,7 @@ impl Io for GuestIo {
 
     fn beneath(&self, address: u64) -> Beneath {
         // A region on its way out may be both.
-        if self.tombstones.contains(address) {
+        if self.tombstones.contains(address) || self.poison.is_out(address) {
             return Beneath::Tombstone;
         }
         let memory = self.memory.memory();
@@ -149,6 +152,14 @@ impl Io for GuestIo {
             Some(_) => Beneath::Memory,
             None => Beneath::Device,
         }
+    }
+
+    fn machine_checked(&self, address: u64) {
+        self.poison.note_load(address);
+    }
+
+    fn store_dropped(&self, address: u64) {
+        self.poison.note_store(address);
     }
 }
 
@@ -276,7 +287,7 @@ impl Drop for TellOfEnd<'_> {
 /// The whole life of a vCPU thread.
 fn run(vcpu: Vcpu, control: &Control, io: &GuestIo, events: &EventSender) {
     // Poison that the guest touches comes to this thread as a signal.
-    let _touches = OnVcpuThread::enter(u32::from(vcpu.id()));
+    let touches = OnVcpuThread::enter(u32::from(vcpu.id()));
     let mut vcpu = vcpu.bind();
     let mut has_run = false;
     loop {
@@ -291,7 +302,13 @@ fn run(vcpu: Vcpu, control: &Control, io: &GuestIo, events: &EventSender) {
         has_run = true;
         let mended = control.lock().mended;
         let event = match vcpu.run(io) {
-            Ok(Exit::Kicked) => continue,
+            Ok(Exit::Kicked) if !touches.takes_poison() => continue,
+            // The guest stands at the access. Entered now, it would find the page there again and go on with it.
+            Ok(Exit::Kicked) => {
+                events.send(Event::PoisonTouched { mended });
+                control.await_mending(mended);
+                continue;
+            }
             Err(fault) if fault.is_memory_gone() => {
                 debug!(%fault, "vCPU waits");
                 events.send(Event::MemoryGone { fault, mended });

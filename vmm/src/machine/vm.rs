@@ -21,6 +21,7 @@ use crate::config::{
     ValidConfig, VmConfig, VsockConfig,
 };
 use crate::lifecycle::region::RegionEvent;
+use crate::memory::poison::Poisoned;
 use crate::memory::ram::{AttachFailure, DetachError, JoinError, Ram};
 use crate::memory::region::Region;
 use crate::monitor::Monitor;
@@ -28,6 +29,9 @@ use crate::virtio::balloon::BalloonSizeError;
 
 /// vCPUs leave the guest at once, workers when the host has answered what they asked of it.
 pub(super) const PAUSE_DEADLINE: Duration = Duration::from_secs(5);
+
+/// Under which name guest memory counts, among the ids of devices: one that none of them can have.
+const MEMORY_COUNTERS: &str = "__memory";
 
 /// The guest can't be started.
 #[derive(Debug, Error)]
@@ -338,14 +342,24 @@ impl RunningVm {
         Value::Object(nodes.collect())
     }
 
-    /// For `vm.counters`: each device's, by id.
+    /// For `vm.info`: what of guest memory is poisoned.
+    pub(super) fn poison(&self) -> Vec<Poisoned> {
+        self.host.poison.known()
+    }
+
+    /// For `vm.counters`: each device's, by id, and those of guest memory.
     pub(super) fn counters(&self) -> Value {
+        let named = |(name, count): (&str, u64)| (name.to_owned(), json!(count));
+        let memory = self.host.poison.counters().into_iter().map(named);
         let devices = self.host.devices.iter().map(|device| {
             let counters = device.kind.counters().into_iter();
-            let counters = counters.map(|(name, count)| (name.to_owned(), json!(count)));
-            (device.id.clone(), Value::Object(counters.collect()))
+            (
+                device.id.clone(),
+                Value::Object(counters.map(named).collect()),
+            )
         });
-        Value::Object(devices.collect())
+        let memory = (MEMORY_COUNTERS.to_owned(), Value::Object(memory.collect()));
+        Value::Object(devices.chain([memory]).collect())
     }
 
     pub(super) fn is_paused(&self) -> bool {

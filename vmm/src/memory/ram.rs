@@ -80,6 +80,12 @@ pub trait Consumer: Send {
     }
     /// The undo. On failure the lease comes back and the region is still reachable.
     fn detach(&mut self, region: &Region, lease: Lease) -> Result<(), (Lease, Reason)>;
+    /// What of the region is to be reachable has changed. Who always reaches all of it has nothing to do. On failure the lease
+    /// comes back, for what is reachable then.
+    fn renew(&mut self, region: &Region, lease: Lease) -> Result<Lease, (Lease, Reason)> {
+        let _ = region;
+        Ok(lease)
+    }
 }
 
 /// Why [`Consumer::attach_all`] did not.
@@ -179,6 +185,30 @@ pub enum DetachError {
         zone: String,
         /// First address.
         gpa: Gpa,
+    },
+}
+
+/// Consumers did not follow a change of what is reachable.
+#[derive(Debug, Error)]
+pub enum RenewError {
+    /// No region starts there.
+    #[error("no guest memory starts at {:#x}", gpa.0)]
+    Unknown {
+        /// Address asked for.
+        gpa: Gpa,
+    },
+    /// One of them.
+    #[error("{consumer} does not follow a change of memory zone {zone} at guest {:#x}", gpa.0)]
+    Refused {
+        /// Who.
+        consumer: &'static str,
+        /// Zone of the region.
+        zone: String,
+        /// First address.
+        gpa: Gpa,
+        /// Why.
+        #[source]
+        source: Reason,
     },
 }
 
@@ -436,6 +466,31 @@ impl Ram {
             }
         }
         Ok(())
+    }
+
+    /// Has every consumer look again at what of a region is to be reachable.
+    pub fn renew(&mut self, gpa: Gpa) -> Result<(), RenewError> {
+        let attached = self.attached.iter_mut().find(|a| a.region.gpa() == gpa);
+        let attached = attached.ok_or(RenewError::Unknown { gpa })?;
+        let mut outcome = Ok(());
+        for (id, lease) in std::mem::take(&mut attached.leases) {
+            let member = self.members.iter_mut().find(|member| member.id == id);
+            let consumer = &mut member.expect("it leaves when it has let go").consumer;
+            let lease = match consumer.renew(&attached.region, lease) {
+                Ok(lease) => lease,
+                Err((lease, source)) => {
+                    outcome = Err(RenewError::Refused {
+                        consumer: consumer.name(),
+                        zone: attached.region.zone().to_owned(),
+                        gpa,
+                        source,
+                    });
+                    lease
+                }
+            };
+            attached.leases.push((id, lease));
+        }
+        outcome
     }
 
     /// Detaches everything, highest address first. What is stuck stays, and is named.

@@ -20,7 +20,11 @@
 //!
 //! A mapping that only the kernel touches, KVM or a system call, is `Touch::Kernel`: a system call answers `EFAULT`
 //! instead, and KVM sends the vCPU's thread `BUS_MCEERR_AR` and leaves `KVM_RUN`. It is marked and noted and never replaced,
-//! so neither a guest nor a disk ever gets a scratch byte by that way.
+//! so neither a guest nor a disk ever gets a scratch byte by that way. The vCPU's thread asks [`OnVcpuThread::takes_poison`]
+//! before it enters the guest again.
+//!
+//! `BUS_MCEERR_AO` is sent only to who asked for it (`PR_MCE_KILL_EARLY`): the thread that calls [`Incidents::open`] does, and
+//! with it those that it starts.
 //!
 //! The stack: Rust's runtime gives the main thread and each thread it starts an alternate signal stack (for its own
 //! SIGSEGV handler), and `SA_ONSTACK` uses it. A thread without one runs the handler on its own stack, which does as
@@ -35,6 +39,10 @@ use std::ptr;
 use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicU8, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
+use rustix::process::{
+    MachineCheckMemoryCorruptionKillPolicy as KillPolicy,
+    set_machine_check_memory_corruption_kill_policy,
+};
 use thiserror::Error;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -140,6 +148,8 @@ thread_local! {
     /// The vCPU that this thread runs. `const` and without a destructor, so that reading it in the handler neither
     /// allocates nor registers anything.
     static VCPU: Cell<u32> = const { Cell::new(NOBODY) };
+    /// This thread's guest has touched poison.
+    static TOUCHED: Cell<bool> = const { Cell::new(false) };
 }
 
 /// While it lives, what happens on this thread is said to be vCPU `id`'s.
@@ -151,6 +161,16 @@ impl OnVcpuThread {
     pub fn enter(id: u32) -> Self {
         VCPU.set(id);
         Self(std::marker::PhantomData)
+    }
+
+    /// Whether the guest has touched poison on this thread since the last time. Then it stands at the access, and the
+    /// incident is noted.
+    #[allow(
+        clippy::unused_self,
+        reason = "only a thread that runs a vCPU may ask, and of itself"
+    )]
+    pub fn takes_poison(&self) -> bool {
+        TOUCHED.replace(false)
     }
 }
 
@@ -165,9 +185,16 @@ impl Drop for OnVcpuThread {
 pub struct Incidents(&'static EventFd);
 
 impl Incidents {
-    /// Sets the handler up, the first time. Also done for the first mapping that is guarded.
+    /// Sets the handler up, the first time. Also done for the first mapping that is guarded. Poison that nobody has touched
+    /// is told to the calling thread and to those that it starts from now on.
     pub fn open() -> Result<Self, GuardError> {
-        install().map(Self)
+        let incidents = install().map(Self)?;
+        // A kernel without CONFIG_MEMORY_FAILURE takes the wish, and has nothing to tell.
+        if let Err(error) = set_machine_check_memory_corruption_kill_policy(Some(KillPolicy::Early))
+        {
+            tracing::warn!(%error, "poison in guest memory is noticed only when it is touched");
+        }
+        Ok(incidents)
     }
 
     /// All incidents since the last time; called when the descriptor is readable.
@@ -373,6 +400,9 @@ fn deal_with(fault: &Fault, start: usize, entry: &Entry) -> bool {
             // KVM sends this for its guest's touch, and a system call that met poison has ended with an error: nothing is
             // done again.
             let is_over = !touched || kernel_only || vcpu != NOBODY;
+            if touched && vcpu != NOBODY {
+                TOUCHED.set(true);
+            }
             let done = is_over || is_replaced(from, to) || {
                 mark.lose();
                 is_replaced(start, end)

@@ -84,6 +84,17 @@ pub enum Event<'a> {
         /// Its bytes.
         size: &'a str,
     },
+    /// Guest memory is poisoned, and was not known to be. The guest lives on.
+    MemoryPoisoned {
+        /// The zone or the device.
+        id: &'a str,
+        /// First guest-physical address of the range.
+        gpa: &'a str,
+        /// Its bytes.
+        size: &'a str,
+        /// Whether somebody has touched it: `true` or `false`.
+        touched: &'a str,
+    },
     /// Somebody on the host wants to take device-dax memory away, and waits.
     RemovalRequested {
         /// The host's device.
@@ -167,6 +178,7 @@ impl Event<'_> {
             Self::MemoryLost { .. } => "memory-lost",
             Self::MemoryStuck { .. } => "memory-stuck",
             Self::MemoryFree { .. } => "memory-free",
+            Self::MemoryPoisoned { .. } => "memory-poisoned",
             Self::RemovalRequested { .. } => "removal-requested",
             Self::RemovalRefused { .. } => "removal-refused",
             Self::DeviceRequested { .. } => "device-requested",
@@ -217,6 +229,17 @@ impl Event<'_> {
             Self::MemoryFree { id, gpa, size } => {
                 vec![("id", id), ("gpa", gpa), ("size", size)]
             }
+            Self::MemoryPoisoned {
+                id,
+                gpa,
+                size,
+                touched,
+            } => vec![
+                ("id", id),
+                ("gpa", gpa),
+                ("size", size),
+                ("touched", touched),
+            ],
             Self::RemovalRequested { device, by } => vec![("device", device), ("by", by)],
             Self::RemovalRefused { device } => vec![("device", device)],
             Self::DeviceRemoved { id, bdf } => vec![("id", id), ("bdf", bdf)],

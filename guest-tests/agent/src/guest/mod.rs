@@ -11,7 +11,7 @@ mod hostile;
 mod interrupts;
 mod kernel_log;
 mod modules;
-mod page_map;
+pub(crate) mod page_map;
 mod pattern;
 mod pci;
 mod persist;

@@ -10,7 +10,7 @@ const PRESENT: u64 = 1 << 63;
 const PAGE_BYTES: usize = 4096;
 
 /// The guest-physical address behind an address of this process; nothing when no page is there or the kernel does not tell.
-pub(super) fn physical_address(address: usize) -> Option<u64> {
+pub(crate) fn physical_address(address: usize) -> Option<u64> {
     let mut entry = [0; 8];
     let map = File::open("/proc/self/pagemap").ok()?;
     map.read_exact_at(&mut entry, (address / PAGE_BYTES * 8) as u64)

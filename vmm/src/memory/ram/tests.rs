@@ -53,6 +53,12 @@ impl Consumer for Fake {
             .push((self.name, true, region.gpa().0));
         Ok(Lease(Box::new(region.gpa().0)))
     }
+    fn renew(&mut self, _region: &Region, lease: Lease) -> Result<Lease, (Lease, Reason)> {
+        if *self.refuse_detach.lock().unwrap() {
+            return Err((lease, "busy".into()));
+        }
+        Ok(lease)
+    }
     fn detach(&mut self, region: &Region, lease: Lease) -> Result<(), (Lease, Reason)> {
         if *self.refuse_detach.lock().unwrap() {
             return Err((lease, "busy".into()));
@@ -110,6 +116,23 @@ fn consumers_come_in_order_and_go_in_reverse() {
         ("slots", false, 0),
     ];
     assert_eq!(*b.log.lock().unwrap(), expected);
+}
+
+#[test]
+fn who_does_not_follow_a_change_keeps_its_lease() {
+    let mut b = bench(&["slots", "dma"], None);
+    b.ram.attach(region(0)).unwrap();
+    b.ram.renew(Gpa(0)).unwrap();
+    let unknown = b.ram.renew(Gpa(SIZE)).unwrap_err();
+    assert!(matches!(unknown, RenewError::Unknown { .. }));
+    *b.stuck[0].lock().unwrap() = true;
+    let refused = b.ram.renew(Gpa(0)).unwrap_err();
+    assert!(refused.to_string().contains("slots"), "{refused}");
+    *b.stuck[0].lock().unwrap() = false;
+    b.log.lock().unwrap().clear();
+    b.ram.detach(Gpa(0)).unwrap();
+    let expected = [("dma", false, 0), ("slots", false, 0)];
+    assert_eq!(*b.log.lock().unwrap(), expected, "both had leases");
 }
 
 #[test]

@@ -241,7 +241,10 @@ fn poison_is_scratch_where_it_was_loaded_and_known_for_good() {
 
     // KVM's guest has touched it, or a system call: no scratch for them.
     let on_vcpu = OnVcpuThread::enter(1);
+    assert!(!on_vcpu.takes_poison());
     forged::poison(BUS_MCEERR_AR, system, 12);
+    assert!(on_vcpu.takes_poison());
+    assert!(!on_vcpu.takes_poison(), "once");
     drop(on_vcpu);
     forged::poison(BUS_MCEERR_AR, system, 12);
     let expected = [poison(system, true, Some(1)), poison(system, true, None)];
