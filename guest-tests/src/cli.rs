@@ -36,6 +36,13 @@ pub enum Command {
         /// Runs with long repeat counts.
         #[arg(long)]
         full: bool,
+        /// Instead of the tests: leaves a guest no peace for so long on each kernel. Storage comes and goes under its writes by
+        /// turns of the operator's and the host's; a durable record that is lost, a kernel's complaint, a leak or a hang fails.
+        #[arg(long, value_name = "MINUTES", conflicts_with_all = ["names", "keep", "full"])]
+        soak: Option<u64>,
+        /// Has a soak go as an earlier one went, which has printed this; another one each time when not given.
+        #[arg(long, requires = "soak")]
+        seed: Option<u64>,
     },
     /// Opens a shell on an emulated host, with the binaries in PATH; or runs a command there.
     Shell {
@@ -103,6 +110,19 @@ pub enum Bench {
         /// Measures only this; may be given several times.
         #[arg(long, value_enum)]
         only: Vec<PinPart>,
+        /// How often each is measured.
+        #[arg(long, default_value_t = 5)]
+        repeat: u32,
+    },
+    /// How long memory that the host takes away stays exposed: from the removal's start to the last transfer of a device that
+    /// landed, to the VMM's last descriptor, and what the guest feels of it; held by the removal guard, and not held.
+    Removal {
+        /// The host.
+        #[command(flatten)]
+        host: HostChoice,
+        /// Another VMM whose guest's RAM is taken away, as `ch=PATH` or `qemu=PATH`.
+        #[arg(long = "peer", value_name = "NAME=PATH", value_parser = parse_peer)]
+        peers: Vec<Peer>,
         /// How often each is measured.
         #[arg(long, default_value_t = 5)]
         repeat: u32,
@@ -208,12 +228,25 @@ mod tests {
             names,
             keep,
             full,
+            soak: None,
+            seed: None,
         } = command
         else {
             panic!()
         };
         assert_eq!(kernels.host_kernels, ["6.1", "6.12"]);
         assert_eq!((names, keep, full), (vec!["boots".to_owned()], false, true));
+    }
+
+    #[test]
+    fn a_seed_is_a_soak_s() {
+        let words = ["test", "--soak", "30", "--seed", "7"];
+        let Command::Test { soak, seed, .. } = parse(&words).unwrap() else {
+            panic!()
+        };
+        assert_eq!((soak, seed), (Some(30), Some(7)));
+        assert!(parse(&["test", "--seed", "7"]).is_err());
+        assert!(parse(&["test", "--soak", "30", "boots"]).is_err());
     }
 
     #[test]

@@ -4,6 +4,7 @@
 
 use std::error::Error;
 use std::process::ExitCode;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use clap::Parser;
 use guest_tests::artifacts::{self, Profile};
@@ -13,6 +14,7 @@ use guest_tests::progress::note;
 use guest_tests::provision::{self, Freshness};
 use guest_tests::setup::Setup;
 use guest_tests::suite::{self, Selection, chain};
+use guest_tests::tests::soak;
 use guest_tests::{bench, demo, shell, signals};
 use lab_agent::host_protocol::ExitStatus;
 
@@ -34,9 +36,20 @@ fn run(command: Command) -> Result<ExitCode, Box<dyn Error>> {
     match command {
         Command::Test {
             kernels,
+            soak: Some(minutes),
+            seed,
+            ..
+        } => {
+            let setup = Setup::prepare(Profile::Lab, &kernels.host_kernels)?;
+            soak::run(setup, minutes, seed.unwrap_or_else(somewhat_random))?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Test {
+            kernels,
             names,
             keep,
             full,
+            ..
         } => test(&kernels, &Selection { names, full, keep }),
         Command::Shell { host, command } => open_shell(&host, &command),
         Command::Provision { kernels, newest } => {
@@ -84,6 +97,15 @@ fn measure(what: Bench) -> Result<(), Box<dyn Error>> {
             only,
             repeat,
         } => bench::pin::run(&on(&host)?, &peers, &only, repeat)?,
+        Bench::Removal {
+            host,
+            peers,
+            repeat,
+        } => {
+            // What is measured is the kernel's work, and the emulator's.
+            let setup = Setup::prepare(Profile::Lab, &one(&host))?;
+            bench::removal::run(&setup, &peers, repeat)?
+        }
         Bench::Blk {
             host,
             peers,
@@ -115,6 +137,12 @@ fn test(kernels: &KernelChoice, selection: &Selection) -> Result<ExitCode, Box<d
     };
     let conclusion = suite::run(setup, selection, workspace);
     Ok(conclusion.exit_code())
+}
+
+/// Another number each time; a soak that fails tells it.
+fn somewhat_random() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    since.map_or(0, |since| u64::from(since.subsec_nanos()))
 }
 
 fn open_shell(choice: &HostChoice, command: &[String]) -> Result<ExitCode, Box<dyn Error>> {

@@ -9,3 +9,4 @@
 pub mod guest_protocol;
 pub mod host_protocol;
 pub mod pin_protocol;
+pub mod removal_protocol;

@@ -27,6 +27,9 @@ pub(crate) struct Words {
     count: usize,
 }
 
+// SAFETY: a mapping belongs to the process and not to a thread, and the value is its only owner.
+unsafe impl Send for Words {}
+
 impl Words {
     /// Maps anonymous memory, in huge pages if there are any; the kernel fills it in on first touch.
     pub(crate) fn anonymous(bytes: usize) -> Result<Self, String> {

@@ -1,11 +1,11 @@
 //! Small programs that tests run on the emulated host: `lab-agent NAME ARGUMENT...`.
 //!
 //! `connect SOCKET`, `dax-vanish DEVICE`, `dax-watch DEVICE ROUNDS`, `dax-watch-cost DEVICE`, `await PATH SECONDS`, `await-gone PATH SECONDS`, `await-socket PATH SECONDS`, `unix-echo PATH`, `vsock-ask SOCKET PORT TEXT`,
-//! `tcp-ask ADDRESS TEXT`, `tcp-serve ADDRESS`, `loads FILE WORD [OFFSET]`, `vector-loads FILE WORD`, `vector-stores FILE`, `http SOCKET METHOD TARGET [BODY]`,
-//! and what [`crate::guard`] says.
+//! `tcp-ask ADDRESS TEXT`, `tcp-serve ADDRESS`, `loads FILE WORD [OFFSET]`, `vector-loads FILE WORD`, `vector-stores FILE`,
+//! `dma-loop DISK HEART GO MARK TARGET...`, `soak-write FILE SEED DURABLE STOP`, `http SOCKET METHOD TARGET [BODY]`, and what [`crate::guard`] says.
 //!
 //! For benches, each telling in JSON what it took: `pin-bare PATH MEMORY BYTES INTERFACE`, `pin-parts PATH MEMORY BYTES INTERFACE REGIONS THREADS`,
-//! `attach SOCKET PATH ID`, `detach SOCKET ID SECONDS`.
+//! `attach SOCKET PATH ID`, `detach SOCKET ID SECONDS`, `take DEVICE PID MARKS`, `loss-bare PATH DEVICE BYTES INTERFACE`.
 
 use std::fs;
 use std::io::{self, Read, Write};
@@ -20,11 +20,13 @@ use daxhund_dax::{Host, LockKind};
 use lab_agent::pin_protocol::{BareAttach, Interface};
 use serde::Serialize;
 
-use crate::bare::{self, Cut, Plan};
+use crate::bare::{self, Cut, Plan, loss};
 use crate::guest::page_map::physical_address;
+use crate::guest::{exposure, persist};
+use crate::removal::take;
 use crate::{guard, memory, removal, rest, sockets, wait};
 
-pub(crate) const NAMES: [&str; 22] = [
+pub(crate) const NAMES: [&str; 26] = [
     "connect",
     "dax-vanish",
     "dax-watch",
@@ -39,11 +41,15 @@ pub(crate) const NAMES: [&str; 22] = [
     "loads",
     "vector-loads",
     "vector-stores",
+    "dma-loop",
+    "soak-write",
     "http",
     "pin-bare",
     "pin-parts",
     "attach",
     "detach",
+    "take",
+    "loss-bare",
     "guard-hold",
     "guard-release",
     "guard-list",
@@ -84,6 +90,13 @@ pub(crate) fn run(arguments: &[String]) -> ExitCode {
             number(word).and_then(|word| loads(path, word, 0, |words, _| words.first_by_vector()))
         }
         ["vector-stores", path] => vector_stores(path),
+        ["dma-loop", disk, heart, go, mark, ref targets @ ..] => (|| {
+            let (heart, mark) = (number(heart)?, number(mark)?);
+            exposure::run(disk, heart, go, mark, targets)
+        })(),
+        ["soak-write", path, seed, durable, stop] => {
+            number(seed).map(|seed| persist::write_until(path, seed, durable, stop))
+        }
         ["tcp-serve", address] => sockets::serve_transfers(address),
         ["guard-hold", place, name, device, milliseconds] => number(milliseconds)
             .and_then(|milliseconds| guard::hold(place, name, device, milliseconds)),
@@ -103,6 +116,13 @@ pub(crate) fn run(arguments: &[String]) -> ExitCode {
         ["detach", socket, id, seconds] => number(seconds)
             .and_then(|seconds| rest::detach(socket, id, Duration::from_secs(seconds)))
             .and_then(|call| print_json(&call)),
+        ["take", name, pid, marks] => number(pid)
+            .and_then(|pid| take::take(name, pid, marks))
+            .and_then(|taken| print_json(&taken)),
+        ["loss-bare", path, dax, bytes, by] => (|| {
+            let loss = loss::run(path, dax, number(bytes)?, interface(by)?)?;
+            print_json(&loss)
+        })(),
         _ => Err(format!("wrong arguments: {words:?}")),
     };
     match outcome {

@@ -12,6 +12,7 @@ use comfy_table::presets::ASCII_BORDERS_ONLY_CONDENSED;
 use serde::Serialize;
 
 use super::peer::{PeerError, Vmm, Workload};
+use super::removal::watcher::WatchError;
 use super::statistics::{Summary, figure};
 use super::trace::{BootTimes, TraceError, Tracer};
 use crate::cli::Peer;
@@ -100,6 +101,9 @@ pub enum MeasureError {
     /// The VMM's figures.
     #[error(transparent)]
     Figures(#[from] FiguresError),
+    /// Memory could not be watched.
+    #[error(transparent)]
+    Watch(#[from] WatchError),
     /// The host's agent tells no figures.
     #[error("`{command}` tells no figures: {text}")]
     Garbled {

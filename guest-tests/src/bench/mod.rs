@@ -4,6 +4,7 @@ pub mod boot;
 pub mod devices;
 pub mod peer;
 pub mod pin;
+pub mod removal;
 pub mod rounds;
 pub mod statistics;
 pub mod trace;

@@ -79,6 +79,34 @@ pub fn descriptors(host: &Host, pid: u32) -> Result<u64, FiguresError> {
     })
 }
 
+/// How many mappings a process has: lines of its map.
+pub fn mappings(host: &Host, pid: u32) -> Result<u64, FiguresError> {
+    counted(host, &format!("/proc/{pid}/maps"), |text| {
+        Some(text.lines().count() as u64)
+    })
+}
+
+/// How many threads a process has.
+pub fn threads(host: &Host, pid: u32) -> Result<u64, FiguresError> {
+    counted(host, &format!("/proc/{pid}/status"), |text| {
+        let line = text.lines().find_map(|line| line.strip_prefix("Threads:"));
+        line?.trim().parse().ok()
+    })
+}
+
+fn counted(
+    host: &Host,
+    path: &str,
+    count: impl FnOnce(&str) -> Option<u64>,
+) -> Result<u64, FiguresError> {
+    let text = host.read_text(path)?;
+    count(&text).ok_or_else(|| FiguresError::Missing {
+        path: path.to_owned(),
+        what: "how many there are",
+        text: text.clone(),
+    })
+}
+
 /// The kernel's count of pins.
 pub fn pins(host: &Host) -> Result<Pins, FiguresError> {
     // Each processor keeps a part of the counts to itself for a while (mm/vmstat.c); reading this file gathers them.

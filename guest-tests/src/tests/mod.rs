@@ -3,11 +3,13 @@
 //! A test gets a host that is up and leaves it as it found it; files go to [`crate::suite::SCRATCH`]. What it starts it
 //! may simply drop. Every wait has a deadline; nothing sleeps.
 
+mod add_back;
 mod api;
 mod blk;
 mod boot;
 mod consoles;
 mod drain;
+mod exposure;
 mod guard;
 mod host;
 mod hostile;
@@ -22,6 +24,7 @@ mod power;
 mod remote;
 mod removal;
 mod small_devices;
+pub mod soak;
 mod start_errors;
 mod support;
 
@@ -112,6 +115,8 @@ pub fn all(kernel: &str) -> Vec<GuestTest> {
         removal::TESTS.to_vec(),
         drain::TESTS.to_vec(),
         poison::TESTS.to_vec(),
+        exposure::TESTS.to_vec(),
+        add_back::TESTS.to_vec(),
         persistence::TESTS.to_vec(),
         blk::TESTS.to_vec(),
         net::TESTS.to_vec(),

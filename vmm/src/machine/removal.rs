@@ -205,12 +205,18 @@ impl RunningVm {
             .filter_map(|region| self.regions.at(region.gpa()))
             .map(|(id, state, _)| (id, state))
             .collect();
+        let start = Instant::now();
         self.drive(gone.iter().map(|(id, _)| (*id, RegionEvent::Lost)));
+        let elapsed_us = start.elapsed().as_micros();
         // What was on its way out before is no news.
         let is_news = |(id, _, _): &(RegionId, RegionState, &Known)| {
             gone.iter()
                 .any(|(gone, before)| gone == id && before.stage() == Stage::Present)
         };
+        let is_cut = |(_, state, _): (RegionId, RegionState, &Known)| state.stage() == Stage::Cut;
+        if self.host.dma.is_some() && self.regions.iter().filter(is_news).any(is_cut) {
+            warn!(elapsed_us, "devices do not reach it any more");
+        }
         let mut losses = Losses::default();
         let mut cut_off = Vec::new();
         for (_, _, known) in self.regions.iter().filter(is_news) {

@@ -7,6 +7,7 @@ mod bandwidth;
 mod block;
 mod commands;
 mod edu;
+pub(crate) mod exposure;
 mod hostile;
 mod interrupts;
 mod kernel_log;
@@ -14,7 +15,7 @@ mod modules;
 pub(crate) mod page_map;
 mod pattern;
 mod pci;
-mod persist;
+pub(crate) mod persist;
 mod vsock;
 
 use std::fs::{self, OpenOptions};

@@ -4,9 +4,10 @@
 //! acknowledgement is a line of its own on the console, printed after the kernel has said that the record is durable; it is
 //! the only promise: whoever kills the machine looks which lines came out whole.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 
 use lab_agent::guest_protocol::{ACKNOWLEDGED_MARK, PersistReport, pattern_word};
 
@@ -83,6 +84,24 @@ pub(crate) fn write(
     Ok(())
 }
 
+/// Appends records until there is something at `stop`, or writing fails: that is what a store does that goes away, and no error
+/// here. How many are durable is in `durable`, which is on other storage.
+pub(crate) fn write_until(path: &str, seed: u64, durable: &str, stop: &str) {
+    /// More would fill the store.
+    const MOST: u64 = 16 * 1024;
+    let note = |index: u64| {
+        fs::write(durable, (index + 1).to_string())
+            .map_err(|error| format!("cannot write {durable}: {error}"))?;
+        if Path::new(stop).exists() {
+            return Err(format!("there is {stop}"));
+        }
+        Ok(())
+    };
+    if let Err(message) = write(path, seed, How::Append, MOST, note) {
+        println!("ended: {message}");
+    }
+}
+
 /// Counts the whole records from the start of the file.
 pub(crate) fn check(path: &str, seed: u64) -> Result<PersistReport, String> {
     let failed = |error: io::Error| format!("cannot read {path}: {error}");
@@ -130,6 +149,21 @@ pub(crate) fn acknowledge(index: u64) -> Result<(), String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn writing_goes_on_until_it_is_stopped() {
+        let place = std::env::temp_dir().join(format!("lab-agent-until-{}", std::process::id()));
+        fs::create_dir_all(&place).unwrap();
+        let at = |name: &str| place.join(name).to_str().unwrap().to_owned();
+        fs::write(at("stop"), "").unwrap();
+        write_until(&at("records"), 3, &at("durable"), &at("stop"));
+        assert_eq!(fs::read_to_string(at("durable")).unwrap(), "1");
+        assert_eq!(check(&at("records"), 3).unwrap().records, 1);
+        // No store, no promise.
+        write_until(&at("nowhere/records"), 3, &at("none"), &at("stop"));
+        assert!(!Path::new(&at("none")).exists());
+        fs::remove_dir_all(place).unwrap();
+    }
 
     #[test]
     fn records_are_found_up_to_the_first_that_is_not_whole() {

@@ -198,7 +198,7 @@ fn interfaces(host: &Host) -> Result<Vec<Interface>, HostError> {
 }
 
 /// Has the host's agent do something, and reads what it tells.
-fn tell<T: DeserializeOwned>(host: &Host, words: &[&str]) -> Result<T, MeasureError> {
+pub(super) fn tell<T: DeserializeOwned>(host: &Host, words: &[&str]) -> Result<T, MeasureError> {
     let argv: Vec<&str> = std::iter::once("lab-agent")
         .chain(words.iter().copied())
         .collect();

@@ -86,7 +86,7 @@ enum By {
 }
 
 /// The value of `--device`.
-fn word(binding: &Binding) -> String {
+pub(super) fn word(binding: &Binding) -> String {
     let (path, id) = (binding.path(), binding.device().card.id());
     format!("path={path},id={id}")
 }
@@ -218,7 +218,7 @@ fn function(guest: &mut Guest, card: Card) -> Result<PciFunction, TestError> {
 }
 
 /// The guest's driver has the card.
-fn is_driven(guest: &mut Guest, card: Card) -> Result<PciFunction, TestError> {
+pub(super) fn is_driven(guest: &mut Guest, card: Card) -> Result<PciFunction, TestError> {
     let address = function(guest, card)?.address;
     guest.await_path(&format!("/sys/bus/pci/devices/{address}/driver"))?;
     let function = function(guest, card)?;
@@ -244,7 +244,12 @@ fn carries_data(guest: &mut Guest, bytes: u64) -> Result<(), TestError> {
 }
 
 /// Writes to a drive and reads back what was written.
-fn keeps_blocks(guest: &mut Guest, path: &str, bytes: u64, seed: u64) -> Result<(), TestError> {
+pub(super) fn keeps_blocks(
+    guest: &mut Guest,
+    path: &str,
+    bytes: u64,
+    seed: u64,
+) -> Result<(), TestError> {
     guest.await_path(path)?;
     guest.fill_blocks(path, 0, bytes, seed)?;
     let report = guest.compare_blocks(path, 0, bytes, seed)?;

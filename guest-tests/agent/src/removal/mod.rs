@@ -1,6 +1,8 @@
 //! How soon a removal of device-dax is noticed, and what watching for it costs. For the emulated host: takes the driver of
 //! a device away and gives it back, again and again.
 
+pub(crate) mod take;
+
 use std::fs::{self, File};
 use std::io::Write;
 use std::path::Path;
@@ -112,18 +114,18 @@ fn round(path: &str, pace: Pace, spin: bool) -> Result<Seen, Box<dyn std::error:
     seen.unbound = unbound.saturating_duration_since(opened);
     drop(watch);
     drop(mapping);
-    fs::write(format!("{DRIVER}/bind"), &name)?;
+    give_back(&name)?;
     Ok(seen)
 }
 
-fn map(path: &str) -> Result<DaxMapping, Box<dyn std::error::Error>> {
+pub(crate) fn map(path: &str) -> Result<DaxMapping, Box<dyn std::error::Error>> {
     let device = Host::system().open(Path::new(path))?;
     let range = device.range(None, None)?;
     Ok(device.lock(range, LockKind::Exclusive)?.map()?)
 }
 
 /// When it was opened, written, and done.
-fn remove(name: &str) -> std::io::Result<(Instant, Instant, Instant)> {
+pub(crate) fn remove(name: &str) -> std::io::Result<(Instant, Instant, Instant)> {
     // The watch is at rest by then.
     thread::sleep(Duration::from_millis(100));
     let opened = Instant::now();
@@ -135,6 +137,11 @@ fn remove(name: &str) -> std::io::Result<(Instant, Instant, Instant)> {
     let written = Instant::now();
     unbind.write_all(name.as_bytes())?;
     Ok((opened, written, Instant::now()))
+}
+
+/// The undo of [`remove`].
+pub(crate) fn give_back(name: &str) -> std::io::Result<()> {
+    fs::write(format!("{DRIVER}/bind"), name)
 }
 
 fn spin_on(mapping: &DaxMapping, over: &AtomicBool) -> Option<Instant> {
