@@ -7,8 +7,8 @@
 //! Gathers and scatters have addresses in vector registers, which are not looked at: such a touch is not found.
 
 use iced_x86::{
-    Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory, OpAccess, Register,
-    UsedMemory,
+    Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpAccess,
+    Register, UsedMemory,
 };
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
 
@@ -48,7 +48,12 @@ pub(super) fn effects(bytes: &[u8], regs: &kvm_regs, sregs: &kvm_sregs) -> Optio
     let mut factory = InstructionInfoFactory::new();
     let info = factory.info(&instruction);
     let touches = info.used_memory().iter();
+    let is_cache_control = controls_caches(&instruction);
     let touches = touches.flat_map(|memory| pages(memory, regs, sregs));
+    let touches = touches.map(|touch| Touch {
+        loads: touch.loads && !is_cache_control,
+        ..touch
+    });
     let changes_registers = info
         .used_registers()
         .iter()
@@ -58,6 +63,15 @@ pub(super) fn effects(bytes: &[u8], regs: &kvm_regs, sregs: &kvm_sregs) -> Optio
         next: instruction.next_ip(),
         only_stores: !changes_registers && is_plain(&instruction),
     })
+}
+
+/// It writes cache lines back or drops them, and takes nothing from memory: where none is, it does nothing. Linux's driver
+/// of persistent memory does it after each store.
+fn controls_caches(instruction: &Instruction) -> bool {
+    matches!(
+        instruction.mnemonic(),
+        Mnemonic::Clwb | Mnemonic::Clflush | Mnemonic::Clflushopt | Mnemonic::Cldemote
+    )
 }
 
 fn is_plain(instruction: &Instruction) -> bool {
@@ -205,6 +219,18 @@ mod tests {
         // paddd xmm0, [rip + 0x10]
         let effects = of(&[0x66, 0x0f, 0xfe, 0x05, 0x10, 0, 0, 0]).unwrap();
         assert_eq!(effects.touches, [load(RIP + 8 + 0x10)]);
+    }
+
+    #[test]
+    fn writing_a_line_back_is_no_load() {
+        for bytes in [
+            [0x66, 0x0f, 0xae, 0x37], // clwb [rdi]
+            [0x66, 0x0f, 0xae, 0x3f], // clflushopt [rdi]
+        ] {
+            let effects = of(&bytes).unwrap();
+            assert_eq!(effects.touches, [store(0xffff_ffff_0000_2000)]);
+            assert!(effects.only_stores);
+        }
     }
 
     #[test]
