@@ -36,10 +36,22 @@ pub enum FiguresError {
 
 /// A process's private memory.
 pub fn rss_anon(host: &Host, pid: u32) -> Result<u64, FiguresError> {
-    let path = format!("/proc/{pid}/status");
+    size_in(host, format!("/proc/{pid}/status"), "RssAnon")
+}
+
+/// The same without what is in transparent huge pages. Kernels before 6.7 put one beneath a thread's stack when it happens to
+/// be aligned, of which the thread may use some kilobytes.
+pub fn rss_anon_of_small_pages(host: &Host, pid: u32) -> Result<u64, FiguresError> {
+    let huge = size_in(host, format!("/proc/{pid}/smaps_rollup"), "AnonHugePages")?;
+    Ok(rss_anon(host, pid)?.saturating_sub(huge))
+}
+
+/// Bytes of a line `NAME:   N kB`.
+fn size_in(host: &Host, path: String, name: &'static str) -> Result<u64, FiguresError> {
     let text = host.read_text(&path)?;
     let kib = text.lines().find_map(|line| {
-        line.strip_prefix("RssAnon:")?
+        line.strip_prefix(name)?
+            .strip_prefix(':')?
             .split_whitespace()
             .next()?
             .parse::<u64>()
@@ -47,7 +59,7 @@ pub fn rss_anon(host: &Host, pid: u32) -> Result<u64, FiguresError> {
     });
     kib.map(|kib| kib * 1024).ok_or(FiguresError::Missing {
         path,
-        what: "RssAnon",
+        what: name,
         text,
     })
 }

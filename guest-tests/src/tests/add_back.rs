@@ -8,12 +8,13 @@ use super::support::{
     MIB, dax_zone, eventually, holds, no_complaints, power_off, scratch, spec_on,
 };
 use super::{GuestTest, Lab, TestError, claim};
+use crate::bench::removal::scene::NO_LATE_ZEROS;
 use crate::guest::Guest;
 use crate::host::account::{
     DmaWatch, Memlock, Pins, descriptors, kernel_says, mappings, memlock, pins, threads,
 };
 use crate::host::cards::Card;
-use crate::host::figures::rss_anon;
+use crate::host::figures::rss_anon_of_small_pages;
 use crate::host::passthrough::Binding;
 use crate::share::Initramfs;
 
@@ -107,7 +108,10 @@ impl<'a> Story<'a> {
     fn is_as_before(&mut self, cycle: u32) -> Result<(), TestError> {
         let pid = self.guest.vmm().pid();
         let Some((first, rss)) = self.first else {
-            self.first = Some((self.account()?, rss_anon(&self.lab.host, pid)?));
+            self.first = Some((
+                self.account()?,
+                rss_anon_of_small_pages(&self.lab.host, pid)?,
+            ));
             return Ok(());
         };
         let mut now = first;
@@ -120,7 +124,7 @@ impl<'a> Story<'a> {
                 "{error}; cycle {cycle}: first {first:?}, now {now:?}"
             ))
         })?;
-        let now = rss_anon(&self.lab.host, pid)?;
+        let now = rss_anon_of_small_pages(&self.lab.host, pid)?;
         claim(now <= rss + RSS_ROOM_BYTES, || {
             format!(
                 "cycle {cycle}: the VMM's own memory was {rss} bytes after the first one, it is {now}"
@@ -163,7 +167,9 @@ fn pmem(lab: &mut Lab) -> Result<(), TestError> {
         let guest = &mut story.guest;
         guest.await_path("/dev/pmem0")?;
         if cycle == 0 {
-            guest.sh("mkfs.ext4 -q -F -b 4096 /dev/pmem0")?;
+            guest.sh(&format!(
+                "mkfs.ext4 -q -F -b 4096 -E {NO_LATE_ZEROS} /dev/pmem0"
+            ))?;
         }
         guest.sh("mount -t ext4 -o dax /dev/pmem0 /mnt")?;
         if let Some(last) = cycle.checked_sub(1) {

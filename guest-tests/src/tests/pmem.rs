@@ -5,6 +5,7 @@ use super::support::{
     power_off, refused, refused_as, scratch, spec_with,
 };
 use super::{GuestTest, Lab, TestError, claim, pci};
+use crate::bench::removal::scene::NO_LATE_ZEROS;
 use crate::guest::{Guest, GuestSpec};
 use crate::share::Initramfs;
 use crate::suite::SCRATCH;
@@ -49,12 +50,12 @@ pub(super) fn boot_spec_with_pmem(lab: &Lab, mut spec: GuestSpec) -> Result<Gues
 /// Makes a file system on `/dev/pmem0` as the story `kind` wants it: `ext4`, `ext4-dax`, `xfs` or `xfs-dax`.
 pub(super) fn make_file_system(guest: &mut Guest, kind: &str) -> Result<(), TestError> {
     let make = if kind.starts_with("ext4") {
-        "mkfs.ext4 -q -F -b 4096 /dev/pmem0"
+        format!("mkfs.ext4 -q -F -b 4096 -E {NO_LATE_ZEROS} /dev/pmem0")
     } else {
         // 6.1 does not have shared blocks and dax together on every device.
-        "mkfs.xfs -q -f -m reflink=0 /dev/pmem0"
+        "mkfs.xfs -q -f -m reflink=0 /dev/pmem0".to_owned()
     };
-    guest.sh(make)?;
+    guest.sh(&make)?;
     Ok(())
 }
 

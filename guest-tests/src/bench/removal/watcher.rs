@@ -3,7 +3,7 @@
 //!
 //! The memory is that of persistent memory modules that are files of the lab's, mapped and shared by the emulator; a read of
 //! such a file gives what is in memory now. Nothing on the host can keep the watcher from seeing it, whoever owns the memory there.
-//! A look takes some microseconds, and looks come every [`PAUSE`] or as often as this machine lets them: the longest gap
+//! A look takes some microseconds, and looks come every `PAUSE` or as often as this machine lets them: the longest gap
 //! between two looks is the error of every time here, and is told ([`Seen::blink`]).
 
 use std::fs::File;

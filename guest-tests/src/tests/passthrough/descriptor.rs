@@ -4,7 +4,9 @@ use lab_agent::guest_protocol::InterruptKind;
 
 use super::super::support::{LAB_USER, MIB, no_complaints, open_to_all, power_off, refused_as};
 use super::super::{GuestTest, Lab, TestError, claim};
-use super::{By, DRIVERS, as_user_after, interrupts_arrive, is_driven, keeps_blocks, ram, spec};
+use super::{
+    DRIVERS, as_user_after, interrupts_arrive, is_driven, keeps_blocks, ram, spec_of_choice,
+};
 use crate::guest::Guest;
 use crate::host::cards::Card;
 
@@ -18,7 +20,7 @@ fn handed_over(lab: &mut Lab) -> Result<(), TestError> {
     let file = card.device_file()?;
     let argv = |device: &str| {
         // The descriptor says how the device is to be had: nothing else asks for iommufd.
-        let mut spec = spec(lab, By::Groups, &[&ram(lab)], &[]);
+        let mut spec = spec_of_choice(lab, &[&ram(lab)], &[]);
         spec.arguments
             .extend(["--device", device].map(str::to_owned));
         spec.argv()

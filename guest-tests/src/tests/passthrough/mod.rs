@@ -3,6 +3,7 @@
 //! Stories are told twice where the kernel's two interfaces could differ: by groups, which every kernel has, and by iommufd, which only
 //! the lab's own kernel has. Bindings outlive guests: vfio-pci gives no device up that somebody uses.
 
+mod chosen;
 mod coming_and_going;
 mod descriptor;
 mod devices;
@@ -66,6 +67,7 @@ pub(super) fn iommufd_tests() -> Vec<GuestTest> {
     [
         devices::IOMMUFD_TESTS,
         descriptor::IOMMUFD_TESTS,
+        chosen::IOMMUFD_TESTS,
         reach::IOMMUFD_TESTS,
         pmem::IOMMUFD_TESTS,
         coming_and_going::IOMMUFD_TESTS,
@@ -91,14 +93,25 @@ pub(super) fn word(binding: &Binding) -> String {
     format!("path={path},id={id}")
 }
 
-/// A guest with tools, these zones and these devices, before it is started.
+/// A guest with tools, these zones and these devices, before it is started. The devices are the last words.
 fn spec(lab: &Lab, by: By, zones: &[&str], bindings: &[&Binding]) -> GuestSpec {
+    let said = match by {
+        By::Groups => "iommufd=off",
+        By::Iommufd => "iommufd=on",
+    };
+    spec_saying(lab, &["--platform", said], zones, bindings)
+}
+
+/// The same, and nobody says which interface is to be used.
+fn spec_of_choice(lab: &Lab, zones: &[&str], bindings: &[&Binding]) -> GuestSpec {
+    spec_saying(lab, &[], zones, bindings)
+}
+
+fn spec_saying(lab: &Lab, said: &[&str], zones: &[&str], bindings: &[&Binding]) -> GuestSpec {
     let mut spec = spec_on(lab, zones);
     spec.initramfs = Initramfs::Tools;
-    if by == By::Iommufd {
-        spec.arguments
-            .extend(["--platform", "iommufd=on"].map(str::to_owned));
-    }
+    let said = said.iter().map(|word| (*word).to_owned());
+    spec.arguments.extend(said);
     if !bindings.is_empty() {
         spec.arguments.push("--device".to_owned());
     }

@@ -3,7 +3,7 @@
 //!
 //! What must hold after every step: a record that the guest's kernel has called durable is there when its store comes back;
 //! neither kernel complains; and with nothing attached the VMM is as it was. Every wait has a deadline, so that a hang is a
-//! failure too. The order of events follows from the seed ([`plan`]); how far the guest's writer has got at each does not.
+//! failure too. The order of events follows from the seed (`plan.rs`); how far the guest's writer has got at each does not.
 
 mod plan;
 mod world;

@@ -12,10 +12,11 @@ use super::super::support::{
 };
 use super::super::{Lab, TestError, claim};
 use super::plan::{Step, Store};
+use crate::bench::removal::scene::NO_LATE_ZEROS;
 use crate::guest::Guest;
 use crate::host::account::{Memlock, descriptors, kernel_says, mappings, memlock, threads};
 use crate::host::cards::Card;
-use crate::host::figures::rss_anon;
+use crate::host::figures::rss_anon_of_small_pages;
 use crate::host::passthrough::Binding;
 use crate::host::process::Process;
 use crate::share::Initramfs;
@@ -188,7 +189,7 @@ impl<'a> World<'a> {
             })
         };
         let Some((first, rss)) = self.first else {
-            self.first = Some((account()?, rss_anon(host, pid)?));
+            self.first = Some((account()?, rss_anon_of_small_pages(host, pid)?));
             return Ok(());
         };
         let mut now = first;
@@ -198,7 +199,7 @@ impl<'a> World<'a> {
         });
         outcome
             .map_err(|error| TestError::Claim(format!("{error}: first {first:?}, now {now:?}")))?;
-        let now = rss_anon(host, pid)?;
+        let now = rss_anon_of_small_pages(host, pid)?;
         claim(now <= rss + RSS_ROOM_BYTES, || {
             format!("the VMM's own memory was {rss} bytes, it is {now}")
         })
@@ -240,8 +241,9 @@ impl<'a> World<'a> {
         self.state(store).address = Some(address);
         if !self.states[&store].has_file_system {
             let node = self.node(store)?;
-            self.guest
-                .sh(&format!("mkfs.ext4 -q -F -b 4096 /dev/{node}"))?;
+            self.guest.sh(&format!(
+                "mkfs.ext4 -q -F -b 4096 -E {NO_LATE_ZEROS} /dev/{node}"
+            ))?;
             self.state(store).has_file_system = true;
         }
         self.mount(store)?;
