@@ -3,9 +3,9 @@
 //! One unmeasured round comes first: it fills the host's cache of the share. The figures are an emulator's: the
 //! ratios between VMMs in one run are what counts, and the absolute times only compare runs on one machine.
 
-use std::path::{Path, PathBuf};
+use std::io;
+use std::path::PathBuf;
 use std::time::Duration;
-use std::{fs, io};
 
 use comfy_table::Table;
 use comfy_table::presets::ASCII_BORDERS_ONLY_CONDENSED;
@@ -13,6 +13,7 @@ use serde::Serialize;
 
 use super::peer::{PeerError, Vmm, Workload};
 use super::removal::watcher::WatchError;
+use super::results::keep;
 use super::statistics::{Summary, figure};
 use super::trace::{BootTimes, TraceError, Tracer};
 use crate::cli::Peer;
@@ -21,7 +22,7 @@ use crate::host::Host;
 use crate::host::channel::HostError;
 use crate::host::figures::{FiguresError, MappedPages, mapped_pages, rss_anon};
 use crate::host::machine::Machine;
-use crate::progress::{note, step};
+use crate::progress::step;
 use crate::setup::{Setup, StartError};
 use crate::share::{ImageForm, Initramfs, initramfs_path, kernel_path};
 
@@ -197,13 +198,7 @@ pub fn run(setup: &Setup, peers: &[Peer], repeat: u32) -> Result<PathBuf, BenchE
     };
     let results = compare(&tracer, &kernel.release, &vmms, &work, repeat)?;
     println!("{}", table(&results));
-    let path = setup.workspace.target.join("lab/bench/boot.json");
-    write(&path, &results).map_err(|source| BenchError::Write {
-        path: path.clone(),
-        source,
-    })?;
-    note(&format!("results: {}", path.display()));
-    Ok(path)
+    keep(setup, "boot", &results)
 }
 
 /// Boots the same guest by every VMM in turn.
@@ -328,13 +323,6 @@ pub(super) fn table(results: &Results) -> Table {
         ]);
     }
     table
-}
-
-fn write(path: &Path, results: &Results) -> io::Result<()> {
-    if let Some(parent) = path.parent() {
-        fs::create_dir_all(parent)?;
-    }
-    fs::write(path, serde_json::to_vec_pretty(results)?)
 }
 
 #[cfg(test)]

@@ -5,6 +5,7 @@ pub mod devices;
 pub mod peer;
 pub mod pin;
 pub mod removal;
+mod results;
 pub mod rounds;
 pub mod statistics;
 pub mod trace;

@@ -1,7 +1,6 @@
 //! Figures of several VMMs, taken in turn, and how they are told: least, middle and greatest, and ratios within a round.
 
-use std::path::{Path, PathBuf};
-use std::{fs, io};
+use std::path::PathBuf;
 
 use comfy_table::Table;
 use comfy_table::presets::ASCII_BORDERS_ONLY_CONDENSED;
@@ -9,12 +8,13 @@ use serde::Serialize;
 
 use super::boot::{BenchError, MeasureError};
 use super::peer::{Vmm, Workload};
+use super::results::keep;
 use super::statistics::Summary;
 use crate::cli::Peer;
 use crate::guest::{Guest, GuestSpec};
 use crate::host::Host;
 use crate::host::machine::Machine;
-use crate::progress::{note, step};
+use crate::progress::step;
 use crate::setup::Setup;
 use crate::share::{ImageForm, Initramfs, initramfs_path, kernel_path};
 
@@ -147,16 +147,7 @@ pub fn run(
         vmms: summarise(&vmms, &samples, plan.base).ok_or(BenchError::NoSamples)?,
     };
     println!("{}", table(&results));
-    let path = setup
-        .workspace
-        .target
-        .join(format!("lab/bench/{}.json", plan.name));
-    write(&path, &results).map_err(|source| BenchError::Write {
-        path: path.clone(),
-        source,
-    })?;
-    note(&format!("results: {}", path.display()));
-    Ok(path)
+    keep(setup, plan.name, &results)
 }
 
 /// Samples are by VMM, round and figure.
@@ -214,13 +205,6 @@ fn table(results: &Results) -> Table {
         }
     }
     table
-}
-
-fn write(path: &Path, results: &Results) -> io::Result<()> {
-    if let Some(parent) = path.parent() {
-        fs::create_dir_all(parent)?;
-    }
-    fs::write(path, serde_json::to_vec_pretty(results)?)
 }
 
 #[cfg(test)]

@@ -41,6 +41,17 @@ impl Guest {
             .map(|_| ())
     }
 
+    /// Loads the drivers of persistent memory, and of ext4 on it.
+    pub fn modprobe_pmem(&mut self) -> Result<(), GuestError> {
+        self.modprobe(&[
+            "virtio_pci",
+            "virtio_pmem",
+            "nd_pmem",
+            "crc32c_generic",
+            "ext4",
+        ])
+    }
+
     /// Waits until there is something at a path.
     pub fn await_path(&mut self, path: &str) -> Result<(), GuestError> {
         self.ask(&format!("await {path} {NODE_SECONDS}"))

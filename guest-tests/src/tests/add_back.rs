@@ -1,11 +1,10 @@
 //! What the host took away comes back under the same name, again and again, and the VMM is as it was.
 
-use std::time::Duration;
-
 use super::passthrough::{is_driven, keeps_blocks, word};
 use super::remote::Remote;
+use super::removal::{REMOVAL_DEADLINE, bind, unbind_goes_through};
 use super::support::{
-    MIB, dax_zone, eventually, holds, no_complaints, power_off, scratch, spec_on,
+    MIB, comes_back_to, dax_zone, eventually, no_complaints, power_off, scratch, spec_on,
 };
 use super::{GuestTest, Lab, TestError, claim};
 use crate::bench::removal::scene::NO_LATE_ZEROS;
@@ -35,7 +34,6 @@ const PMEM_BYTES: u64 = 256 * MIB;
 const PAGE_BYTES: u64 = 4096;
 /// The allocator's own affair; a leak of a kilobyte in each of a hundred cycles is above it.
 const RSS_ROOM_BYTES: u64 = 96 * 1024;
-const REMOVAL_DEADLINE: Duration = Duration::from_mins(1);
 const COMPLAINTS: [&str; 4] = ["WARNING:", "BUG:", "Bad page state", "Call Trace"];
 
 /// What must not grow.
@@ -74,14 +72,8 @@ impl<'a> Story<'a> {
         let watch = DmaWatch::begin(&lab.host)?;
         let complaints = kernel_says(&lab.host, &COMPLAINTS)?.len();
         let mut guest = Guest::boot(&lab.host, &spec)?;
-        guest.modprobe(&[
-            "virtio_pci",
-            "virtio_pmem",
-            "nd_pmem",
-            "crc32c_generic",
-            "ext4",
-            "nvme",
-        ])?;
+        guest.modprobe_pmem()?;
+        guest.modprobe(&["nvme"])?;
         guest.sh("mkdir -p /mnt")?;
         Ok(Self {
             lab,
@@ -114,16 +106,8 @@ impl<'a> Story<'a> {
             ));
             return Ok(());
         };
-        let mut now = first;
-        let outcome = eventually("the accounts are as after the first cycle", || {
-            now = self.account()?;
-            Ok(now == first)
-        });
-        outcome.map_err(|error| {
-            TestError::Claim(format!(
-                "{error}; cycle {cycle}: first {first:?}, now {now:?}"
-            ))
-        })?;
+        let what = format!("cycle {cycle}: the accounts are as after the first one");
+        comes_back_to(&what, &first, || self.account())?;
         let now = rss_anon_of_small_pages(&self.lab.host, pid)?;
         claim(now <= rss + RSS_ROOM_BYTES, || {
             format!(
@@ -180,16 +164,8 @@ fn pmem(lab: &mut Lab) -> Result<(), TestError> {
         }
         guest.sh(&format!("echo {cycle} > /mnt/cycle && sync && umount /mnt"))?;
 
-        let unbind = format!("echo {} > /sys/bus/dax/drivers/device_dax/unbind", dax.name);
-        let gone = lab
-            .host
-            .run_within(&["sh", "-c", &unbind], REMOVAL_DEADLINE)?;
-        claim(
-            gone.status.success() && !holds(lab, guest, &dax.path)?,
-            || format!("cycle {cycle}: {} does not go: {gone:?}", dax.path),
-        )?;
-        let bind = format!("echo {} > /sys/bus/dax/drivers/device_dax/bind", dax.name);
-        lab.host.sh(&bind)?;
+        unbind_goes_through(lab, guest, &dax)?;
+        bind(lab, &dax.name)?;
         guest.await_gone(&format!("/sys/bus/pci/devices/{address}"))?;
         story.is_forgotten("p0")?;
         story.is_as_before(cycle)?;

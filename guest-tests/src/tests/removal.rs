@@ -51,11 +51,11 @@ pub(super) const TESTS: &[GuestTest] = &[
 /// What the guest's program finds in the first word of its file.
 pub(super) const WORD: u64 = 0x6461_7868_756e_6421;
 /// From the guest's eject to the host's unbind there is little to do; emulated, some seconds.
-const REMOVAL_DEADLINE: Duration = Duration::from_mins(1);
+pub(super) const REMOVAL_DEADLINE: Duration = Duration::from_mins(1);
 /// 128 + SIGBUS, as the shell tells it.
 pub(super) const KILLED_BY_SIGBUS: &str = "135";
 
-const DRIVER: &str = "/sys/bus/dax/drivers/device_dax";
+pub(super) const DRIVER: &str = "/sys/bus/dax/drivers/device_dax";
 
 /// What a person would type.
 pub(super) fn unbind_script(device: &str) -> String {

@@ -98,6 +98,17 @@ pub(super) fn no_complaints(guest: &mut Guest) -> Result<(), TestError> {
     })
 }
 
+/// Waits until an account is what it was.
+pub(super) fn comes_back_to<T: PartialEq + std::fmt::Debug>(
+    what: &str,
+    before: &T,
+    mut account: impl FnMut() -> Result<T, TestError>,
+) -> Result<(), TestError> {
+    let mut now = None;
+    let outcome = eventually(what, || Ok(now.insert(account()?) == before));
+    outcome.map_err(|error| TestError::Claim(format!("{error}: before {before:?}, now {now:?}")))
+}
+
 /// Looks until `is_so`, at least once. What is looked for is announced by nobody: the lab asks again, as a person would.
 pub(super) fn eventually(
     what: &str,

@@ -52,11 +52,14 @@ fn total_mib(meminfo: &str) -> Option<u64> {
 
 /// device-dax pages pinned through VFIO type1 are not counted; all other pinned guest memory is.
 fn memlock(roots: &Roots) -> Row {
+    const CAP_IPC_LOCK: u32 = 14;
     let limit = roots
         .proc_text("self/limits")
         .and_then(|text| soft_memlock(&text));
     match limit {
-        _ if has_ipc_lock(roots) => Row::ok("memlock", "CAP_IPC_LOCK: the limit does not apply"),
+        _ if roots.may(CAP_IPC_LOCK) => {
+            Row::ok("memlock", "CAP_IPC_LOCK: the limit does not apply")
+        }
         Some(Limit::Unlimited) => Row::ok("memlock", "unlimited"),
         limit => {
             let found = match limit {
@@ -89,11 +92,6 @@ fn soft_memlock(limits: &str) -> Option<Limit> {
         "unlimited" => Some(Limit::Unlimited),
         bytes => bytes.parse().ok().map(Limit::Bytes),
     }
-}
-
-fn has_ipc_lock(roots: &Roots) -> bool {
-    const CAP_IPC_LOCK: u32 = 14;
-    roots.may(CAP_IPC_LOCK)
 }
 
 fn huge_pages(roots: &Roots, size: &str, kib: u64) -> Row {

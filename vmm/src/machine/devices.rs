@@ -370,11 +370,10 @@ impl Devices {
         Ok(())
     }
 
-    /// A device is wanted back: the guest is asked, and cut off when it has not let go by then. `false`: there is no
-    /// such device.
-    pub(super) fn claim(&mut self, id: &str, by: Claimant, until: Instant) -> bool {
+    /// A device is wanted back: the guest is asked, and cut off when it has not let go by then.
+    pub(super) fn claim(&mut self, id: &str, by: Claimant, until: Instant) {
         let Some(plugged) = self.plugged.iter_mut().find(|plugged| plugged.id == id) else {
-            return false;
+            return;
         };
         let (state, action) = slot::step(plugged.state, SlotEvent::Claim { by, until });
         plugged.state = state;
@@ -383,7 +382,6 @@ impl Devices {
             self.hotplug
                 .request_eject(plugged.bdf.segment, plugged.slot);
         }
-        true
     }
 
     /// An operator wants a device for the host: as [`Devices::claim`]. One that can't be taken from a guest that keeps it is

@@ -7,11 +7,12 @@
 //! ```
 //! The answer is kept here, so that a drain holds up nobody else. It can't be called off: one whose client has gone goes on.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use tokio::sync::oneshot;
 use tracing::info;
 
+use super::guard::RELEASE_SLACK;
 use super::owner::{Owner, State};
 use super::removal::User;
 use super::requests::Stopping;
@@ -22,9 +23,6 @@ use crate::lifecycle::slot::Claimant;
 
 /// At once. Each keeps a connection of the API open.
 const MOST: usize = 16;
-
-/// What it may take beyond the guest's time: transfers are stopped, memory is unpinned and unmapped.
-const RELEASE_SLACK: Duration = Duration::from_secs(30);
 
 /// Somebody waits.
 #[derive(Debug)]

@@ -30,7 +30,7 @@ use tracing::{error, info, warn};
 use crate::config::RemovalGuard;
 
 /// What a release takes beyond the guest's time: transfers are stopped, memory is unpinned and unmapped.
-const RELEASE_SLACK: Duration = Duration::from_secs(30);
+pub(super) const RELEASE_SLACK: Duration = Duration::from_secs(30);
 
 /// This program, as a helper.
 const HELPER_PROGRAM: &str = "/proc/self/exe";

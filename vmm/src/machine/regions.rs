@@ -91,14 +91,6 @@ impl Regions {
         host: &mut HostResources,
     ) -> Option<RegionEvent> {
         let now = Instant::now();
-        if action == RegionAction::FreePlace {
-            if let Some(known) = self.lives.end(id)
-                && let User::Device(_) = known.user
-            {
-                host.device_memory.free(known.gpa.0);
-            }
-            return None;
-        }
         let known = self.lives.get_mut(id)?;
         match action {
             RegionAction::CutDma => Some(match ram.cut_dma(known.gpa) {
@@ -155,8 +147,13 @@ impl Regions {
                 self.reports.push(report);
                 None
             }
-            // Above.
-            RegionAction::FreePlace => None,
+            RegionAction::FreePlace => {
+                if let User::Device(_) = known.user {
+                    host.device_memory.free(known.gpa.0);
+                }
+                self.lives.end(id);
+                None
+            }
         }
     }
 

@@ -176,9 +176,9 @@ impl RunningVm {
         (policy.unwrap_or(default), timeout)
     }
 
-    /// A device is wanted back: the guest is asked, and cut off if it has not let go by then. `false`: there is none.
-    pub(super) fn claim(&mut self, id: &str, by: Claimant, until: Instant) -> bool {
-        self.machine.devices.claim(id, by, until)
+    /// The host wants a device back: the guest is asked, and cut off if it has not let go by then.
+    pub(super) fn claim(&mut self, id: &str, until: Instant) {
+        self.machine.devices.claim(id, Claimant::Host, until);
     }
 
     /// The host does not want it any more.

@@ -62,7 +62,7 @@ impl Owner {
         let now = Instant::now();
         for (user, policy, timeout) in users {
             match (user, policy) {
-                (User::Device(id), _) => self.claim_until(&id, Claimant::Host, now + timeout),
+                (User::Device(id), _) => self.claim_until(&id, now + timeout),
                 (User::Zone(zone), _) => {
                     let until = now + timeout;
                     self.stop_guest(Stopping {
@@ -93,12 +93,12 @@ impl Owner {
 
     /// The host wants a passed-through device back.
     pub(super) fn claim(&mut self, id: &str) {
-        self.claim_until(id, Claimant::Host, Instant::now() + DEFAULT_REMOVAL_TIMEOUT);
+        self.claim_until(id, Instant::now() + DEFAULT_REMOVAL_TIMEOUT);
     }
 
-    fn claim_until(&mut self, id: &str, by: Claimant, until: Instant) {
+    fn claim_until(&mut self, id: &str, until: Instant) {
         if let State::Up(vm) = &mut self.state {
-            vm.claim(id, by, until);
+            vm.claim(id, until);
         }
     }
 

@@ -13,9 +13,8 @@ mod curve;
 mod launch;
 mod parts;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
-use std::{fs, io};
 
 use comfy_table::Table;
 use comfy_table::presets::ASCII_BORDERS_ONLY_CONDENSED;
@@ -24,6 +23,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::boot::{self, BenchError, MeasureError};
+use super::results::keep;
 use super::statistics::{Summary, figure};
 use crate::cli::{Peer, PinPart};
 use crate::host::Host;
@@ -157,18 +157,12 @@ pub fn run(
         launch,
         parts,
     };
-    let place = setup.workspace.target.join("lab/bench");
-    let path = place.join(format!("pin-{}.json", kernel.name));
-    write(&path, &results).map_err(|source| BenchError::Write {
-        path: path.clone(),
-        source,
-    })?;
+    let path = keep(setup, &format!("pin-{}", kernel.name), &results)?;
     if !results.attach.is_empty() {
-        let drawing = place.join(format!("pin-{}.svg", kernel.name));
+        let drawing = path.with_extension("svg");
         curve::draw(&drawing, &kernel.release, &results.attach)?;
         note(&format!("curve: {}", drawing.display()));
     }
-    note(&format!("results: {}", path.display()));
     Ok(path)
 }
 
@@ -235,13 +229,6 @@ fn milliseconds(summary: &Summary) -> String {
 fn ratio(summary: &Summary) -> String {
     let Summary { min, median, max } = summary;
     format!("{min:.2} / {median:.2} / {max:.2}")
-}
-
-fn write(path: &Path, results: &Results) -> io::Result<()> {
-    if let Some(parent) = path.parent() {
-        fs::create_dir_all(parent)?;
-    }
-    fs::write(path, serde_json::to_vec_pretty(results)?)
 }
 
 #[cfg(test)]

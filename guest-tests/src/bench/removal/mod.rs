@@ -13,7 +13,7 @@ mod log;
 pub mod scene;
 pub mod watcher;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use comfy_table::Table;
@@ -26,12 +26,13 @@ use serde::Serialize;
 use super::boot::{BenchError, MeasureError};
 use super::peer::{Vmm, Workload};
 use super::pin::tell;
+use super::results::keep;
 use super::statistics::{Summary, figure};
 use crate::cli::Peer;
 use crate::guest::{Guest, GuestSpec};
 use crate::host::cards::Card;
 use crate::host::passthrough::Binding;
-use crate::progress::{note, step};
+use crate::progress::step;
 use crate::setup::Setup;
 use crate::share::{ImageForm, Initramfs, initramfs_path, kernel_path};
 use scene::{BYTES, Kind, Removal, Scene, SceneError};
@@ -290,16 +291,7 @@ pub fn run(setup: &Setup, peers: &[Peer], repeat: u32) -> Result<PathBuf, BenchE
     };
     println!("{}", table(&results.outcomes));
     println!("{}", versus_table(&results.bare, &results.versus));
-    let path = setup
-        .workspace
-        .target
-        .join(format!("lab/bench/removal-{}.json", kernel.name));
-    write(&path, &results).map_err(|source| BenchError::Write {
-        path: path.clone(),
-        source,
-    })?;
-    note(&format!("results: {}", path.display()));
-    Ok(path)
+    keep(setup, &format!("removal-{}", kernel.name), &results)
 }
 
 fn boot(setup: &Setup, name: &str) -> Result<Scene, BenchError> {
@@ -554,13 +546,6 @@ fn versus_table(bare: &[BareLoss], versus: &[Versus]) -> Table {
         ]);
     }
     table
-}
-
-fn write(path: &Path, results: &Results) -> std::io::Result<()> {
-    if let Some(parent) = path.parent() {
-        std::fs::create_dir_all(parent)?;
-    }
-    std::fs::write(path, serde_json::to_vec_pretty(results)?)
 }
 
 #[cfg(test)]

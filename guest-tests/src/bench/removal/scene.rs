@@ -202,13 +202,7 @@ impl Scene {
         let targets: Vec<String> = match kind {
             Kind::Ram => vec!["anonymous".to_owned(); TARGETS],
             Kind::Pmem => {
-                guest.modprobe(&[
-                    "virtio_pci",
-                    "virtio_pmem",
-                    "nd_pmem",
-                    "crc32c_generic",
-                    "ext4",
-                ])?;
+                guest.modprobe_pmem()?;
                 guest.await_path("/dev/pmem0")?;
                 guest.sh(&format!(
                     "mkdir -p /mnt && mkfs.ext4 -q -F -b 4096 -E {NO_LATE_ZEROS} /dev/pmem0 && \

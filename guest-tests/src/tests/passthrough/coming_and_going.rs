@@ -1,7 +1,7 @@
 //! Passed-through devices come to a running guest and go again, and the host's accounts are as they were.
 
 use super::super::remote::Remote;
-use super::super::support::{MIB, eventually, no_complaints, power_off, scratch};
+use super::super::support::{MIB, comes_back_to, eventually, no_complaints, power_off, scratch};
 use super::super::{GuestTest, Lab, TestError, claim};
 use super::{By, COMPLAINTS, DRIVERS, is_driven, keeps_blocks, ram, spec, word};
 use crate::guest::Guest;
@@ -111,16 +111,8 @@ impl<'a> Story<'a> {
 
     /// Waits until the accounts are what they were.
     fn is_as_before(&mut self, before: Account, round: u32) -> Result<(), TestError> {
-        let mut now = before;
-        let outcome = eventually("the accounts are as before", || {
-            now = self.account()?;
-            Ok(now == before)
-        });
-        outcome.map_err(|error| {
-            TestError::Claim(format!(
-                "{error}; round {round}: before {before:?}, now {now:?}"
-            ))
-        })
+        let what = format!("round {round}: the accounts are as before");
+        comes_back_to(&what, &before, || self.account())
     }
 
     fn end(self) -> Result<(), TestError> {

@@ -139,14 +139,8 @@ fn drive_into_pmem(lab: &mut Lab, by: By) -> Result<(), TestError> {
     let pmem = format!("file={},size=1G,id=p0", lab.host.dax()[1].path);
     spec.arguments.extend(["--pmem".to_owned(), pmem]);
     let mut guest = Guest::boot(&lab.host, &spec)?;
-    guest.modprobe(&[
-        "virtio_pci",
-        "virtio_pmem",
-        "nd_pmem",
-        "crc32c_generic",
-        "ext4",
-        "nvme",
-    ])?;
+    guest.modprobe_pmem()?;
+    guest.modprobe(&["nvme"])?;
     guest.await_path("/dev/pmem0")?;
     keeps_blocks(&mut guest, "/dev/nvme0n1", BYTES, 11)?;
     guest.sh(

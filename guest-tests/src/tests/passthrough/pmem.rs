@@ -38,14 +38,8 @@ fn pmem_comes(lab: &mut Lab, by: By) -> Result<(), TestError> {
     spec.arguments
         .extend(["--api-socket", remote.socket()].map(str::to_owned));
     let mut guest = Guest::boot(&lab.host, &spec)?;
-    guest.modprobe(&[
-        "virtio_pci",
-        "virtio_pmem",
-        "nd_pmem",
-        "crc32c_generic",
-        "ext4",
-        "nvme",
-    ])?;
+    guest.modprobe_pmem()?;
+    guest.modprobe(&["nvme"])?;
     let edu_at = function(&mut guest, Card::Edu)?.address;
     let reports = guest.edu_dma(&edu_at, HOME, &[TARGET])?;
     expect(&reports, 1, Transfer::Arrived)?;

@@ -78,13 +78,7 @@ fn every_zone(lab: &mut Lab, by: By) -> Result<(), TestError> {
     claim(last.is_some_and(|last| last < 6 * GIB + 256 * MIB), || {
         format!("the guest's RAM should end at 6.25 GiB: {ranges:x?}")
     })?;
-    guest.modprobe(&[
-        "virtio_pci",
-        "virtio_pmem",
-        "nd_pmem",
-        "crc32c_generic",
-        "ext4",
-    ])?;
+    guest.modprobe_pmem()?;
     guest.await_path("/dev/pmem0")?;
     guest.sh(
         "mkdir -p /mnt && mkfs.ext4 -q -F -b 4096 /dev/pmem0 && mount -t ext4 -o dax /dev/pmem0 /mnt && \

@@ -7,8 +7,9 @@ use lab_agent::host_protocol::SpawnSpec;
 
 use super::super::passthrough::word;
 use super::super::remote::Remote;
+use super::super::removal::{DRIVER, REMOVAL_DEADLINE};
 use super::super::support::{
-    MIB, dax_zone, eventually, holds, is_of_others, power_off, scratch, spec_on,
+    MIB, comes_back_to, dax_zone, eventually, holds, is_of_others, power_off, scratch, spec_on,
 };
 use super::super::{Lab, TestError, claim};
 use super::plan::{Step, Store};
@@ -25,8 +26,6 @@ use crate::suite::SCRATCH;
 const DISK_BYTES: u64 = 64 * MIB;
 const PMEM_BYTES: u64 = 256 * MIB;
 const CARD: Card = Card::Disk;
-const DRIVER: &str = "/sys/bus/dax/drivers/device_dax";
-const REMOVAL_DEADLINE: Duration = Duration::from_mins(1);
 const MODULES: [&str; 7] = [
     "virtio_pci",
     "virtio_blk",
@@ -192,13 +191,7 @@ impl<'a> World<'a> {
             self.first = Some((account()?, rss_anon_of_small_pages(host, pid)?));
             return Ok(());
         };
-        let mut now = first;
-        let outcome = eventually("the VMM is as it was", || {
-            now = account()?;
-            Ok(now == first)
-        });
-        outcome
-            .map_err(|error| TestError::Claim(format!("{error}: first {first:?}, now {now:?}")))?;
+        comes_back_to("the VMM is as it was", &first, account)?;
         let now = rss_anon_of_small_pages(host, pid)?;
         claim(now <= rss + RSS_ROOM_BYTES, || {
             format!("the VMM's own memory was {rss} bytes, it is {now}")
