@@ -143,7 +143,7 @@ impl Setup {
         name: &str,
     ) -> Result<Host, StartError> {
         let mut spec = self.host_spec(kernel, machine)?;
-        spec.logs = self.run.path.join(name);
+        spec.logs = self.run.path.join(format!("{name}-{}", kernel.release));
         Ok(Host::boot(&spec)?)
     }
 

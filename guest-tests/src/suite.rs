@@ -1,10 +1,12 @@
-//! Runs the guest tests: named as `KERNEL::TEST`, one after another, many on one emulated host.
+//! Runs the guest tests: named as `KERNEL::TEST`, many on one emulated host, one after another on each; the hosts of
+//! different kernels run beside each other, as each takes one processor.
 //!
 //! A test leaves the host as it found it. That is checked after every test: what runs, is mounted, locked, bound or lies
 //! about is compared with before. A test that fails, or leaves something behind, costs its host, and the next test gets a fresh
 //! one. The first test on each kernel is that its host comes up.
 
 use std::any::Any;
+use std::num::NonZero;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -45,10 +47,11 @@ impl Selection {
     }
 }
 
-/// Shared by all tests; they run one at a time.
+/// Shared by all tests on one kernel; they run one at a time.
 struct Runner {
     setup: Arc<Setup>,
     selection: Selection,
+    kernel: Kernel,
     /// The host that is up, and how it was before any test.
     current: Option<(Lab, Inventory)>,
 }
@@ -83,32 +86,61 @@ pub fn run(
             outcome.map_err(|error| Failed::from(chain(&error)))
         }));
     }
-    let runner = Arc::new(Mutex::new(Runner {
-        setup: Arc::new(setup),
-        selection: selection.clone(),
-        current: None,
-    }));
-    for kernel in kernels {
-        let host_test = GuestTest {
-            name: HOST_TEST,
-            run: |_| Ok(()),
-        };
-        for test in std::iter::once(host_test).chain(tests::all(&kernel.name)) {
-            let name = format!("{}::{}", kernel.name, test.name);
-            if selection.has(&name) {
-                let (runner, kernel) = (Arc::clone(&runner), kernel.clone());
-                trials.push(Trial::test(name.clone(), move || {
-                    let mut runner = runner.lock().unwrap_or_else(PoisonError::into_inner);
-                    runner.run(&kernel, &test, &name).map_err(Failed::from)
-                }));
-            }
-        }
-    }
+    // A shell takes the terminal, so then everything waits for it.
+    let processors = std::thread::available_parallelism().map_or(1, NonZero::get);
+    let test_threads = if selection.keep {
+        1
+    } else {
+        kernels.len().min(processors)
+    };
+    let setup = Arc::new(setup);
+    let by_kernel = kernels.into_iter();
+    let by_kernel = by_kernel.map(|kernel| trials_on(&setup, selection, kernel));
+    trials.extend(by_turns(by_kernel.collect()));
     let arguments = Arguments {
-        test_threads: Some(1),
+        test_threads: Some(test_threads),
         ..Arguments::default()
     };
     libtest_mimic::run(&arguments, trials)
+}
+
+/// The selected tests on one kernel.
+fn trials_on(setup: &Arc<Setup>, selection: &Selection, kernel: Kernel) -> Vec<Trial> {
+    let host_test = GuestTest {
+        name: HOST_TEST,
+        run: |_| Ok(()),
+    };
+    let tests = std::iter::once(host_test).chain(tests::all(&kernel.name));
+    let named = tests.map(|test| (format!("{}::{}", kernel.name, test.name), test));
+    let selected: Vec<_> = named.filter(|(name, _)| selection.has(name)).collect();
+    let runner = Arc::new(Mutex::new(Runner {
+        setup: Arc::clone(setup),
+        selection: selection.clone(),
+        kernel,
+        current: None,
+    }));
+    let trial = |(name, test): (String, GuestTest)| {
+        let runner = Arc::clone(&runner);
+        Trial::test(name.clone(), move || {
+            let mut runner = runner.lock().unwrap_or_else(PoisonError::into_inner);
+            runner.run(&test, &name).map_err(Failed::from)
+        })
+    };
+    selected.into_iter().map(trial).collect()
+}
+
+/// One of each, over and over: they are taken in this order, and the same test takes about as long on each kernel, so that
+/// hardly any waits for its kernel's host to be free.
+fn by_turns<T>(lists: Vec<Vec<T>>) -> Vec<T> {
+    let mut lists: Vec<_> = lists.into_iter().map(Vec::into_iter).collect();
+    let mut turns = Vec::new();
+    loop {
+        let before = turns.len();
+        turns.extend(lists.iter_mut().filter_map(Iterator::next));
+        if turns.len() == before {
+            return turns;
+        }
+    }
 }
 
 /// Whether any guest test has one of these names.
@@ -128,8 +160,8 @@ pub fn run_workspace_tests(workspace: &artifacts::Workspace) -> Result<(), Comma
 }
 
 impl Runner {
-    fn run(&mut self, kernel: &Kernel, test: &GuestTest, name: &str) -> Result<(), String> {
-        let verdict = self.run_on_host(kernel, test);
+    fn run(&mut self, test: &GuestTest, name: &str) -> Result<(), String> {
+        let verdict = self.run_on_host(test);
         let Err(verdict) = verdict else { return Ok(()) };
         let evidence = self
             .current
@@ -144,8 +176,8 @@ impl Runner {
         Err(message)
     }
 
-    fn run_on_host(&mut self, kernel: &Kernel, test: &GuestTest) -> Result<(), Verdict> {
-        let (lab, before) = self.host(kernel)?;
+    fn run_on_host(&mut self, test: &GuestTest) -> Result<(), Verdict> {
+        let (lab, before) = self.host()?;
         lab.host.forget_programs();
         match catch_unwind(AssertUnwindSafe(|| (test.run)(lab))) {
             Ok(outcome) => outcome?,
@@ -166,22 +198,15 @@ impl Runner {
         }
     }
 
-    /// The host with this kernel, booted when it is not up.
-    fn host(&mut self, kernel: &Kernel) -> Result<&mut (Lab, Inventory), Verdict> {
-        if self
-            .current
-            .as_ref()
-            .is_some_and(|(lab, _)| lab.kernel.release != kernel.release)
-        {
-            self.current = None;
-        }
+    /// The host, booted when it is not up.
+    fn host(&mut self) -> Result<&mut (Lab, Inventory), Verdict> {
         if self.current.is_none() {
-            let host = self.setup.boot(kernel, Machine::default())?;
+            let host = self.setup.boot(&self.kernel, Machine::default())?;
             let before = host.inventory().map_err(Verdict::Inventory)?;
             self.current = Some((
                 Lab {
                     host,
-                    kernel: kernel.clone(),
+                    kernel: self.kernel.clone(),
                     full: self.selection.full,
                     setup: Arc::clone(&self.setup),
                 },
@@ -258,6 +283,12 @@ mod tests_of_selection {
         assert!(selection.has("6.1::reboots"));
         assert!(!selection.has("6.1::boots_on_one_dax_zone"));
         assert!(Selection::default().has("anything"));
+    }
+
+    #[test]
+    fn kernels_take_turns() {
+        let lists = vec![vec!["a1", "a2", "a3"], vec![], vec!["b1", "b2"]];
+        assert_eq!(by_turns(lists), ["a1", "b1", "a2", "b2", "a3"]);
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! Messages between the lab and the agent on the emulated host: JSON, one per line, over a virtio-serial port.
 //!
-//! Invariants: an id names one request for the whole life of the host; every request is answered by at least one
+//! Invariants: an id names one request for the whole life of the host; every request but `Pulse` is answered by at least one
 //! event with its id; `Exited` and `Closed` come once for each `Spawned`, and `Closed` comes after the last `Output`.
 //! A `Stdin` may only be followed by another one for the same process after `StdinTaken`: this bounds what the
 //! agent has to keep, so a process that does not read can never hold up the others.
@@ -77,6 +77,8 @@ pub struct TerminalSize {
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 #[serde(tag = "op", rename_all = "snake_case", deny_unknown_fields)]
 pub enum Request {
+    /// Nothing is asked: the host gets an interrupt. No answer.
+    Pulse,
     /// Starts a process. Answers: `Spawned`, then `Output`, `Exited` and `Closed`; or `Refused`.
     Spawn {
         /// Names the process from now on.

@@ -85,6 +85,7 @@ fn answer_requests(port: File, events: &SyncSender<Event>) -> io::Result<()> {
 
 fn answer(request: Request, processes: &Processes, events: &SyncSender<Event>) {
     let (id, outcome) = match request {
+        Request::Pulse => return,
         Request::Spawn { id, spec } => return processes.spawn(id, &spec),
         Request::Stdin { id, data } => return processes.feed(id, data.0),
         Request::CloseStdin { id } => return processes.close_stdin(id),
