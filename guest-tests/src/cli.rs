@@ -123,6 +123,9 @@ pub enum Bench {
         /// Another VMM whose guest's RAM is taken away, as `ch=PATH` or `qemu=PATH`.
         #[arg(long = "peer", value_name = "NAME=PATH", value_parser = parse_peer)]
         peers: Vec<Peer>,
+        /// Measures only cases with this in their names, as in `pmem, not held`; may be given several times.
+        #[arg(long, value_name = "PART")]
+        only: Vec<String>,
         /// How often each is measured.
         #[arg(long, default_value_t = 5)]
         repeat: u32,

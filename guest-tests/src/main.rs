@@ -100,11 +100,12 @@ fn measure(what: Bench) -> Result<(), Box<dyn Error>> {
         Bench::Removal {
             host,
             peers,
+            only,
             repeat,
         } => {
             // What is measured is the kernel's work, and the emulator's.
             let setup = Setup::prepare(Profile::Lab, &one(&host))?;
-            bench::removal::run(&setup, &peers, repeat)?
+            bench::removal::run(&setup, &peers, &only, repeat)?
         }
         Bench::Blk {
             host,

@@ -113,9 +113,9 @@ impl Setup {
         self.run.path.join("share")
     }
 
-    /// A place for a file that outlives hosts, but not the run.
-    pub fn file(&self, name: &str) -> PathBuf {
-        self.run.path.join(name)
+    /// A place for a file that outlives hosts with this kernel, but not the run. Other kernels' hosts run at the same time.
+    pub fn file(&self, kernel: &Kernel, name: &str) -> PathBuf {
+        self.run.path.join(format!("{name}-{}", kernel.release))
     }
 
     /// Leaves the run's directory, with its logs, where it is.
@@ -130,7 +130,7 @@ impl Setup {
             kernel: kernel.clone(),
             initramfs: image::host(&self.provisioned, kernel, &self.agent)?,
             share: self.share(),
-            logs: self.run.path.join(format!("host-{}", kernel.release)),
+            logs: self.file(kernel, "host"),
             machine,
         })
     }
@@ -143,7 +143,7 @@ impl Setup {
         name: &str,
     ) -> Result<Host, StartError> {
         let mut spec = self.host_spec(kernel, machine)?;
-        spec.logs = self.run.path.join(format!("{name}-{}", kernel.release));
+        spec.logs = self.file(kernel, name);
         Ok(Host::boot(&spec)?)
     }
 

@@ -114,11 +114,33 @@ impl Words {
         offset: u64,
         bytes: usize,
     ) -> Result<usize, String> {
-        assert!(bytes <= self.count * WORD_BYTES);
+        self.read_to(0, file, offset, bytes)
+    }
+
+    /// Reads the first bytes of a file to a place in it, all of them.
+    pub(crate) fn load(&mut self, at: usize, file: &File, bytes: usize) -> Result<(), String> {
+        let mut done = 0;
+        while done < bytes {
+            match self.read_to(at + done, file, done as u64, bytes - done)? {
+                0 => return Err(format!("it ends after {done} of {bytes} bytes")),
+                read => done += read,
+            }
+        }
+        Ok(())
+    }
+
+    fn read_to(
+        &mut self,
+        at: usize,
+        file: &File,
+        offset: u64,
+        bytes: usize,
+    ) -> Result<usize, String> {
+        assert!(at + bytes <= self.count * WORD_BYTES);
         let start = self.start.as_ptr().cast::<MaybeUninit<u8>>();
         // SAFETY: the range is inside the mapping, which is borrowed exclusively; bytes that need not be initialised have no
         // invalid values, and this process does nothing with them through the slice: only the kernel writes there.
-        let place = unsafe { std::slice::from_raw_parts_mut(start, bytes) };
+        let place = unsafe { std::slice::from_raw_parts_mut(start.add(at), bytes) };
         rustix::io::pread(file, place, offset)
             .map(|(read, _)| read.len())
             .map_err(|error| format!("cannot read {bytes} bytes at {offset}: {error}"))

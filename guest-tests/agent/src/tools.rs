@@ -4,7 +4,7 @@
 //! `tcp-ask ADDRESS TEXT`, `tcp-serve ADDRESS`, `loads FILE WORD [OFFSET]`, `vector-loads FILE WORD`, `vector-stores FILE`,
 //! `dma-loop DISK HEART GO MARK TARGET...`, `soak-write FILE SEED DURABLE STOP`, `http SOCKET METHOD TARGET [BODY]`, and what [`crate::guard`] says.
 //!
-//! For benches, each telling in JSON what it took: `pin-bare PATH MEMORY BYTES INTERFACE`, `pin-parts PATH MEMORY BYTES INTERFACE REGIONS THREADS`,
+//! For benches: `boot-bare KERNEL INITRAMFS DEVICE BYTES`; and, each telling in JSON what it took: `pin-bare PATH MEMORY BYTES INTERFACE`, `pin-parts PATH MEMORY BYTES INTERFACE REGIONS THREADS`,
 //! `attach SOCKET PATH ID`, `detach SOCKET ID SECONDS`, `take DEVICE PID MARKS`, `loss-bare PATH DEVICE BYTES INTERFACE`.
 
 use std::fs;
@@ -20,13 +20,13 @@ use daxhund_dax::{Host, LockKind};
 use lab_agent::pin_protocol::{BareAttach, Interface};
 use serde::Serialize;
 
-use crate::bare::{self, Cut, Plan, loss};
+use crate::bare::{self, Cut, Plan, boot, loss};
 use crate::guest::page_map::physical_address;
 use crate::guest::{exposure, persist};
 use crate::removal::take;
 use crate::{guard, memory, removal, rest, sockets, wait};
 
-pub(crate) const NAMES: [&str; 26] = [
+pub(crate) const NAMES: [&str; 27] = [
     "connect",
     "dax-vanish",
     "dax-watch",
@@ -44,6 +44,7 @@ pub(crate) const NAMES: [&str; 26] = [
     "dma-loop",
     "soak-write",
     "http",
+    "boot-bare",
     "pin-bare",
     "pin-parts",
     "attach",
@@ -104,6 +105,9 @@ pub(crate) fn run(arguments: &[String]) -> ExitCode {
         ["guard-list", socket] => guard::list(socket),
         ["http", path, method, target] => print_http(path, method, target, ""),
         ["http", path, method, target, body] => print_http(path, method, target, body),
+        ["boot-bare", kernel, initramfs, dax, bytes] => {
+            number(bytes).and_then(|bytes| boot::run(kernel, initramfs, dax, bytes))
+        }
         ["pin-bare", path, memory, bytes, by] => {
             pin_bare(path, memory, bytes, by).and_then(|report| print_json(&report))
         }

@@ -1,4 +1,5 @@
-//! Boots a guest on device-dax memory again and again and measures it; with peers, in turn on the same host.
+//! Boots a guest on device-dax memory again and again and measures it; with peers, in turn on the same host. Beside them a bare
+//! program does what no start can do without (`lab-agent boot-bare`).
 //!
 //! One unmeasured round comes first: it fills the host's cache of the share. The figures are an emulator's: the
 //! ratios between VMMs in one run are what counts, and the absolute times only compare runs on one machine.
@@ -9,6 +10,7 @@ use std::time::Duration;
 
 use comfy_table::Table;
 use comfy_table::presets::ASCII_BORDERS_ONLY_CONDENSED;
+use lab_agent::host_protocol::SpawnSpec;
 use serde::Serialize;
 
 use super::peer::{PeerError, Vmm, Workload};
@@ -18,10 +20,10 @@ use super::statistics::{Summary, figure};
 use super::trace::{BootTimes, TraceError, Tracer};
 use crate::cli::Peer;
 use crate::guest::{Guest, GuestError, GuestSpec};
-use crate::host::Host;
 use crate::host::channel::HostError;
 use crate::host::figures::{FiguresError, MappedPages, mapped_pages, rss_anon};
 use crate::host::machine::Machine;
+use crate::host::{Host, RUN_DEADLINE};
 use crate::progress::step;
 use crate::setup::{Setup, StartError};
 use crate::share::{ImageForm, Initramfs, initramfs_path, kernel_path};
@@ -134,6 +136,17 @@ pub(super) struct Results {
     guest_kernel: String,
     pub(super) memory_mib: u64,
     vmms: Vec<VmmResults>,
+    /// The least a start takes, where no devices are passed through.
+    bare: Option<BareResults>,
+}
+
+/// The bare program's time to its guest's first instruction.
+#[derive(Debug, Serialize)]
+struct BareResults {
+    first_instruction_seconds: Summary,
+    /// Divided by daxhund's in the same round.
+    first_instruction_ratio: Summary,
+    samples_us: Vec<u64>,
 }
 
 #[derive(Debug, Serialize)]
@@ -164,7 +177,6 @@ pub fn measure(
         first_instruction,
         user_space,
     } = tracer.finish(pid)?;
-    let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
     let cost = BootCost {
         first_instruction_us: micros(first_instruction),
         user_space_us: micros(user_space),
@@ -172,6 +184,10 @@ pub fn measure(
         mapped,
     };
     Ok((guest, cost))
+}
+
+fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
 /// Runs the bench; gives the path of the results.
@@ -210,6 +226,7 @@ pub(super) fn compare(
     repeat: u32,
 ) -> Result<Results, BenchError> {
     let mut samples: Vec<Vec<BootCost>> = vec![Vec::new(); vmms.len()];
+    let mut bare = Vec::new();
     for round in 0..=repeat {
         let what = if round == 0 {
             "warming up".to_owned()
@@ -223,10 +240,56 @@ pub(super) fn compare(
                     samples.push(cost);
                 }
             }
+            if work.devices.is_empty() {
+                let micros = start_bare(tracer, work)?;
+                if round > 0 {
+                    bare.push(micros);
+                }
+            }
             Ok::<(), BenchError>(())
         })?;
     }
-    summarise(release, vmms, work.memory_mib, samples).ok_or(BenchError::NoSamples)
+    summarise(release, vmms, work.memory_mib, samples, &bare).ok_or(BenchError::NoSamples)
+}
+
+/// Starts a guest with the bare program; gives the microseconds to its first instruction.
+fn start_bare(tracer: &Tracer<'_>, work: &Workload) -> Result<u64, BenchError> {
+    let host = tracer.host();
+    host.forget_programs();
+    let start = || -> Result<u64, MeasureError> {
+        scrub(host, work)?;
+        tracer.start()?;
+        let bytes = (work.memory_mib << 20).to_string();
+        let words = [
+            "lab-agent",
+            "boot-bare",
+            &work.kernel,
+            &work.initramfs,
+            &work.dax,
+            &bytes,
+        ];
+        let spec = SpawnSpec {
+            argv: words.map(str::to_owned).into(),
+            ..SpawnSpec::default()
+        };
+        let program = host.spawn(spec)?;
+        let pid = program.pid();
+        let output = program.finish(RUN_DEADLINE)?;
+        if !output.status.success() {
+            return Err(HostError::Failed {
+                command: words.join(" "),
+                status: output.status,
+                stderr: output.stderr,
+            }
+            .into());
+        }
+        Ok(micros(tracer.finish_early(pid)?))
+    };
+    start().map_err(|source| BenchError::Measure {
+        vmm: "the bare program".to_owned(),
+        evidence: host.evidence(),
+        source,
+    })
 }
 
 fn boot_once(tracer: &Tracer<'_>, vmm: &Vmm, work: &Workload) -> Result<BootCost, BenchError> {
@@ -261,12 +324,22 @@ fn summarise(
     vmms: &[Vmm],
     memory_mib: u64,
     samples: Vec<Vec<BootCost>>,
+    bare: &[u64],
 ) -> Option<Results> {
     let own = samples.first()?.clone();
+    let in_seconds = |micros: u64| figure(micros) / MICROS_PER_SECOND;
+    let ratios = bare.iter().zip(&own);
+    let ratios = ratios.map(|(bare, own)| figure(*bare) / figure(own.first_instruction_us));
+    let bare = Summary::of(ratios).and_then(|first_instruction_ratio| {
+        Some(BareResults {
+            first_instruction_seconds: Summary::of(bare.iter().map(|bare| in_seconds(*bare)))?,
+            first_instruction_ratio,
+            samples_us: bare.to_vec(),
+        })
+    });
     let summarise_one = |(vmm, samples): (&Vmm, Vec<BootCost>)| {
-        let seconds = |micros: u64| figure(micros) / MICROS_PER_SECOND;
         let of = |part: fn(&BootCost) -> u64| {
-            Summary::of(samples.iter().map(|cost| seconds(part(cost))))
+            Summary::of(samples.iter().map(|cost| in_seconds(part(cost))))
         };
         let ratio = |part: fn(&BootCost) -> u64| {
             let pairs = samples.iter().zip(&own);
@@ -293,6 +366,7 @@ fn summarise(
         guest_kernel: release,
         memory_mib,
         vmms,
+        bare,
     })
 }
 
@@ -322,6 +396,13 @@ pub(super) fn table(results: &Results) -> Table {
             three(&vmm.rss_anon_bytes, 1.0 / f64::from(1 << 20), 2),
         ]);
     }
+    if let Some(bare) = &results.bare {
+        table.add_row([
+            "the least it takes".to_owned(),
+            three(&bare.first_instruction_seconds, 1e3, 1),
+            three(&bare.first_instruction_ratio, 1.0, 2),
+        ]);
+    }
     table
 }
 
@@ -338,7 +419,14 @@ mod tests {
             mapped: MappedPages::default(),
         };
         let samples = vec![vec![cost(100), cost(200)], vec![cost(300), cost(400)]];
-        let results = summarise("6.1", &[Vmm::daxhund(), Vmm::daxhund()], 1024, samples).unwrap();
+        let results = summarise(
+            "6.1",
+            &[Vmm::daxhund(), Vmm::daxhund()],
+            1024,
+            samples,
+            &[50, 100],
+        )
+        .unwrap();
         let ratio = results.vmms[1].first_instruction_ratio;
         assert_eq!(
             ratio,
@@ -348,11 +436,13 @@ mod tests {
                 max: 3.0
             }
         );
-        assert!(table(&results).to_string().contains("2.00 / 2.50 / 3.00"));
+        let table = table(&results).to_string();
+        assert!(table.contains("2.00 / 2.50 / 3.00"));
+        assert!(table.contains("0.50 / 0.50 / 0.50"), "{table}");
     }
 
     #[test]
     fn nothing_measured_is_no_result() {
-        assert!(summarise("6.1", &[Vmm::daxhund()], 1024, vec![Vec::new()]).is_none());
+        assert!(summarise("6.1", &[Vmm::daxhund()], 1024, vec![Vec::new()], &[]).is_none());
     }
 }

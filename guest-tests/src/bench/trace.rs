@@ -90,10 +90,19 @@ impl<'a> Tracer<'a> {
 
     /// Stops recording and reads the times of a VMM whose guest is up.
     pub fn finish(&self, pid: u32) -> Result<BootTimes, TraceError> {
+        parse(&self.stop()?, pid)
+    }
+
+    /// Stops recording and reads how long a program took to its guest's first instruction, which may be the last one.
+    pub fn finish_early(&self, pid: u32) -> Result<Duration, TraceError> {
+        let text = self.stop()?;
+        Boot::find(&text, pid).map(|boot| boot.first_instruction)
+    }
+
+    fn stop(&self) -> Result<String, HostError> {
         self.write("tracing_on", "0")?;
-        let text =
-            String::from_utf8_lossy(&self.host.read_file(&format!("{ROOT}/trace"))?).into_owned();
-        parse(&text, pid)
+        let text = self.host.read_file(&format!("{ROOT}/trace"))?;
+        Ok(String::from_utf8_lossy(&text).into_owned())
     }
 
     fn write(&self, name: &str, text: &str) -> Result<(), HostError> {
@@ -102,27 +111,51 @@ impl<'a> Tracer<'a> {
     }
 }
 
-fn parse(trace: &str, pid: u32) -> Result<BootTimes, TraceError> {
-    let missing = |stage| TraceError::Missing {
+/// The part of a trace that is about one VMM.
+struct Boot<'a> {
+    start: Duration,
+    first_instruction: Duration,
+    after: Vec<(Duration, &'a str, &'a str)>,
+}
+
+impl<'a> Boot<'a> {
+    fn find(trace: &'a str, pid: u32) -> Result<Self, TraceError> {
+        let mut events: Vec<(Duration, &str, &str)> =
+            trace.lines().filter_map(parse_line).collect();
+        let wanted = format!(" pid={pid} ");
+        let is_start = |event: &(Duration, &str, &str)| {
+            event.1 == "sched_process_exec" && event.2.contains(&wanted)
+        };
+        let at = events
+            .iter()
+            .position(is_start)
+            .ok_or_else(|| missing("start of the VMM", pid, trace))?;
+        let after = events.split_off(at);
+        let start = after[0].0;
+        let entry = after
+            .iter()
+            .find(|event| event.1 == "kvm_entry")
+            .ok_or_else(|| missing("entry into the guest", pid, trace))?;
+        Ok(Self {
+            start,
+            first_instruction: entry.0.saturating_sub(start),
+            after,
+        })
+    }
+}
+
+fn missing(stage: &'static str, pid: u32, trace: &str) -> TraceError {
+    TraceError::Missing {
         stage,
         pid,
         trace: trace.to_owned(),
-    };
-    let events: Vec<(Duration, &str, &str)> = trace.lines().filter_map(parse_line).collect();
-    let wanted = format!(" pid={pid} ");
-    let is_start = |event: &(Duration, &str, &str)| {
-        event.1 == "sched_process_exec" && event.2.contains(&wanted)
-    };
-    let start = events
-        .iter()
-        .position(is_start)
-        .ok_or_else(|| missing("start of the VMM"))?;
-    let after = &events[start..];
-    let entry = after
-        .iter()
-        .find(|event| event.1 == "kvm_entry")
-        .ok_or_else(|| missing("entry into the guest"))?;
-    let marks: Vec<_> = after.iter().filter(|event| event.1 == "kvm_pio").collect();
+    }
+}
+
+fn parse(trace: &str, pid: u32) -> Result<BootTimes, TraceError> {
+    let boot = Boot::find(trace, pid)?;
+    let events = boot.after.iter();
+    let marks: Vec<_> = events.filter(|event| event.1 == "kvm_pio").collect();
     let is_mark = |bytes: &&[&(Duration, &str, &str)]| {
         bytes
             .iter()
@@ -132,11 +165,10 @@ fn parse(trace: &str, pid: u32) -> Result<BootTimes, TraceError> {
     let user_space = marks
         .windows(READY_PORT_BYTES.len())
         .find(is_mark)
-        .ok_or_else(|| missing("mark of the guest's user space"))?;
-    let began = events[start].0;
+        .ok_or_else(|| missing("mark of the guest's user space", pid, trace))?;
     Ok(BootTimes {
-        first_instruction: entry.0.saturating_sub(began),
-        user_space: user_space[0].0.saturating_sub(began),
+        first_instruction: boot.first_instruction,
+        user_space: user_space[0].0.saturating_sub(boot.start),
     })
 }
 

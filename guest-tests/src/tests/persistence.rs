@@ -86,7 +86,7 @@ fn acknowledged_records_outlive_a_killed_vmm(lab: &mut Lab) -> Result<(), TestEr
 
 /// The memory module's contents stay in a file of this machine; the emulated host loses power, another one is booted on it.
 fn acknowledged_records_outlive_the_host(lab: &mut Lab) -> Result<(), TestError> {
-    let file = lab.setup.file(&format!("nvdimm-{}", lab.kernel.release));
+    let file = lab.setup.file(&lab.kernel, "nvdimm");
     let story = ("ext4-dax", "append");
     let power_cycle = || {
         let (host, word) = boot_host(lab, Contents::New(file.clone()))?;

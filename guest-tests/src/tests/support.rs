@@ -22,11 +22,12 @@ const LOOK_AGAIN: Duration = Duration::from_millis(50);
 
 /// What Linux says about the emulated processor, whoever the VMM is: mitigations that want microcode, and frequency
 /// scaling, for which a guest has no firmware.
-const NOT_OF_OUR_MAKING: [&str; 12] = [
+const NOT_OF_OUR_MAKING: [&str; 13] = [
     // The emulated host says it of itself: "Marking TSC unstable due to TSCs unsynchronized".
     "Unstable clock detected",
     // The emulator did not get a processor for a while.
     "Long readout interval, skipping watchdog check",
+    "excessive read-back delay",
     "hrtimer: interrupt took",
     // 6.12: "workqueue: ... hogged CPU for >10000us N times, consider switching to WQ_UNBOUND".
     "hogged CPU for >",

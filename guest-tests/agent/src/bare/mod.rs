@@ -9,6 +9,7 @@
 //!
 //! Nothing is undone on an error: the process ends, and the kernel closes what it holds.
 
+pub(crate) mod boot;
 pub(crate) mod loss;
 mod vfio;
 

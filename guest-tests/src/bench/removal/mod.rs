@@ -218,15 +218,21 @@ struct Results {
     versus: Vec<Versus>,
 }
 
-/// Runs the bench; gives the path of the results.
-pub fn run(setup: &Setup, peers: &[Peer], repeat: u32) -> Result<PathBuf, BenchError> {
+/// Runs the bench, or of its cases those with one of these parts in their names; gives the path of the results.
+pub fn run(
+    setup: &Setup,
+    peers: &[Peer],
+    only: &[String],
+    repeat: u32,
+) -> Result<PathBuf, BenchError> {
     let kernel = setup.kernel();
     let mut outcomes = Vec::new();
     let mut bare = Vec::new();
     if repeat > 0 {
         let mut scene = boot(setup, "removal")?;
         let drive = bind(&scene)?;
-        for case in CASES {
+        let cases: Vec<Case> = chosen(only).collect();
+        for case in &cases {
             outcomes.push(Outcome {
                 vmm: OWN.to_owned(),
                 case: case.name,
@@ -235,7 +241,7 @@ pub fn run(setup: &Setup, peers: &[Peer], repeat: u32) -> Result<PathBuf, BenchE
         }
         for round in 1..=repeat {
             step(&format!("round {round} of {repeat}"), || {
-                for (case, outcome) in CASES.iter().zip(&mut outcomes) {
+                for (case, outcome) in cases.iter().zip(&mut outcomes) {
                     scene.host.forget_programs();
                     let sample = own(&mut scene, case, &kernel.release, &drive);
                     let sample = sample.map_err(|error| failed(&scene, OWN, error))?;
@@ -292,6 +298,13 @@ pub fn run(setup: &Setup, peers: &[Peer], repeat: u32) -> Result<PathBuf, BenchE
     println!("{}", table(&results.outcomes));
     println!("{}", versus_table(&results.bare, &results.versus));
     keep(setup, &format!("removal-{}", kernel.name), &results)
+}
+
+/// Those with one of these parts in their names; all when none is asked for.
+fn chosen(only: &[String]) -> impl Iterator<Item = Case> {
+    CASES
+        .into_iter()
+        .filter(|case| only.is_empty() || only.iter().any(|part| case.name.contains(part.as_str())))
 }
 
 fn boot(setup: &Setup, name: &str) -> Result<Scene, BenchError> {

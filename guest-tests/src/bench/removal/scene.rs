@@ -110,7 +110,7 @@ impl Scene {
         name: &str,
     ) -> Result<Self, SceneError> {
         let files: Vec<PathBuf> = (0..3)
-            .map(|module| setup.file(&format!("{name}-{module}.nvdimm")))
+            .map(|module| setup.file(kernel, &format!("{name}-nvdimm{module}")))
             .collect();
         let dimm = |(path, size_bytes): (&PathBuf, u64)| Dimm {
             size_bytes,

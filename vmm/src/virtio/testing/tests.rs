@@ -109,7 +109,8 @@ fn no_doorbell_and_no_interrupt_is_lost_over_the_index_wrap() {
             assert_eq!(driver.used(0), (sent.head, n));
         }
     }
-    assert!(rings >= 70_000 / 16, "each batch needs one at least");
+    // How many is up to how soon the worker sleeps: what it finds before that needs none.
+    assert!(rings > 0);
     assert_eq!(driver.said.resets_needed.load(Ordering::SeqCst), 0);
 }
 
