@@ -138,9 +138,11 @@ impl Words {
     ) -> Result<usize, String> {
         assert!(at + bytes <= self.count * WORD_BYTES);
         let start = self.start.as_ptr().cast::<MaybeUninit<u8>>();
+        // SAFETY: the index is inside the mapping, or its end.
+        let start = unsafe { start.add(at) };
         // SAFETY: the range is inside the mapping, which is borrowed exclusively; bytes that need not be initialised have no
         // invalid values, and this process does nothing with them through the slice: only the kernel writes there.
-        let place = unsafe { std::slice::from_raw_parts_mut(start.add(at), bytes) };
+        let place = unsafe { std::slice::from_raw_parts_mut(start, bytes) };
         rustix::io::pread(file, place, offset)
             .map(|(read, _)| read.len())
             .map_err(|error| format!("cannot read {bytes} bytes at {offset}: {error}"))

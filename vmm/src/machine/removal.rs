@@ -13,7 +13,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tracing::{error, warn};
+use tracing::{debug, error, warn};
 
 use super::devices::Settled;
 use super::guard::Used;
@@ -24,6 +24,9 @@ use crate::lifecycle::region::{RegionEvent, RegionId, RegionState, Stage};
 use crate::lifecycle::slot::Claimant;
 use crate::memory::layout::Gpa;
 use crate::memory::region::{Mapping, Region};
+
+/// For vCPUs to leave the guest before a transfer is stopped; one that waits for the owner does not.
+const HOLD_DEADLINE: Duration = Duration::from_millis(20);
 
 /// Whose memory a region is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -206,6 +209,15 @@ impl RunningVm {
             .map(|(id, state, _)| (id, state))
             .collect();
         let start = Instant::now();
+        // Until the unmap is over the guest gives its devices no new work there, and takes no processor from it.
+        let hold = self.host.dma.is_some()
+            && !self.paused
+            && gone
+                .iter()
+                .any(|(_, state)| state.stage() == Stage::Present);
+        if hold && !self.machine.hold_vcpus(HOLD_DEADLINE) {
+            debug!("a vCPU runs on while devices are kept from memory that is gone");
+        }
         self.drive(gone.iter().map(|(id, _)| (*id, RegionEvent::Lost)));
         let elapsed_us = start.elapsed().as_micros();
         // What was on its way out before is no news.
@@ -239,6 +251,10 @@ impl RunningVm {
         } in &losses.ram
         {
             error!(zone, gpa = %format_args!("{gpa:#x}"), size = %format_args!("{size:#x}"), device, "guest memory was taken away");
+        }
+        // One that has lost RAM is held, or ended, by who hears of it.
+        if hold && losses.ram.is_empty() {
+            self.machine.release();
         }
         self.after(cut_off);
         losses.settled = self.take_settled();
