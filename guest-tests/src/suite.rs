@@ -8,6 +8,7 @@
 use std::any::Any;
 use std::num::NonZero;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use libtest_mimic::{Arguments, Conclusion, Failed, Trial};
@@ -43,15 +44,22 @@ pub struct Selection {
 
 impl Selection {
     fn has(&self, name: &str) -> bool {
-        self.names.is_empty() || self.names.iter().any(|part| name.contains(part.as_str()))
+        is_chosen(name, &self.names)
     }
+}
+
+/// Whether a name has one of these parts; any name when none is asked for.
+pub fn is_chosen(name: &str, parts: &[String]) -> bool {
+    parts.is_empty() || parts.iter().any(|part| name.contains(part.as_str()))
 }
 
 /// Shared by all tests on one kernel; they run one at a time.
 struct Runner {
     setup: Arc<Setup>,
-    selection: Selection,
     kernel: Kernel,
+    full: bool,
+    /// Whether a shell is wanted on the host of the next test that fails, on whichever kernel.
+    keep: Arc<AtomicBool>,
     /// The host that is up, and how it was before any test.
     current: Option<(Lab, Inventory)>,
 }
@@ -80,9 +88,9 @@ pub fn run(
     let kernels = setup.provisioned.kernels.clone();
     say_which(&kernels);
     plain_lines_only();
-    let mut trials = Vec::new();
+    let mut all = Vec::new();
     if let Some(outcome) = workspace {
-        trials.push(Trial::test(WORKSPACE_TEST, move || {
+        all.push(Trial::test(WORKSPACE_TEST, move || {
             outcome.map_err(|error| Failed::from(chain(&error)))
         }));
     }
@@ -94,39 +102,45 @@ pub fn run(
         kernels.len().min(processors)
     };
     let setup = Arc::new(setup);
-    let by_kernel = kernels.into_iter();
-    let by_kernel = by_kernel.map(|kernel| trials_on(&setup, selection, kernel));
-    trials.extend(by_turns(by_kernel.collect()));
+    let keep = Arc::new(AtomicBool::new(selection.keep));
+    let by_kernel = kernels.into_iter().map(|kernel| {
+        let runner = Runner {
+            setup: Arc::clone(&setup),
+            kernel,
+            full: selection.full,
+            keep: Arc::clone(&keep),
+            current: None,
+        };
+        trials(runner, selection)
+    });
+    all.extend(by_turns(by_kernel.collect()));
     let arguments = Arguments {
         test_threads: Some(test_threads),
         ..Arguments::default()
     };
-    libtest_mimic::run(&arguments, trials)
+    libtest_mimic::run(&arguments, all)
 }
 
-/// The selected tests on one kernel.
-fn trials_on(setup: &Arc<Setup>, selection: &Selection, kernel: Kernel) -> Vec<Trial> {
+/// The selected tests on a runner's kernel.
+fn trials(runner: Runner, selection: &Selection) -> Vec<Trial> {
     let host_test = GuestTest {
         name: HOST_TEST,
         run: |_| Ok(()),
     };
-    let tests = std::iter::once(host_test).chain(tests::all(&kernel.name));
-    let named = tests.map(|test| (format!("{}::{}", kernel.name, test.name), test));
-    let selected: Vec<_> = named.filter(|(name, _)| selection.has(name)).collect();
-    let runner = Arc::new(Mutex::new(Runner {
-        setup: Arc::clone(setup),
-        selection: selection.clone(),
-        kernel,
-        current: None,
-    }));
-    let trial = |(name, test): (String, GuestTest)| {
-        let runner = Arc::clone(&runner);
-        Trial::test(name.clone(), move || {
-            let mut runner = runner.lock().unwrap_or_else(PoisonError::into_inner);
-            runner.run(&test, &name).map_err(Failed::from)
+    let kernel = runner.kernel.name.clone();
+    let runner = Arc::new(Mutex::new(runner));
+    std::iter::once(host_test)
+        .chain(tests::all(&kernel))
+        .map(|test| (format!("{kernel}::{}", test.name), test))
+        .filter(|(name, _)| selection.has(name))
+        .map(|(name, test)| {
+            let runner = Arc::clone(&runner);
+            Trial::test(name.clone(), move || {
+                let mut runner = runner.lock().unwrap_or_else(PoisonError::into_inner);
+                runner.run(&test, &name).map_err(Failed::from)
+            })
         })
-    };
-    selected.into_iter().map(trial).collect()
+        .collect()
 }
 
 /// One of each, over and over: they are taken in this order, and the same test takes about as long on each kernel, so that
@@ -168,8 +182,7 @@ impl Runner {
             .as_ref()
             .map_or(String::new(), |(lab, _)| lab.host.evidence());
         let message = format!("{}\n{evidence}", chain(&verdict));
-        if self.selection.keep {
-            self.selection.keep = false;
+        if self.keep.swap(false, Ordering::Relaxed) {
             self.open_shell(name, &message);
         }
         self.current = None;
@@ -207,7 +220,7 @@ impl Runner {
                 Lab {
                     host,
                     kernel: self.kernel.clone(),
-                    full: self.selection.full,
+                    full: self.full,
                     setup: Arc::clone(&self.setup),
                 },
                 before,

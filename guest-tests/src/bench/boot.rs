@@ -89,6 +89,17 @@ pub enum BenchError {
     },
 }
 
+impl BenchError {
+    /// A VMM could not be measured on a host, which tells what it knows.
+    pub(super) fn measure(vmm: &str, host: &Host, source: MeasureError) -> Self {
+        Self::Measure {
+            vmm: vmm.to_owned(),
+            evidence: host.evidence(),
+            source,
+        }
+    }
+}
+
 /// A boot that could not be measured.
 #[derive(Debug, thiserror::Error)]
 pub enum MeasureError {
@@ -199,11 +210,8 @@ pub fn run(setup: &Setup, peers: &[Peer], repeat: u32) -> Result<PathBuf, BenchE
     let kernel = setup.kernel();
     let host = setup.boot(kernel, Machine::default())?;
     let dax = host.dax().first().ok_or(BenchError::NoDax)?;
-    let tracer = Tracer::prepare(&host).map_err(|error| BenchError::Measure {
-        vmm: "nothing yet".to_owned(),
-        evidence: host.evidence(),
-        source: error.into(),
-    })?;
+    let tracer = Tracer::prepare(&host)
+        .map_err(|error| BenchError::measure("nothing yet", &host, error.into()))?;
     let work = Workload {
         kernel: kernel_path(&kernel.release, ImageForm::BzImage),
         initramfs: initramfs_path(&kernel.release, Initramfs::Plain),
@@ -259,7 +267,7 @@ fn start_bare(tracer: &Tracer<'_>, work: &Workload) -> Result<u64, BenchError> {
     let start = || -> Result<u64, MeasureError> {
         scrub(host, work)?;
         tracer.start()?;
-        let bytes = (work.memory_mib << 20).to_string();
+        let bytes = work.memory_bytes().to_string();
         let words = [
             "lab-agent",
             "boot-bare",
@@ -275,31 +283,16 @@ fn start_bare(tracer: &Tracer<'_>, work: &Workload) -> Result<u64, BenchError> {
         let program = host.spawn(spec)?;
         let pid = program.pid();
         let output = program.finish(RUN_DEADLINE)?;
-        if !output.status.success() {
-            return Err(HostError::Failed {
-                command: words.join(" "),
-                status: output.status,
-                stderr: output.stderr,
-            }
-            .into());
-        }
+        output.succeeded(&words.join(" "))?;
         Ok(micros(tracer.finish_early(pid)?))
     };
-    start().map_err(|source| BenchError::Measure {
-        vmm: "the bare program".to_owned(),
-        evidence: host.evidence(),
-        source,
-    })
+    start().map_err(|error| BenchError::measure("the bare program", host, error))
 }
 
 fn boot_once(tracer: &Tracer<'_>, vmm: &Vmm, work: &Workload) -> Result<BootCost, BenchError> {
     let host = tracer.host();
     host.forget_programs();
-    let failed = |source| BenchError::Measure {
-        vmm: vmm.name.clone(),
-        evidence: host.evidence(),
-        source,
-    };
+    let failed = |error| BenchError::measure(&vmm.name, host, error);
     scrub(host, work).map_err(|error| failed(error.into()))?;
     let outcome = measure(tracer, |host| Guest::start(host, vmm.spawn_spec(work)));
     let outcome = outcome.and_then(|(mut guest, cost)| {
@@ -314,7 +307,7 @@ fn boot_once(tracer: &Tracer<'_>, vmm: &Vmm, work: &Workload) -> Result<BootCost
 /// Clears the guest's memory. The emulator keeps translations of the code that the last guest ran there, and every
 /// store over such code is slow: without this the next VMM would pay for it while it loads its kernel.
 fn scrub(host: &Host, work: &Workload) -> Result<(), HostError> {
-    let bytes = (work.memory_mib << 20).to_string();
+    let bytes = work.memory_bytes().to_string();
     host.check(&["lab-agent", "scrub", &work.dax, &bytes])
         .map(|_| ())
 }

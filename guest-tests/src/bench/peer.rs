@@ -62,6 +62,12 @@ pub struct Workload {
     pub devices: Vec<String>,
 }
 
+impl Workload {
+    pub(super) fn memory_bytes(&self) -> u64 {
+        self.memory_mib << 20
+    }
+}
+
 /// A peer that cannot be run.
 #[derive(Debug, thiserror::Error)]
 pub enum PeerError {

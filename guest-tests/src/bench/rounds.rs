@@ -126,11 +126,8 @@ pub fn run(
         step(&format!("round {round} of {}", plan.rounds), || {
             for (vmm, samples) in vmms.iter().zip(&mut samples) {
                 bed.host.forget_programs();
-                let figures = once(&bed, vmm).map_err(|source| BenchError::Measure {
-                    vmm: vmm.name.clone(),
-                    evidence: bed.host.evidence(),
-                    source,
-                })?;
+                let figures = once(&bed, vmm)
+                    .map_err(|error| BenchError::measure(&vmm.name, &bed.host, error))?;
                 samples.push(figures);
             }
             Ok::<(), BenchError>(())

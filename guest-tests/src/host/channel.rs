@@ -153,20 +153,20 @@ impl Channel {
     /// and then an interrupt is pending in the local APIC and the processor sleeps on. With the timer's lost, a host that
     /// waits for nothing else sleeps for good: one guest in a hundred. At any interrupt the processor looks at all of them.
     fn beat(&self) {
-        let mut state = self.lock();
+        let request = Request::Pulse;
+        let what = describe(&request);
         loop {
-            let (now, waited) = self
+            let (state, waited) = self
                 .shared
                 .changed
-                .wait_timeout_while(state, PULSE_INTERVAL, |state| state.gone.is_none())
+                .wait_timeout_while(self.lock(), PULSE_INTERVAL, |state| state.gone.is_none())
                 .unwrap_or_else(PoisonError::into_inner);
             if !waited.timed_out() {
                 return;
             }
-            drop(now);
+            drop(state);
             // When the host is gone, the reader says so.
-            drop(self.send(&Request::Pulse, "keeping the host awake"));
-            state = self.lock();
+            drop(self.send(&request, &what));
         }
     }
 

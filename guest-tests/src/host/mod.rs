@@ -118,6 +118,20 @@ pub struct Output {
     pub stderr: String,
 }
 
+impl Output {
+    /// Of a program that must succeed.
+    pub fn succeeded(self, command: &str) -> Result<Self, HostError> {
+        if self.status.success() {
+            return Ok(self);
+        }
+        Err(HostError::Failed {
+            command: command.to_owned(),
+            status: self.status,
+            stderr: self.stderr,
+        })
+    }
+}
+
 /// An emulated host that is up.
 #[derive(Debug)]
 pub struct Host {
@@ -370,14 +384,10 @@ impl Host {
                     continue;
                 }
             };
-            let output = process.finish(RUN_DEADLINE).map_err(failed)?;
-            if !output.status.success() {
-                return Err(failed(HostError::Failed {
-                    command,
-                    status: output.status,
-                    stderr: output.stderr,
-                }));
-            }
+            let output = process
+                .finish(RUN_DEADLINE)
+                .and_then(|output| output.succeeded(&command))
+                .map_err(failed)?;
             devices.push(parse_namespace(&output.stdout).ok_or_else(|| {
                 failed(HostError::Unexpected {
                     what: command,
@@ -415,14 +425,7 @@ fn run_within(channel: &Channel, argv: &[&str], deadline: Duration) -> Result<Ou
 /// Runs a program that must succeed; gives its standard output.
 fn check(channel: &Channel, argv: &[&str]) -> Result<String, HostError> {
     let output = run_within(channel, argv, RUN_DEADLINE)?;
-    if output.status.success() {
-        return Ok(output.stdout);
-    }
-    Err(HostError::Failed {
-        command: argv.join(" "),
-        status: output.status,
-        stderr: output.stderr,
-    })
+    Ok(output.succeeded(&argv.join(" "))?.stdout)
 }
 
 /// A device on its way.

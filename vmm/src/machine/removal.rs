@@ -208,23 +208,18 @@ impl RunningVm {
             .filter_map(|region| self.regions.at(region.gpa()))
             .map(|(id, state, _)| (id, state))
             .collect();
+        // What was on its way out before is no news.
+        let is_present = |(_, state): &&(RegionId, RegionState)| state.stage() == Stage::Present;
+        let news: Vec<RegionId> = gone.iter().filter(is_present).map(|(id, _)| *id).collect();
         let start = Instant::now();
         // Until the unmap is over the guest gives its devices no new work there, and takes no processor from it.
-        let hold = self.host.dma.is_some()
-            && !self.paused
-            && gone
-                .iter()
-                .any(|(_, state)| state.stage() == Stage::Present);
+        let hold = self.host.dma.is_some() && !self.paused && !news.is_empty();
         if hold && !self.machine.hold_vcpus(HOLD_DEADLINE) {
             debug!("a vCPU runs on while devices are kept from memory that is gone");
         }
         self.drive(gone.iter().map(|(id, _)| (*id, RegionEvent::Lost)));
         let elapsed_us = start.elapsed().as_micros();
-        // What was on its way out before is no news.
-        let is_news = |(id, _, _): &(RegionId, RegionState, &Known)| {
-            gone.iter()
-                .any(|(gone, before)| gone == id && before.stage() == Stage::Present)
-        };
+        let is_news = |(id, _, _): &(RegionId, RegionState, &Known)| news.contains(id);
         let is_cut = |(_, state, _): (RegionId, RegionState, &Known)| state.stage() == Stage::Cut;
         if self.host.dma.is_some() && self.regions.iter().filter(is_news).any(is_cut) {
             warn!(elapsed_us, "devices do not reach it any more");

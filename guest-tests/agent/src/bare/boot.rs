@@ -11,7 +11,7 @@
 use std::fs::File;
 
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_userspace_memory_region};
-use kvm_ioctls::Kvm;
+use kvm_ioctls::{Kvm, VcpuExit};
 
 use crate::memory::Words;
 
@@ -24,8 +24,6 @@ const TSS: usize = 0xfffb_d000;
 const CODE: usize = 0x1000;
 /// `out %al, $0x10`.
 const INSTRUCTION: u64 = 0x10e6;
-/// The bit that is always set.
-const RFLAGS: u64 = 2;
 
 /// Starts a guest on a device's memory, and ends it at once.
 pub(crate) fn run(kernel: &str, initramfs: &str, dax: &str, bytes: u64) -> Result<(), String> {
@@ -36,12 +34,7 @@ pub(crate) fn run(kernel: &str, initramfs: &str, dax: &str, bytes: u64) -> Resul
         (INITRAMFS_END - length) & !0xfff
     })?;
     memory.set(CODE / size_of::<u64>(), INSTRUCTION);
-    let exit = start(&memory, bytes).map_err(|error| format!("KVM: {error}"))?;
-    if exit.contains("IoOut") {
-        Ok(())
-    } else {
-        Err(format!("the guest ended with {exit}"))
-    }
+    start(&memory, bytes).map_err(|error| format!("KVM: {error}"))?
 }
 
 fn load(memory: &mut Words, path: &str, at: impl Fn(usize) -> usize) -> Result<(), String> {
@@ -52,8 +45,8 @@ fn load(memory: &mut Words, path: &str, at: impl Fn(usize) -> usize) -> Result<(
     memory.load(at(length), &file, length)
 }
 
-/// Gives how the guest came out of its first instruction.
-fn start(memory: &Words, bytes: u64) -> Result<String, kvm_ioctls::Error> {
+/// Whether KVM does all that, and whether the guest came out of its instruction then.
+fn start(memory: &Words, bytes: u64) -> Result<Result<(), String>, kvm_ioctls::Error> {
     let kvm = Kvm::new()?;
     let vm = kvm.create_vm()?;
     vm.set_tss_address(TSS)?;
@@ -76,7 +69,9 @@ fn start(memory: &Words, bytes: u64) -> Result<String, kvm_ioctls::Error> {
     vcpu.set_sregs(&segments)?;
     let mut registers = vcpu.get_regs()?;
     registers.rip = CODE as u64;
-    registers.rflags = RFLAGS;
     vcpu.set_regs(&registers)?;
-    Ok(format!("{:?}", vcpu.run()?))
+    Ok(match vcpu.run()? {
+        VcpuExit::IoOut(..) => Ok(()),
+        exit => Err(format!("the guest ended with {exit:?}")),
+    })
 }

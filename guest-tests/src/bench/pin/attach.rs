@@ -84,11 +84,7 @@ pub(super) fn run(host: &Host, release: &str, repeat: u32) -> Result<Vec<Outcome
     let [own, bare] = host.dax() else {
         return Err(BenchError::NoDax);
     };
-    let failed = |source| BenchError::Measure {
-        vmm: "daxhund".to_owned(),
-        evidence: host.evidence(),
-        source,
-    };
+    let failed = |error| BenchError::measure("daxhund", host, error);
     let bind = |card| host.bind_vfio(card).map_err(|error| failed(error.into()));
     let bed = Bed {
         host,

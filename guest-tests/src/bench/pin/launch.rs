@@ -29,11 +29,7 @@ pub(super) fn run(
     }
     let release = &setup.kernel().release;
     let dax = host.dax().first().ok_or(BenchError::NoDax)?;
-    let failed = |error| BenchError::Measure {
-        vmm: "nothing yet".to_owned(),
-        evidence: host.evidence(),
-        source: error,
-    };
+    let failed = |error| BenchError::measure("nothing yet", host, error);
     let tracer = Tracer::prepare(host).map_err(|error| failed(error.into()))?;
     let device = host
         .bind_vfio(Card::Disk)

@@ -196,17 +196,8 @@ pub(super) fn tell<T: DeserializeOwned>(host: &Host, words: &[&str]) -> Result<T
     let argv: Vec<&str> = std::iter::once("lab-agent")
         .chain(words.iter().copied())
         .collect();
-    let output = host.run_within(&argv, DEADLINE)?;
     let command = argv.join(" ");
-    if !output.status.success() {
-        let (status, stderr) = (output.status, output.stderr);
-        return Err(HostError::Failed {
-            command,
-            status,
-            stderr,
-        }
-        .into());
-    }
+    let output = host.run_within(&argv, DEADLINE)?.succeeded(&command)?;
     serde_json::from_str(&output.stdout).map_err(|source| MeasureError::Garbled {
         command,
         text: output.stdout,

@@ -31,11 +31,7 @@ pub(super) struct Outcome {
 
 /// Measures each kind by each interface.
 pub(super) fn run(host: &Host, repeat: u32) -> Result<Vec<Outcome>, BenchError> {
-    let failed = |source| BenchError::Measure {
-        vmm: "the bare program".to_owned(),
-        evidence: host.evidence(),
-        source,
-    };
+    let failed = |error| BenchError::measure("the bare program", host, error);
     let dax = host.dax().first().ok_or(BenchError::NoDax)?;
     let device = host
         .bind_vfio(Card::Disk)

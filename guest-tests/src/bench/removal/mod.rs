@@ -35,6 +35,7 @@ use crate::host::passthrough::Binding;
 use crate::progress::step;
 use crate::setup::Setup;
 use crate::share::{ImageForm, Initramfs, initramfs_path, kernel_path};
+use crate::suite::is_chosen;
 use scene::{BYTES, Kind, Removal, Scene, SceneError};
 
 /// How the removal meets the guest.
@@ -302,9 +303,7 @@ pub fn run(
 
 /// Those with one of these parts in their names; all when none is asked for.
 fn chosen(only: &[String]) -> impl Iterator<Item = Case> {
-    CASES
-        .into_iter()
-        .filter(|case| only.is_empty() || only.iter().any(|part| case.name.contains(part.as_str())))
+    CASES.into_iter().filter(|case| is_chosen(case.name, only))
 }
 
 fn boot(setup: &Setup, name: &str) -> Result<Scene, BenchError> {
@@ -329,11 +328,7 @@ fn bind(scene: &Scene) -> Result<Binding, BenchError> {
 }
 
 fn failed(scene: &Scene, vmm: &str, source: MeasureError) -> BenchError {
-    BenchError::Measure {
-        vmm: vmm.to_owned(),
-        evidence: scene.host.evidence(),
-        source,
-    }
+    BenchError::measure(vmm, &scene.host, source)
 }
 
 /// One removal under a guest of daxhund's.
