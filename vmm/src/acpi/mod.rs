@@ -9,6 +9,7 @@ mod dsdt;
 mod pci;
 mod srat;
 
+use acpi_tables::Aml;
 use acpi_tables::fadt::{FADTBuilder, Flags, PmProfile};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
 use acpi_tables::madt::{
@@ -18,7 +19,6 @@ use acpi_tables::mcfg::MCFG;
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::slit::SLIT;
 use acpi_tables::xsdt::XSDT;
-use acpi_tables::{Aml, AmlSink};
 use thiserror::Error;
 
 pub use srat::{Node, NodeMemory};
@@ -148,19 +148,10 @@ impl Area {
     }
 }
 
-#[derive(Default)]
-struct Bytes(Vec<u8>);
-
-impl AmlSink for Bytes {
-    fn byte(&mut self, byte: u8) {
-        self.0.push(byte);
-    }
-}
-
 fn serialise(table: &dyn Aml) -> Vec<u8> {
-    let mut bytes = Bytes::default();
+    let mut bytes = Vec::new();
     table.to_aml_bytes(&mut bytes);
-    bytes.0
+    bytes
 }
 
 fn port(port: u16) -> GAS {
