@@ -1,18 +1,16 @@
-//! Block devices without the page cache in between: patterns, and how many small reads a second bring.
+//! Block devices without the page cache in between: patterns.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, Seek, SeekFrom};
+use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::thread;
-use std::time::{Duration, Instant};
 
-use lab_agent::guest_protocol::{PhysicalReport, RateReport, pattern_word};
+use lab_agent::guest_protocol::{PhysicalReport, pattern_word};
 use rustix::fs::{FallocateFlags, OFlags, fallocate};
 
 use crate::memory::Words;
 
 /// What direct I/O wants offsets, lengths and addresses aligned to.
-const BLOCK_BYTES: usize = 4096;
+pub(crate) const BLOCK_BYTES: usize = 4096;
 const CHUNK_BYTES: usize = 64 * 1024;
 const WORD_BYTES: u64 = 8;
 
@@ -137,44 +135,6 @@ fn for_chunks(
         at += length as u64;
     }
     Ok(())
-}
-
-/// Reads blocks at random places for some time, `depth` at once.
-pub(crate) fn random_reads(path: &str, seconds: u64, depth: u64) -> Result<RateReport, String> {
-    let began = Instant::now();
-    let end = began + Duration::from_secs(seconds);
-    let readers: Vec<_> = (0..depth)
-        .map(|reader| {
-            let mut file = open_direct(path, false)?;
-            let size = file.seek(SeekFrom::End(0));
-            let blocks = size
-                .map_err(|error| format!("cannot tell the size of {path}: {error}"))?
-                / BLOCK_BYTES as u64;
-            if blocks == 0 {
-                return Err(format!("{path} is smaller than a block"));
-            }
-            Ok(thread::spawn(move || {
-                let mut buffer = Aligned::new(BLOCK_BYTES);
-                let mut reads: u64 = 0;
-                while Instant::now() < end {
-                    let block = pattern_word(reads, reader) % blocks;
-                    file.read_exact_at(buffer.slice(BLOCK_BYTES), block * BLOCK_BYTES as u64)?;
-                    reads += 1;
-                }
-                Ok::<u64, io::Error>(reads)
-            }))
-        })
-        .collect::<Result<_, String>>()?;
-    let mut operations = 0;
-    for reader in readers {
-        let reads = reader.join().map_err(|_| "a reader panicked")?;
-        operations += reads.map_err(|error| format!("cannot read {path}: {error}"))?;
-    }
-    Ok(RateReport {
-        operations,
-        bytes: operations * BLOCK_BYTES as u64,
-        seconds: began.elapsed().as_secs_f64(),
-    })
 }
 
 #[cfg(test)]

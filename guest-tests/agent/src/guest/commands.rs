@@ -9,7 +9,8 @@ use rustix::system::{RebootCommand, reboot};
 use serde_json::{Value, json};
 
 use super::{
-    bandwidth, block, edu, hostile, interrupts, kernel_log, modules, pattern, pci, persist, vsock,
+    bandwidth, block, edu, hostile, interrupts, kernel_log, modules, pattern, pci, persist,
+    random_reads::random_reads, vsock,
 };
 use crate::sockets::{self, Sender};
 use crate::{memory, wait};
@@ -98,11 +99,9 @@ pub(crate) fn run(words: &[&str]) -> Result<Value, String> {
             hostile::move_bar(address, number(to)?)?;
             Ok(json!({}))
         }
-        ["iops", path, seconds, depth] => to_json(&block::random_reads(
-            path,
-            number(seconds)?,
-            number(depth)?,
-        )?),
+        ["iops", path, seconds, depth] => {
+            to_json(&random_reads(path, number(seconds)?, narrow(depth)?)?)
+        }
         ["bandwidth", what, path, bytes, seconds] => to_json(&bandwidth::measure(
             what,
             path,

@@ -16,6 +16,7 @@ pub(crate) mod page_map;
 mod pattern;
 mod pci;
 pub(crate) mod persist;
+mod random_reads;
 mod vsock;
 
 use std::fs::{self, OpenOptions};
