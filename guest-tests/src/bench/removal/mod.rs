@@ -227,12 +227,12 @@ pub fn run(
     repeat: u32,
 ) -> Result<PathBuf, BenchError> {
     let kernel = setup.kernel();
+    let cases = chosen(only)?;
     let mut outcomes = Vec::new();
     let mut bare = Vec::new();
     if repeat > 0 {
         let mut scene = boot(setup, "removal")?;
         let drive = bind(&scene)?;
-        let cases: Vec<Case> = chosen(only).collect();
         for case in &cases {
             outcomes.push(Outcome {
                 vmm: OWN.to_owned(),
@@ -302,8 +302,16 @@ pub fn run(
 }
 
 /// Those with one of these parts in their names; all when none is asked for.
-fn chosen(only: &[String]) -> impl Iterator<Item = Case> {
-    CASES.into_iter().filter(|case| is_chosen(case.name, only))
+fn chosen(only: &[String]) -> Result<Vec<Case>, BenchError> {
+    let names = |part: &String| CASES.iter().any(|case| case.name.contains(part.as_str()));
+    if let Some(asked) = only.iter().find(|part| !names(part)) {
+        return Err(BenchError::NoCase {
+            asked: asked.clone(),
+            cases: CASES.map(|case| case.name).join("; "),
+        });
+    }
+    let chosen = CASES.into_iter();
+    Ok(chosen.filter(|case| is_chosen(case.name, only)).collect())
 }
 
 fn boot(setup: &Setup, name: &str) -> Result<Scene, BenchError> {
@@ -559,6 +567,19 @@ fn versus_table(bare: &[BareLoss], versus: &[Versus]) -> Table {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_case_that_is_not_there_is_an_error() {
+        let chosen =
+            |words: &[&str]| chosen(&words.iter().map(|w| (*w).to_owned()).collect::<Vec<_>>());
+        assert_eq!(chosen(&[]).unwrap().len(), CASES.len());
+        assert_eq!(chosen(&["not held"]).unwrap().len(), 2);
+        let error = chosen(&["not held", "typo"]).unwrap_err().to_string();
+        assert!(
+            error.contains("`typo`") && error.contains(PMEM_NOT_HELD.name),
+            "{error}"
+        );
+    }
 
     #[test]
     fn a_percentile_is_one_of_the_samples() {
