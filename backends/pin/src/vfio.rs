@@ -129,6 +129,13 @@ impl VfioFunction {
         &self.function
     }
 
+    /// Whether the function was reset when it was attached: the kernel resets what it gives out first, and says of a function
+    /// that it can be reset only if that went well (`drivers/vfio/pci/vfio_pci_core.c`, `vfio_pci_core_enable`). Nobody but
+    /// its attacher can have used it since.
+    pub fn was_reset(&self) -> bool {
+        self.resets_alone
+    }
+
     /// Where it is.
     pub fn address(&self) -> PciAddress {
         self.function.address

@@ -17,7 +17,7 @@ use daxhund_pin::{
 };
 use rustix::event::{EventfdFlags, eventfd};
 use thiserror::Error;
-use tracing::{error, info, warn};
+use tracing::{debug, error, info, warn};
 
 use super::devices::{HostDevice, HostKind};
 use super::dma::{self, DaxInReach, DmaDomain};
@@ -412,12 +412,18 @@ fn give_back(space: &AddressSpace, device: Arc<PassedThrough>) {
     }
 }
 
-/// What it takes before a guest may have it.
+/// What it takes before a guest may have it. A second reset would bring nothing and take a tenth of a second, which is what a
+/// function is given for it (PCIe 6.0, 6.6.2).
 fn prepare(
     function: &VfioFunction,
     valid: &ValidDevice,
 ) -> Result<Vec<(Notice, OwnedFd)>, OpenPassthroughError> {
-    if function.can_reset() {
+    if function.was_reset() {
+        debug!(
+            id = valid.id,
+            "the host has reset the device when it gave it out"
+        );
+    } else if function.can_reset() {
         function
             .reset()
             .map_err(|source| OpenPassthroughError::Reset {
