@@ -413,7 +413,7 @@ fn give_back(space: &AddressSpace, device: Arc<PassedThrough>) {
 }
 
 /// What it takes before a guest may have it. A second reset would bring nothing and take a tenth of a second, which is what a
-/// function is given for it (PCIe 6.0, 6.6.2).
+/// function is given for it (PCI Express 6.0, 6.6.2).
 fn prepare(
     function: &VfioFunction,
     valid: &ValidDevice,

@@ -5,6 +5,7 @@
 use std::error::Error;
 use std::path::Path;
 
+use plotters::element::DashedPathElement;
 use plotters::prelude::*;
 
 use super::Memory;
@@ -14,6 +15,9 @@ use crate::bench::boot::BenchError;
 const SIZE: (u32, u32) = (800, 500);
 /// Of a decade: room for what is drawn at the edges.
 const ROOM: f64 = 1.5;
+/// Of the bare program's lines, in pixels.
+const DASH: u32 = 6;
+const GAP: u32 = 5;
 
 /// A line: its name, its kind, whether it is the bare program's, and its points in GiB and milliseconds.
 struct Line {
@@ -86,21 +90,22 @@ fn svg(release: &str, lines: &[Line]) -> Result<String, Box<dyn Error + Send + S
             .configure_mesh()
             .x_desc("GiB")
             .y_desc("median, ms (emulated)")
+            .max_light_lines(1)
             .draw()?;
         for line in lines {
             let colour = colour(line.memory);
             let points = line.points.iter().copied();
-            let legend = move |(x, y)| PathElement::new(vec![(x, y), (x + 20, y)], colour);
+            let key = |(x, y)| [(x, y), (x + 20, y)];
             if line.is_bare {
                 chart
-                    .draw_series(DashedLineSeries::new(points, 6, 5, colour.into()))?
+                    .draw_series(DashedLineSeries::new(points, DASH, GAP, colour.into()))?
                     .label(&line.name)
-                    .legend(legend);
+                    .legend(move |at| DashedPathElement::new(key(at), DASH, GAP, colour));
             } else {
                 chart
                     .draw_series(LineSeries::new(points, colour.stroke_width(2)))?
                     .label(&line.name)
-                    .legend(legend);
+                    .legend(move |at| PathElement::new(key(at), colour.stroke_width(2)));
             }
         }
         chart
