@@ -15,7 +15,7 @@ use lab_agent::guest_protocol::{RateReport, pattern_word};
 
 use super::block::{Aligned, BLOCK_BYTES, open_direct};
 
-/// Reads blocks at random places for some time, `depth` at once, each once.
+/// Reads blocks at random places for some time, `depth` at once.
 pub(crate) fn random_reads(path: &str, seconds: u64, depth: u32) -> Result<RateReport, String> {
     let mut file = open_direct(path, false)?;
     let size = file.seek(SeekFrom::End(0));

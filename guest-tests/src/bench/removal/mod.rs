@@ -14,6 +14,7 @@ pub mod scene;
 pub mod watcher;
 
 use std::path::PathBuf;
+use std::slice::from_ref;
 use std::time::{Duration, Instant};
 
 use comfy_table::Table;
@@ -303,8 +304,12 @@ pub fn run(
 
 /// Those with one of these parts in their names; all when none is asked for.
 fn chosen(only: &[String]) -> Result<Vec<Case>, BenchError> {
-    let names = |part: &String| CASES.iter().any(|case| case.name.contains(part.as_str()));
-    if let Some(asked) = only.iter().find(|part| !names(part)) {
+    let names = |part| {
+        CASES
+            .iter()
+            .any(|case| is_chosen(case.name, from_ref(part)))
+    };
+    if let Some(asked) = only.iter().find(|part| !names(*part)) {
         return Err(BenchError::NoCase {
             asked: asked.clone(),
             cases: CASES.map(|case| case.name).join("; "),
