@@ -15,7 +15,7 @@ use thiserror::Error;
 
 use crate::device::{DeviceFacts, DeviceNumber, Driver};
 use crate::host::Host;
-use crate::sysfs::SysfsError;
+use crate::sysfs::{Sysfs, SysfsError};
 
 /// What a path leads to, symbolic links followed.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -140,11 +140,15 @@ impl Host {
 
     /// The facts of the dax device with this number; `None` when the number is not dax's.
     pub(crate) fn facts_of(&self, number: DeviceNumber) -> Result<Option<DeviceFacts>, SysfsError> {
+        let device = self.dax_directory(number)?;
+        device.as_ref().map(DeviceFacts::read).transpose()
+    }
+
+    /// Where sysfs has the dax device with this number; `None` when the number is not dax's.
+    pub(crate) fn dax_directory(&self, number: DeviceNumber) -> Result<Option<Sysfs>, SysfsError> {
         let device = self.sys().join("dev/char").join(number.to_string());
-        if device.link_name("subsystem")?.as_deref() != Some("dax") {
-            return Ok(None);
-        }
-        DeviceFacts::read(&device).map(Some)
+        let is_dax = device.link_name("subsystem")?.as_deref() == Some("dax");
+        Ok(is_dax.then_some(device))
     }
 }
 

@@ -257,6 +257,10 @@ impl DeviceFacts {
         }
     }
 
+    pub(crate) fn driver_of(device: &Sysfs) -> Result<Driver, SysfsError> {
+        Ok(Driver::named(device.link_name("driver")?))
+    }
+
     pub(crate) fn read(device: &Sysfs) -> Result<Self, SysfsError> {
         let device = device.resolve()?;
         let name = device
@@ -277,7 +281,7 @@ impl DeviceFacts {
             numa_node: node(&device, "numa_node")?,
             resource: Sysfs::optional(device.number("resource"))?,
             mappings: mappings(&device)?,
-            driver: Driver::named(device.link_name("driver")?),
+            driver: Self::driver_of(&device)?,
             memmap_on_memory: Sysfs::optional(device.parsed(
                 "memmap_on_memory",
                 "0 or 1",

@@ -2,7 +2,8 @@
 //!
 //! Whether something can be memory is decided from its metadata and sysfs, before it is opened: each wrong thing
 //! gets its own error, and no unknown character device is poked. The device can change between that look and the
-//! open, so its number and its facts are read again from what was opened.
+//! open, so its facts are those of what was opened. The look before is a glance, as every attribute of sysfs costs a start
+//! some hundred microseconds; only what is not usable is looked at in full, to say why.
 
 #![forbid(unsafe_code)]
 
@@ -177,13 +178,16 @@ pub enum OpenError {
 impl Host {
     /// Opens a dax device for mapping. Symbolic links are followed; the name does not matter, the device number does.
     pub fn open(&self, path: &Path) -> Result<DaxDevice, OpenError> {
-        let seen = usable(path, self.classify(path)?)?;
+        let seen = match self.glance(path) {
+            Some(number) => number,
+            None => usable(path, self.classify(path)?)?.number,
+        };
         let file = OpenOptions::new()
             .read(true)
             .write(true)
             .open(path)
-            .map_err(|source| open_error(path, seen.number, source))?;
-        let facts = self.facts_again(path, &file, seen.number)?;
+            .map_err(|source| open_error(path, seen, source))?;
+        let facts = self.facts_of_opened(path, &file, seen)?;
         Ok(DaxDevice::assemble(Shared {
             path: path.to_owned(),
             file: Arc::new(file),
@@ -193,8 +197,21 @@ impl Host {
         }))
     }
 
-    /// The facts of what was really opened, which must still be the usable device that was looked at.
-    fn facts_again(
+    /// The number of what looks like a usable device; `None` when it doesn't, or can't be told.
+    fn glance(&self, path: &Path) -> Option<DeviceNumber> {
+        let metadata = path.metadata().ok()?;
+        if !metadata.file_type().is_char_device() {
+            return None;
+        }
+        let number = DeviceNumber::from_rdev(metadata.rdev());
+        let device = self.dax_directory(number).ok()??;
+        let driver = DeviceFacts::driver_of(&device).ok()?;
+        let size = device.number::<u64>("size").ok()?;
+        (driver == Driver::DeviceDax && size != 0).then_some(number)
+    }
+
+    /// The facts of what was really opened, which must be the usable device that was looked at.
+    fn facts_of_opened(
         &self,
         path: &Path,
         file: &File,
@@ -479,15 +496,15 @@ mod tests {
         let path = fake.dev().join("dax0.0");
         let (host, file) = (fake.host(), File::open("/dev/zero").unwrap());
         let zero = DeviceNumber { major: 1, minor: 5 };
-        host.facts_again(&path, &file, zero).unwrap();
+        host.facts_of_opened(&path, &file, zero).unwrap();
         let null = File::open("/dev/null").unwrap();
-        let other = host.facts_again(&path, &null, zero);
+        let other = host.facts_of_opened(&path, &null, zero);
         assert!(matches!(other, Err(OpenError::Vanished { .. })));
         std::fs::remove_file(dir.join("driver")).unwrap();
-        let unbound = host.facts_again(&path, &file, zero);
+        let unbound = host.facts_of_opened(&path, &file, zero);
         assert!(matches!(unbound, Err(OpenError::Vanished { .. })));
         std::fs::remove_dir_all(&dir).unwrap();
-        let gone = host.facts_again(&path, &file, zero);
+        let gone = host.facts_of_opened(&path, &file, zero);
         assert!(matches!(gone, Err(OpenError::Vanished { .. })), "{gone:?}");
     }
 

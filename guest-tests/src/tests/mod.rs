@@ -14,6 +14,7 @@ mod guard;
 mod host;
 mod hostile;
 mod hotplug;
+mod interrupt;
 mod net;
 mod passthrough;
 mod pci;
@@ -106,6 +107,7 @@ pub fn all(kernel: &str) -> Vec<GuestTest> {
     };
     [
         host::TESTS.to_vec(),
+        interrupt::TESTS.to_vec(),
         boot::TESTS.to_vec(),
         power::TESTS.to_vec(),
         consoles::TESTS.to_vec(),

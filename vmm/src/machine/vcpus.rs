@@ -209,9 +209,11 @@ impl Vcpus {
         Ok(spawned)
     }
 
-    /// Lets them run.
+    /// Lets them run. Where there is one processor for all, the guest goes before the caller's chores: a guest that starts
+    /// would wait for a removal guard to be started, too.
     pub(super) fn release(&self) {
         self.control.set(Wish::Run);
+        std::thread::yield_now();
     }
 
     /// Takes every vCPU out of the guest and keeps it out; `false` when one is still in the guest by then (then it

@@ -12,6 +12,10 @@ use crate::guest::Guest;
 use crate::host::account::vfio_interrupts;
 use crate::host::cards::Card;
 
+/// Words for the network card's driver.
+const BY_WIRE: &str = "e1000e.IntMode=0";
+const BY_ONE_MESSAGE: &str = "e1000e.IntMode=1";
+
 pub(super) const TESTS: &[GuestTest] = &[
     GuestTest {
         name: "passthrough_network_card_gets_a_lease_and_carries_data",
@@ -35,7 +39,11 @@ pub(super) const TESTS: &[GuestTest] = &[
     },
     GuestTest {
         name: "passthrough_network_card_interrupts_by_wire",
-        run: |lab| network_card_by_wire(lab, By::Groups),
+        run: |lab| network_card_told(lab, By::Groups, BY_WIRE, InterruptKind::IntX),
+    },
+    GuestTest {
+        name: "passthrough_network_card_interrupts_by_one_message",
+        run: |lab| network_card_told(lab, By::Groups, BY_ONE_MESSAGE, InterruptKind::Msi),
     },
     GuestTest {
         name: "passthrough_survives_reboots",
@@ -76,7 +84,11 @@ pub(super) const IOMMUFD_TESTS: &[GuestTest] = &[
     },
     GuestTest {
         name: "passthrough_network_card_interrupts_by_wire_by_iommufd",
-        run: |lab| network_card_by_wire(lab, By::Iommufd),
+        run: |lab| network_card_told(lab, By::Iommufd, BY_WIRE, InterruptKind::IntX),
+    },
+    GuestTest {
+        name: "passthrough_network_card_interrupts_by_one_message_by_iommufd",
+        run: |lab| network_card_told(lab, By::Iommufd, BY_ONE_MESSAGE, InterruptKind::Msi),
     },
     GuestTest {
         name: "passthrough_survives_reboots_by_iommufd",
@@ -242,15 +254,20 @@ fn interrupts_by_wire(lab: &mut Lab, by: By) -> Result<(), TestError> {
     Ok(card.release()?)
 }
 
-/// Many of them, by a driver of the kernel's that takes the wire although there are messages to be had.
-fn network_card_by_wire(lab: &mut Lab, by: By) -> Result<(), TestError> {
+/// Many of them, by a driver of the kernel's that takes what it is told to, although there is better to be had.
+fn network_card_told(
+    lab: &mut Lab,
+    by: By,
+    parameter: &str,
+    kind: InterruptKind,
+) -> Result<(), TestError> {
     let card = lab.host.bind_vfio(Card::Network)?;
     let mut spec = spec(lab, by, &[&ram(lab)], &[&card]);
-    "e1000e.IntMode=0".clone_into(&mut spec.cmdline);
+    parameter.clone_into(&mut spec.cmdline);
     let mut guest = Guest::boot(&lab.host, &spec)?;
     guest.modprobe(&["e1000e"])?;
     carries_data(&mut guest, 4 * MIB)?;
-    interrupts_arrive(lab, &mut guest, &card, InterruptKind::IntX)?;
+    interrupts_arrive(lab, &mut guest, &card, kind)?;
     no_complaints(&mut guest)?;
     power_off(guest)?;
     Ok(card.release()?)
