@@ -97,7 +97,9 @@ impl Setup {
             &self.provisioned.kernels,
             &initramfs,
         )?;
-        Ok(())
+        let load = image::load(&self.provisioned)?;
+        let place = share::LOAD_PATH.trim_start_matches("/lab/");
+        Ok(share::add(&load, &self.share().join(place))?)
     }
 
     /// The kernel of a host that only one is wanted of: the newest.

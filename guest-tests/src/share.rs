@@ -36,6 +36,9 @@ pub enum Initramfs {
     Tools,
 }
 
+/// Path on the host of the disk with programs that keep a guest busy.
+pub const LOAD_PATH: &str = "/lab/load.ext4";
+
 /// Path on the host of a guest's initramfs for a kernel.
 pub fn initramfs_path(release: &str, form: Initramfs) -> String {
     let name = match form {

@@ -136,6 +136,16 @@ pub enum MeasureError {
         /// Why it cannot be read.
         source: serde_json::Error,
     },
+    /// The VMM has not said, or not done, what it should.
+    #[error("{what}: not within {seconds} s; the VMM says:\n{text}")]
+    Waited {
+        /// What was waited for.
+        what: &'static str,
+        /// How long.
+        seconds: u64,
+        /// Its log.
+        text: String,
+    },
     /// The VMM did not tell every map.
     #[error("the VMM told of {found} maps of guest memory, there were {expected}:\n{text}")]
     Maps {

@@ -4,6 +4,7 @@
 //! dropping a guest kills its VMM.
 
 mod devices;
+mod load;
 pub mod network;
 
 use std::time::Duration;
@@ -21,6 +22,7 @@ use crate::host::Host;
 use crate::host::channel::HostError;
 use crate::host::process::Process;
 use crate::share::{ImageForm, Initramfs, initramfs_path, kernel_path};
+pub use load::load_disk;
 
 /// From the VMM's start to the guest's first word; usually 5 to 15 s.
 pub const READY_DEADLINE: Duration = Duration::from_mins(3);

@@ -5,6 +5,7 @@
 //! devices, which the agent loads by name, and there is a larger form with file systems. Not compressed: a processor
 //! that is emulated takes longer to decompress than to copy. Kept in the cache under a key of everything that goes in.
 
+mod load;
 mod modules;
 mod tree;
 
@@ -21,6 +22,7 @@ use crate::provision::kernel::{Kernel, KernelError};
 use crate::provision::libraries::{self, LibraryError};
 use crate::provision::{Provisioned, Tools};
 use crate::share::Initramfs;
+pub use load::load;
 use tree::{Tree, TreeError};
 
 /// Counts changes of what an image holds that its inputs do not show.
@@ -54,6 +56,14 @@ pub enum ImageError {
     /// A file cannot be read.
     #[error("cannot read {path}")]
     Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// A file cannot be written.
+    #[error("cannot write {path}")]
+    Write {
         /// The file.
         path: PathBuf,
         /// Why.

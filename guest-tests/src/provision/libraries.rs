@@ -97,6 +97,14 @@ pub fn closure(
         .flat_map(|root| parts.map(|part| root.join(part)))
         .collect();
     places.retain(|place| place.is_dir());
+    // Some packages keep libraries of their own in a directory of their own.
+    let own: Vec<PathBuf> = places
+        .iter()
+        .filter_map(|place| fs::read_dir(place).ok())
+        .flat_map(|entries| entries.flatten().map(|entry| entry.path()))
+        .filter(|path| path.is_dir())
+        .collect();
+    places.extend(own);
     places.extend(SYSTEM.map(PathBuf::from));
     let mut found = BTreeMap::new();
     let mut queue = programs.to_vec();

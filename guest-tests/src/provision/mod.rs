@@ -35,8 +35,11 @@ const TOOLS: [&str; 6] = [
     "e2fsprogs",
     "xfsprogs",
 ];
-/// Written last, so that its presence says that all tools are there.
+/// Packages with programs that keep a guest busy. They need so many libraries that they go into a disk of their own.
+const LOADS: [&str; 2] = ["fio", "stress-ng"];
+/// Written last, so that their presence says that all is there.
 const TOOLS_LIST: &str = "tools.json";
+const LOADS_LIST: &str = "loads.json";
 /// Series that fresh lists of the package sources did not offer.
 const ABSENT_LIST: &str = "series-not-offered.json";
 
@@ -76,11 +79,13 @@ pub struct Provisioned {
     pub cache: Cache,
     /// Programs for the emulated host.
     pub tools: Tools,
+    /// Programs that keep a guest busy.
+    pub loads: Tools,
     /// Kernels, oldest series first; at least one.
     pub kernels: Vec<Kernel>,
 }
 
-/// Unpacked packages with the emulated host's programs and their libraries.
+/// Unpacked packages with programs and their libraries.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct Tools {
     /// The packages, by which the images made of them are keyed.
@@ -124,11 +129,13 @@ pub fn provide(wanted: &[String], freshness: Freshness) -> Result<Provisioned, P
         fetch_lists()?;
     }
     provide_qemu()?;
-    let tools = provide_tools(&cache, freshness)?;
+    let tools = provide_tools(&cache, &TOOLS, TOOLS_LIST, freshness)?;
+    let loads = provide_tools(&cache, &LOADS, LOADS_LIST, freshness)?;
     let kernels = provide_kernels(&cache, wanted, freshness)?;
     Ok(Provisioned {
         cache,
         tools,
+        loads,
         kernels,
     })
 }
@@ -154,17 +161,23 @@ fn provide_qemu() -> Result<(), ProvisionError> {
     Ok(())
 }
 
-fn provide_tools(cache: &Cache, freshness: Freshness) -> Result<Tools, ProvisionError> {
-    let list = cache.path(TOOLS_LIST);
+/// Packages with their libraries, unpacked; `list` is where it is written that they are there.
+fn provide_tools(
+    cache: &Cache,
+    names: &[&str],
+    list: &str,
+    freshness: Freshness,
+) -> Result<Tools, ProvisionError> {
+    let list = cache.path(list);
     if freshness == Freshness::Cached
         && let Some(tools) = cache.read_json::<Tools>(&list)
-        && tools.have(&TOOLS)
+        && tools.have(names)
     {
         return Ok(tools);
     }
     fetch_lists()?;
-    step("downloading the emulated host's tools", || {
-        let packages = apt::candidates(&apt::with_libraries(&TOOLS)?)?;
+    step(&format!("downloading {}", names.join(", ")), || {
+        let packages = apt::candidates(&apt::with_libraries(names)?)?;
         let roots = unpack(cache, &packages)?;
         let tools = Tools { packages, roots };
         cache.write_json(&list, &tools)?;

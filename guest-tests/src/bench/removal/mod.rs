@@ -5,11 +5,12 @@
 //!   after that, on a host each:   each peer, whose RAM goes away
 //! ```
 //! A drive of the guest's writes into the memory in a loop, and a watcher outside the emulated host sees every page that
-//! changes ([`watcher`]). The bare program (`lab-agent loss-bare`) probes and unmaps, and nothing else. All times are an
+//! changes ([`watcher`]). How soon a loss is noticed at worst takes more rounds than that: [`noticing`]. The bare program (`lab-agent loss-bare`) probes and unmaps, and nothing else. All times are an
 //! emulator's, and the emulated drive can still finish a transfer that it has begun when its mapping goes: what lands some
 //! ten microseconds later is not told apart.
 
 mod log;
+mod noticing;
 pub mod scene;
 pub mod watcher;
 
@@ -21,7 +22,7 @@ use comfy_table::Table;
 use comfy_table::presets::ASCII_BORDERS_ONLY_CONDENSED;
 use lab_agent::host_protocol::ExitStatus;
 use lab_agent::pin_protocol::Interface;
-use lab_agent::removal_protocol::{BareLoss, Step};
+use lab_agent::removal_protocol::{BareLoss, Step, Taken};
 use serde::Serialize;
 
 use super::boot::{BenchError, MeasureError};
@@ -218,6 +219,15 @@ struct Results {
     outcomes: Vec<Outcome>,
     bare: Vec<BareLoss>,
     versus: Vec<Versus>,
+    noticing: Option<Noticing>,
+}
+
+/// One guest's many losses.
+#[derive(Debug, Serialize)]
+struct Noticing {
+    samples: Vec<Sample>,
+    bare: Vec<BareLoss>,
+    versus: Versus,
 }
 
 /// Runs the bench, or of its cases those with one of these parts in their names; gives the path of the results.
@@ -231,7 +241,14 @@ pub fn run(
     let cases = chosen(only)?;
     let mut outcomes = Vec::new();
     let mut bare = Vec::new();
-    if repeat > 0 {
+    let mut noticing = None;
+    if repeat > 0 && is_chosen(noticing::NAME, only) {
+        let mut scene = boot(setup, "noticing")?;
+        let rounds = noticing::run(&mut scene, &kernel.release, repeat);
+        noticing = Some(rounds.map_err(|error| failed(&scene, OWN, error))?);
+        scene.end();
+    }
+    if repeat > 0 && !cases.is_empty() {
         let mut scene = boot(setup, "removal")?;
         let drive = bind(&scene)?;
         for case in &cases {
@@ -249,10 +266,7 @@ pub fn run(
                     let sample = sample.map_err(|error| failed(&scene, OWN, error))?;
                     outcome.samples.push(sample);
                 }
-                let bytes = BYTES.to_string();
-                let (path, dax) = (drive.path(), format!("/dev/{}", scene.victim()));
-                let words = ["loss-bare", &path, &dax, &bytes, Interface::Type1.word()];
-                let loss = tell(&scene.host, &words);
+                let loss = of_bare(&scene, &drive);
                 bare.push(loss.map_err(|error| failed(&scene, "the bare program", error))?);
                 Ok::<(), BenchError>(())
             })?;
@@ -296,23 +310,28 @@ pub fn run(
         versus: versus.collect(),
         outcomes,
         bare,
+        noticing,
     };
-    println!("{}", table(&results.outcomes));
-    println!("{}", versus_table(&results.bare, &results.versus));
+    if !results.outcomes.is_empty() {
+        println!("{}", table(&results.outcomes));
+        println!("{}", versus_table(&results.bare, &results.versus));
+    }
+    if let Some(noticing) = &results.noticing {
+        let versus = from_ref(&noticing.versus);
+        println!("{}", versus_table(&noticing.bare, versus));
+    }
     keep(setup, &format!("removal-{}", kernel.name), &results)
 }
 
 /// Those with one of these parts in their names; all when none is asked for.
 fn chosen(only: &[String]) -> Result<Vec<Case>, BenchError> {
-    let names = |part| {
-        CASES
-            .iter()
-            .any(|case| is_chosen(case.name, from_ref(part)))
-    };
+    let all = CASES.iter().map(|case| case.name).chain([noticing::NAME]);
+    let all: Vec<&str> = all.collect();
+    let names = |part| all.iter().any(|name| is_chosen(name, from_ref(part)));
     if let Some(asked) = only.iter().find(|part| !names(*part)) {
         return Err(BenchError::NoCase {
             asked: asked.clone(),
-            cases: CASES.map(|case| case.name).join("; "),
+            cases: all.join("; "),
         });
     }
     let chosen = CASES.into_iter();
@@ -354,6 +373,14 @@ fn own(
     let spec = case.spec(scene, release, drive);
     let guest = scene.boot_guest(&spec)?;
     measure(scene, guest, case.kind)
+}
+
+/// One removal under the bare program.
+fn of_bare(scene: &Scene, drive: &Binding) -> Result<BareLoss, MeasureError> {
+    let bytes = BYTES.to_string();
+    let (path, dax) = (drive.path(), format!("/dev/{}", scene.victim()));
+    let words = ["loss-bare", &path, &dax, &bytes, Interface::Type1.word()];
+    tell(&scene.host, &words)
 }
 
 /// The RAM of a peer's guest.
@@ -405,15 +432,8 @@ fn sample(removal: &Removal) -> Sample {
         last_write_ms: after(last),
         writes_after: removal.writes_after(Step::Returned),
         changed_after: removal.changed_after,
-        opened_ms: taken
-            .opened_ns
-            .map(|at| figure(at.saturating_sub(taken.asked_ns)) / 1e6),
         returned_ms: after(seen.step(Step::Returned)),
         released_ms: after(seen.step(Step::Released)),
-        noticed_ms: told.noticed.map(millis),
-        cut_ms: told.cut.map(millis),
-        unmap_ms: told.unmap.map(millis),
-        teardown_ms: removal.teardown.map(millis),
         silence_ms: seen.silence(start).map(millis),
         between_writes_ms: Summary::of(between).map(|summary| summary.median),
         blink_ms: millis(seen.blink(start)),
@@ -422,6 +442,21 @@ fn sample(removal: &Removal) -> Sample {
         ended: removal.ended.as_ref().map(ExitStatus::to_string),
         said: (!removal.alive && removal.ended.is_none())
             .then(|| format!("{}\n{}", tail(&removal.said), tail(&removal.console))),
+        ..by_the_host(taken, told, removal.teardown)
+    }
+}
+
+/// What the VMM and the host's kernel tell of a removal.
+fn by_the_host(taken: &Taken, told: log::Told, teardown: Option<Duration>) -> Sample {
+    Sample {
+        opened_ms: taken
+            .opened_ns
+            .map(|at| figure(at.saturating_sub(taken.asked_ns)) / 1e6),
+        noticed_ms: told.noticed.map(millis),
+        cut_ms: told.cut.map(millis),
+        unmap_ms: told.unmap.map(millis),
+        teardown_ms: teardown.map(millis),
+        ..Sample::default()
     }
 }
 
@@ -579,6 +614,7 @@ mod tests {
             |words: &[&str]| chosen(&words.iter().map(|w| (*w).to_owned()).collect::<Vec<_>>());
         assert_eq!(chosen(&[]).unwrap().len(), CASES.len());
         assert_eq!(chosen(&["not held"]).unwrap().len(), 2);
+        assert!(chosen(&["noticing"]).unwrap().is_empty());
         let error = chosen(&["not held", "typo"]).unwrap_err().to_string();
         assert!(
             error.contains("`typo`") && error.contains(PMEM_NOT_HELD.name),

@@ -35,6 +35,10 @@ const TARGETS: usize = 4;
 /// Of the drive: blocks that differ from each other.
 const DRIVE_BYTES: u64 = MIB;
 const DRIVE: &str = "/dev/nvme0n1";
+/// The persistent memory in the guest.
+pub const PMEM: &str = "/dev/pmem0";
+/// What the loop calls a target that is no file.
+const ANONYMOUS: &str = "anonymous";
 /// First word of a target before the drive writes it; a target's number is added.
 const MARK: u64 = 0x6461_7868_0000_0000;
 const GO: &str = "/tmp/go";
@@ -194,50 +198,25 @@ impl Scene {
 
     /// Has the drive of a guest that is up write into its memory.
     pub fn set_busy(&mut self, mut guest: Guest, kind: Kind) -> Result<Busy, MeasureError> {
-        self.removals += 1;
-        let mark = MARK + (self.removals << 8);
-        guest.modprobe(&["nvme"])?;
-        guest.await_path(DRIVE)?;
-        guest.fill_blocks(DRIVE, 0, DRIVE_BYTES, self.removals)?;
         let targets: Vec<String> = match kind {
-            Kind::Ram => vec!["anonymous".to_owned(); TARGETS],
+            Kind::Ram => vec![ANONYMOUS.to_owned(); TARGETS],
             Kind::Pmem => {
                 guest.modprobe_pmem()?;
-                guest.await_path("/dev/pmem0")?;
+                guest.await_path(PMEM)?;
                 guest.sh(&format!(
-                    "mkdir -p /mnt && mkfs.ext4 -q -F -b 4096 -E {NO_LATE_ZEROS} /dev/pmem0 && \
-                     mount -t ext4 -o dax /dev/pmem0 /mnt"
+                    "mkdir -p /mnt && mkfs.ext4 -q -F -b 4096 -E {NO_LATE_ZEROS} {PMEM} && \
+                     mount -t ext4 -o dax {PMEM} /mnt"
                 ))?;
                 let files = (0..TARGETS).map(|target| format!("/mnt/{target}"));
-                files.collect()
+                let files: Vec<String> = files.collect();
+                guest.sh(&format!(
+                    "for f in {}; do dd if=/dev/zero of=$f bs=4096 count=1; done 2>/dev/null; sync",
+                    files.join(" ")
+                ))?;
+                files
             }
         };
-        let make = match kind {
-            Kind::Ram => String::new(),
-            Kind::Pmem => format!(
-                "for f in {}; do dd if=/dev/zero of=$f bs=4096 count=1; done 2>/dev/null; sync; ",
-                targets.join(" ")
-            ),
-        };
-        guest.sh(&format!(
-            "rm -f {GO}; : > {LOOP_LOG}; {make}(/init dma-loop {DRIVE} {HEART} {GO} {mark} {} > {LOOP_LOG} 2>&1) < /dev/null > /dev/null 2>&1 &",
-            targets.join(" ")
-        ))?;
-        let end = Instant::now() + MARKED_DEADLINE;
-        loop {
-            let said = guest.cat(LOOP_LOG)?;
-            if said.contains("marked") {
-                break;
-            }
-            // It says nothing else unless it fails.
-            if !said.is_empty() || Instant::now() > end {
-                return Err(MeasureError::Guest(GuestError::Script {
-                    script: "dma-loop".to_owned(),
-                    status: None,
-                    said,
-                }));
-            }
-        }
+        let mark = self.mark_targets(&mut guest, &targets)?;
         let ram = match kind {
             Kind::Pmem => 0,
             Kind::Ram => 1,
@@ -253,19 +232,60 @@ impl Scene {
         Ok(Busy { guest, watched })
     }
 
-    /// Takes the memory away and watches; gives the guest back.
-    pub fn take(&self, busy: Busy) -> Result<(Removal, Guest), MeasureError> {
-        let Busy { mut guest, watched } = busy;
+    /// Has the drive of a guest that is up write into its RAM, where nobody watches.
+    pub fn set_drive_busy(&mut self, guest: &mut Guest) -> Result<(), MeasureError> {
+        self.mark_targets(guest, &[ANONYMOUS.to_owned()])?;
+        guest.sh(&format!("touch {GO}"))?;
+        Ok(())
+    }
+
+    /// Starts the loop, which waits for the word to go; gives the first target's mark.
+    fn mark_targets(&mut self, guest: &mut Guest, targets: &[String]) -> Result<u64, MeasureError> {
+        self.removals += 1;
+        let mark = MARK + (self.removals << 8);
+        guest.modprobe(&["nvme"])?;
+        guest.await_path(DRIVE)?;
+        guest.fill_blocks(DRIVE, 0, DRIVE_BYTES, self.removals)?;
+        guest.sh(&format!(
+            "rm -f {GO}; : > {LOOP_LOG}; \
+             (/init dma-loop {DRIVE} {HEART} {GO} {mark} {} > {LOOP_LOG} 2>&1) < /dev/null > /dev/null 2>&1 &",
+            targets.join(" ")
+        ))?;
+        let end = Instant::now() + MARKED_DEADLINE;
+        loop {
+            let said = guest.cat(LOOP_LOG)?;
+            if said.contains("marked") {
+                return Ok(mark);
+            }
+            // It says nothing else unless it fails.
+            if !said.is_empty() || Instant::now() > end {
+                return Err(MeasureError::Guest(GuestError::Script {
+                    script: "dma-loop".to_owned(),
+                    status: None,
+                    said,
+                }));
+            }
+        }
+    }
+
+    /// Takes the memory from a VMM; waits until the removal is over and the VMM has let go.
+    pub fn unbind(&self, guest: &mut Guest) -> Result<Taken, MeasureError> {
         log::clear_trace(&self.host)?;
         let pid = guest.vmm().pid().to_string();
-        let watcher = Watcher::start(watched);
-        std::thread::sleep(BEFORE);
         let argv = ["lab-agent", "take", self.victim(), &pid, self.marks()];
         let remover = self.host.spawn(SpawnSpec {
             argv: argv.map(str::to_owned).to_vec(),
             ..SpawnSpec::default()
         })?;
-        let taken = finish(remover)?;
+        finish(remover)
+    }
+
+    /// Takes the memory away and watches; gives the guest back.
+    pub fn take(&self, busy: Busy) -> Result<(Removal, Guest), MeasureError> {
+        let Busy { mut guest, watched } = busy;
+        let watcher = Watcher::start(watched);
+        std::thread::sleep(BEFORE);
+        let taken = self.unbind(&mut guest)?;
         let before = self.memory[1].digest(BYTES)?;
         std::thread::sleep(AFTER);
         let changed_after = self.memory[1].digest(BYTES)? != before;

@@ -8,13 +8,13 @@ use super::{
     By, boot, carries_data, function, functions, interrupts_arrive, is_driven, keeps_blocks, ram,
     spec,
 };
-use crate::guest::Guest;
+use crate::guest::{Guest, load_disk};
 use crate::host::account::vfio_interrupts;
 use crate::host::cards::Card;
 
-/// Words for the network card's driver.
-const BY_WIRE: &str = "e1000e.IntMode=0";
-const BY_ONE_MESSAGE: &str = "e1000e.IntMode=1";
+/// Many small writes at random places of the file system, past the page cache; then all of them are read and compared.
+const FIO_VERIFIES: &str = "--name=verify --directory=/mnt --size=8M --bs=4k --rw=randwrite --direct=1 --ioengine=libaio \
+                            --iodepth=8 --verify=crc32c --do_verify=1 --verify_fatal=1 --end_fsync=1";
 
 pub(super) const TESTS: &[GuestTest] = &[
     GuestTest {
@@ -39,11 +39,7 @@ pub(super) const TESTS: &[GuestTest] = &[
     },
     GuestTest {
         name: "passthrough_network_card_interrupts_by_wire",
-        run: |lab| network_card_told(lab, By::Groups, BY_WIRE, InterruptKind::IntX),
-    },
-    GuestTest {
-        name: "passthrough_network_card_interrupts_by_one_message",
-        run: |lab| network_card_told(lab, By::Groups, BY_ONE_MESSAGE, InterruptKind::Msi),
+        run: |lab| network_card_by_wire(lab, By::Groups),
     },
     GuestTest {
         name: "passthrough_survives_reboots",
@@ -84,11 +80,7 @@ pub(super) const IOMMUFD_TESTS: &[GuestTest] = &[
     },
     GuestTest {
         name: "passthrough_network_card_interrupts_by_wire_by_iommufd",
-        run: |lab| network_card_told(lab, By::Iommufd, BY_WIRE, InterruptKind::IntX),
-    },
-    GuestTest {
-        name: "passthrough_network_card_interrupts_by_one_message_by_iommufd",
-        run: |lab| network_card_told(lab, By::Iommufd, BY_ONE_MESSAGE, InterruptKind::Msi),
+        run: |lab| network_card_by_wire(lab, By::Iommufd),
     },
     GuestTest {
         name: "passthrough_survives_reboots_by_iommufd",
@@ -113,7 +105,10 @@ fn network_card(lab: &mut Lab, by: By) -> Result<(), TestError> {
 
 fn drive(lab: &mut Lab, by: By) -> Result<(), TestError> {
     let card = lab.host.bind_vfio(Card::Disk)?;
-    let mut guest = boot(lab, by, &[&card])?;
+    let mut spec = spec(lab, by, &[&ram(lab)], &[&card]);
+    spec.arguments.extend(load_disk());
+    let mut guest = Guest::boot(&lab.host, &spec)?;
+    guest.modprobe(&super::DRIVERS)?;
     is_driven(&mut guest, Card::Disk)?;
     keeps_blocks(&mut guest, "/dev/nvme0n1", 32 * MIB, 3)?;
     guest.modprobe(&["crc32c_generic", "ext4"])?;
@@ -126,6 +121,10 @@ fn drive(lab: &mut Lab, by: By) -> Result<(), TestError> {
     claim(sums.len() == 2 && sums[0] == sums[1], || {
         format!("the file's sums before and after a mount anew: {sums:?}")
     })?;
+    guest.mount_load()?;
+    let told = guest.fio(FIO_VERIFIES)?;
+    claim(told.contains("err= 0"), || told.clone())?;
+    guest.sh("rm /load/mnt/verify.0.0")?;
     interrupts_arrive(lab, &mut guest, &card, InterruptKind::MsiX)?;
     no_complaints(&mut guest)?;
     power_off(guest)?;
@@ -254,20 +253,16 @@ fn interrupts_by_wire(lab: &mut Lab, by: By) -> Result<(), TestError> {
     Ok(card.release()?)
 }
 
-/// Many of them, by a driver of the kernel's that takes what it is told to, although there is better to be had.
-fn network_card_told(
-    lab: &mut Lab,
-    by: By,
-    parameter: &str,
-    kind: InterruptKind,
-) -> Result<(), TestError> {
+/// Many of them, by a driver of the kernel's that takes the wire although there are messages to be had. (By one message, MSI
+/// without X, the emulated card fails its driver's own test on the host as well: `controller_without_msix` is for that.)
+fn network_card_by_wire(lab: &mut Lab, by: By) -> Result<(), TestError> {
     let card = lab.host.bind_vfio(Card::Network)?;
     let mut spec = spec(lab, by, &[&ram(lab)], &[&card]);
-    parameter.clone_into(&mut spec.cmdline);
+    "e1000e.IntMode=0".clone_into(&mut spec.cmdline);
     let mut guest = Guest::boot(&lab.host, &spec)?;
     guest.modprobe(&["e1000e"])?;
     carries_data(&mut guest, 4 * MIB)?;
-    interrupts_arrive(lab, &mut guest, &card, kind)?;
+    interrupts_arrive(lab, &mut guest, &card, InterruptKind::IntX)?;
     no_complaints(&mut guest)?;
     power_off(guest)?;
     Ok(card.release()?)
