@@ -49,6 +49,20 @@ pub struct Taken {
     pub refused: Option<String>,
 }
 
+/// A line of the answer of `dax-watch-cost`: what a watch takes while nothing happens.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct WatchCost {
+    /// Milliseconds between two looks.
+    pub every_ms: u64,
+    /// Whether that is what a VMM does.
+    pub is_default: bool,
+    /// Of a processor.
+    pub percent: f64,
+    /// Microseconds.
+    pub look_us: f64,
+}
+
 /// Answer of `loss-bare`.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]

@@ -65,7 +65,9 @@ pub(crate) fn run(arguments: &[String]) -> ExitCode {
         ["dax-watch", path, rounds] => {
             number(rounds).and_then(|rounds| removal::time_signs(path, rounds))
         }
-        ["dax-watch-cost", path] => removal::cost_of_watching(path),
+        ["dax-watch-cost", path] => {
+            removal::cost_of_watching(path).and_then(|costs| print_json(&costs))
+        }
         ["await", path, seconds] => number(seconds)
             .and_then(|seconds| wait::for_path(path, Duration::from_secs(seconds), true)),
         ["await-gone", path, seconds] => number(seconds)

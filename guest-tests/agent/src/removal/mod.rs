@@ -11,6 +11,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use daxhund_dax::{DaxMapping, Host, LockKind, Pace, Probe, Sign, Watch};
+use lab_agent::removal_protocol::WatchCost;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::time::{ClockId, clock_gettime};
 
@@ -190,7 +191,8 @@ fn notice<T>(watch: &mut Watch, remover: &thread::ScopedJoinHandle<'_, T>) -> Ti
 }
 
 /// What a watch takes of a processor at several paces, and one look.
-pub(crate) fn cost_of_watching(path: &str) -> Result<(), String> {
+pub(crate) fn cost_of_watching(path: &str) -> Result<Vec<WatchCost>, String> {
+    let mut costs = Vec::new();
     let mapping = map(path).map_err(|error| error.to_string())?;
     for millis in [1, 5, 20, 100] {
         let pace = Pace {
@@ -211,13 +213,14 @@ pub(crate) fn cost_of_watching(path: &str) -> Result<(), String> {
             looks += 1;
         }
         let (used, wall) = (thread_time().saturating_sub(before), start.elapsed());
-        println!(
-            "every {millis:4} ms: {:6.3} % of a processor, {:6.1} us a look ({looks} looks)",
-            100.0 * used.as_secs_f64() / wall.as_secs_f64(),
-            used.as_secs_f64() * 1e6 / f64::from(looks),
-        );
+        costs.push(WatchCost {
+            every_ms: millis,
+            is_default: pace.idle == Pace::default().idle,
+            percent: 100.0 * used.as_secs_f64() / wall.as_secs_f64(),
+            look_us: used.as_secs_f64() * 1e6 / f64::from(looks),
+        });
     }
-    Ok(())
+    Ok(costs)
 }
 
 fn thread_time() -> Duration {

@@ -22,7 +22,7 @@ use comfy_table::Table;
 use comfy_table::presets::ASCII_BORDERS_ONLY_CONDENSED;
 use lab_agent::host_protocol::ExitStatus;
 use lab_agent::pin_protocol::Interface;
-use lab_agent::removal_protocol::{BareLoss, Step, Taken};
+use lab_agent::removal_protocol::{BareLoss, Step, Taken, WatchCost};
 use serde::Serialize;
 
 use super::boot::{BenchError, MeasureError};
@@ -228,6 +228,8 @@ struct Noticing {
     samples: Vec<Sample>,
     bare: Vec<BareLoss>,
     versus: Versus,
+    /// On a host where nothing else runs.
+    watch_cost: Vec<WatchCost>,
 }
 
 /// Runs the bench, or of its cases those with one of these parts in their names; gives the path of the results.
@@ -319,6 +321,7 @@ pub fn run(
     if let Some(noticing) = &results.noticing {
         let versus = from_ref(&noticing.versus);
         println!("{}", versus_table(&noticing.bare, versus));
+        println!("{}", cost_table(&noticing.watch_cost));
     }
     keep(setup, &format!("removal-{}", kernel.name), &results)
 }
@@ -599,6 +602,19 @@ fn versus_table(bare: &[BareLoss], versus: &[Versus]) -> Table {
             p99,
             three(versus.unmap_ratio, 2),
             format!("{} of {}", versus.before_teardown, versus.of),
+        ]);
+    }
+    table
+}
+
+fn cost_table(costs: &[WatchCost]) -> Table {
+    let mut table = new_table(&["watching one device, idle", "of a processor", "a look"]);
+    for cost in costs {
+        let by = if cost.is_default { ", as the VMM" } else { "" };
+        table.add_row([
+            format!("every {} ms{by}", cost.every_ms),
+            format!("{:.3} %", cost.percent),
+            format!("{:.0} us", cost.look_us),
         ]);
     }
     table

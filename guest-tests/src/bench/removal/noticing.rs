@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use super::scene::{BYTES, PMEM, Scene};
 use super::{Noticing, PMEM_NOT_HELD, Sample, by_the_host, compare, log, of_bare};
 use crate::bench::boot::MeasureError;
+use crate::bench::pin::tell;
 use crate::guest::Guest;
 use crate::host::cards::Card;
 use crate::progress::step;
@@ -25,6 +26,8 @@ const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
 /// All rounds, on a host of their own.
 pub(super) fn run(scene: &mut Scene, release: &str, repeat: u32) -> Result<Noticing, MeasureError> {
+    let dax = format!("/dev/{}", scene.victim());
+    let watch_cost = tell(&scene.host, &["dax-watch-cost", &dax])?;
     let drive = scene.host.bind_vfio(Card::Disk)?;
     let second = scene.host.bind_vfio(Card::SecondDisk)?;
     let mut spec = PMEM_NOT_HELD.spec(scene, release, &drive);
@@ -51,6 +54,7 @@ pub(super) fn run(scene: &mut Scene, release: &str, repeat: u32) -> Result<Notic
         samples,
         bare,
         versus,
+        watch_cost,
     })
 }
 

@@ -1,10 +1,13 @@
 //! A guest that is left no peace: storage comes and goes under its writes, by turns of the operator's and the host's, until the
 //! time is over or something is wrong.
 //!
+//! Meanwhile fio, stress-ng and downloads keep it busy, and check what they read (`loads.rs`).
+//!
 //! What must hold after every step: a record that the guest's kernel has called durable is there when its store comes back;
 //! neither kernel complains; and with nothing attached the VMM is as it was. Every wait has a deadline, so that a hang is a
 //! failure too. The order of events follows from the seed (`plan.rs`); how far the guest's writer has got at each does not.
 
+mod loads;
 mod plan;
 mod world;
 

@@ -12,6 +12,7 @@ use super::super::support::{
     MIB, comes_back_to, dax_zone, eventually, holds, is_of_others, power_off, scratch, spec_on,
 };
 use super::super::{Lab, TestError, claim};
+use super::loads::Loads;
 use super::plan::{Step, Store};
 use crate::bench::removal::scene::NO_LATE_ZEROS;
 use crate::guest::Guest;
@@ -86,6 +87,8 @@ pub(super) struct World<'a> {
     /// Has `unbind` open since before anybody could hold it.
     early: Process,
     drive: Binding,
+    loads: Loads,
+    downloads: u64,
     states: BTreeMap<Store, State>,
     first: Option<(Account, u64)>,
     complaints: usize,
@@ -112,8 +115,11 @@ impl<'a> World<'a> {
         spec.initramfs = Initramfs::Tools;
         let words = ["--api-socket", remote.socket()].map(str::to_owned);
         spec.arguments.extend(words);
+        spec.arguments.extend(Loads::prepare(lab)?);
         let mut guest = Guest::boot(&lab.host, &spec)?;
         guest.modprobe(&MODULES)?;
+        let loads = Loads::serve(lab)?;
+        loads.start(&mut guest)?;
         let states = Store::ALL.map(|store| (store, State::default()));
         Ok(Self {
             lab,
@@ -122,6 +128,8 @@ impl<'a> World<'a> {
             guest,
             early,
             drive,
+            loads,
+            downloads: 0,
             states: states.into(),
             first: None,
             complaints,
@@ -207,6 +215,8 @@ impl<'a> World<'a> {
         }
         self.settle()?;
         self.is_quiet()?;
+        self.downloads += Loads::downloads(&mut self.guest)?;
+        claim(self.downloads > 0, || "no download was finished".to_owned())?;
         power_off(self.guest)?;
         self.early.close_stdin()?;
         self.early.wait(REMOVAL_DEADLINE)?;
@@ -393,9 +403,11 @@ impl<'a> World<'a> {
             self.stop_writing(*store)?;
             self.guest.sh(&format!("umount {}", place(*store)))?;
         }
+        self.downloads += Loads::downloads(&mut self.guest)?;
         self.guest.leave("reboot")?;
         self.guest.wait_ready()?;
         self.guest.modprobe(&MODULES)?;
+        self.loads.start(&mut self.guest)?;
         for store in present {
             self.mount(store)?;
             self.check(store)?;
@@ -404,8 +416,9 @@ impl<'a> World<'a> {
         Ok(())
     }
 
-    /// Neither kernel is in trouble.
+    /// Neither kernel is in trouble, and the loads go on.
     fn is_quiet(&mut self) -> Result<(), TestError> {
+        Loads::go_on(&mut self.guest)?;
         let guest: Vec<String> = self
             .guest
             .problems()?
