@@ -16,7 +16,7 @@ const DISK_BYTES: u64 = 48 * MIB;
 const FILE_BYTES: u64 = 4 * MIB;
 /// At most a part of the guest's only processor, so that its stores are written as well. Addresses, numbers and pipes besides.
 const STRESS: &str = "stress-ng --verify --vm 1 --vm-bytes 16M --cpu 1 --cpu-load 10 --timer 1 --timer-freq 100 --pipe 1 \
-                      --pipe-data-size 512 --sched batch --timeout 0";
+                      --pipe-data-size 512 --sched batch --temp-path /tmp --timeout 0";
 /// Small and larger blocks in the same places again and again, each verified soon after it was written.
 const FIO: &str = "fio --name=soak --filename=/dev/vdb --size=32M --bsrange=4k-64k --rw=randwrite --direct=1 --ioengine=libaio \
                    --iodepth=4 --rate_iops=100 --verify=crc32c --verify_backlog=64 --verify_fatal=1 --verify_state_save=0 \
@@ -74,8 +74,8 @@ impl Loads {
             self.sum
         );
         for (name, command) in [
-            ("fio", format!("cd /load/tmp; chroot /load {FIO}")),
-            ("stress", format!("cd /load/tmp; chroot /load {STRESS}")),
+            ("fio", format!("chroot /load {FIO}")),
+            ("stress", format!("chroot /load {STRESS}")),
             ("download", download),
         ] {
             guest.sh(&format!(
