@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 const MAY_BE_UNSAFE: &[&str] = &[
     "backends/dax/src/ofd.rs",
     "backends/dax/src/pages.rs",
+    "backends/dax/src/sigbus.rs",
     "backends/pin/src/pages.rs",
     "backends/pin/src/sys.rs",
     "vmm/src/inherited.rs",
@@ -19,7 +20,6 @@ const MAY_BE_UNSAFE: &[&str] = &[
     "vmm/src/memory/discard.rs",
     "vmm/src/memory/mapping.rs",
     "vmm/src/memory/region.rs",
-    "vmm/src/memory/sigbus.rs",
     "vmm/src/vfio/descriptor.rs",
     "vmm/src/virtio/blk/syscalls.rs",
     "vmm/src/virtio/blk/uring.rs",

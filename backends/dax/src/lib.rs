@@ -21,7 +21,8 @@
 //! - Every mapping is shared, starts at an address that is a multiple of the device's alignment, and was readable
 //!   at both ends when it was handed out.
 //!
-//! [`Watch`] tells when a device that is mapped goes away without notice.
+//! [`Watch`] tells when a device that is mapped goes away without notice; [`sigbus`] survives a touch of what is gone, and
+//! [`loss`] says then what may be believed of what was read.
 //!
 //! # Not here
 //! No hugetlb or anonymous memory, no pins, and nothing that changes the host: the one write
@@ -53,13 +54,16 @@ mod enumerate;
 mod file_lock;
 mod holder;
 mod host;
+pub mod incidents;
 mod lock;
+pub mod loss;
 mod mapping;
 mod ofd;
 mod open;
 mod pages;
 mod persistence;
 mod range;
+pub mod sigbus;
 mod size;
 mod sysfs;
 #[cfg(test)]

@@ -11,15 +11,14 @@
 //! [`dma`] says whether passed-through devices reach a region.
 //! [`tombstones`] are where memory was that the host took away.
 //! Devices of this process reach what is attached through a [`snapshot`].
-//! [`loss`] says whether a region is still there, [`sigbus`] survives a touch when it is not; [`poison`] remembers.
+//! [`loss`] says whether a region is still there, [`sigbus`] survives a touch when it is not (both are `daxhund-dax`'s);
+//! [`poison`] remembers.
 //! [`discard`] gives pages back that the guest does not use, where nothing is lost by it.
 
 #[allow(unsafe_code, reason = "wraps madvise")]
 pub mod discard;
 pub mod dma;
-pub mod incidents;
 pub mod layout;
-pub mod loss;
 #[allow(unsafe_code, reason = "wraps mmap and its kin")]
 pub mod mapping;
 pub mod pmem;
@@ -27,11 +26,8 @@ pub mod poison;
 pub mod ram;
 #[allow(unsafe_code, reason = "hands a mapping to vm-memory")]
 pub mod region;
-#[allow(
-    unsafe_code,
-    reason = "handles a signal, maps memory over what is lost"
-)]
-pub mod sigbus;
 pub mod snapshot;
 pub mod tombstones;
 pub mod zone;
+
+pub use daxhund_dax::{incidents, loss, sigbus};

@@ -406,3 +406,8 @@ impl Region {
         Err(Box::new((region, error)))
     }
 }
+
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;

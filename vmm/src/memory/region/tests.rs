@@ -4,15 +4,17 @@ use std::fs::File;
 use std::io::Read;
 use std::os::unix::process::ExitStatusExt;
 use std::process::Command;
-use std::sync::{Arc, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryRegion, MemoryRegionAddress, VolatileSlice};
 
-use super::*;
+use super::testing::{BUS_MCEERR_AO, BUS_MCEERR_AR, poison as forge_poison, signal_stack};
+use super::{Mapping, Region};
+use crate::memory::incidents::{Cause, Incident};
 use crate::memory::layout::Gpa;
 use crate::memory::loss::{Epoch, Lost};
 use crate::memory::mapping::{HostMapping, Source, memfd};
-use crate::memory::region::{Mapping, Region};
+use crate::memory::sigbus::{Incidents, OnVcpuThread};
 use crate::memory::snapshot::{Snapshot, SnapshotRegion};
 
 const MIB: u64 = 1 << 20;
@@ -192,7 +194,7 @@ fn the_table_can_change_while_memory_is_lost() {
                     assert_eq!(region.mark().is_lost(), round % 2 == 0);
                     let mark = region.mark().clone();
                     region.release().unwrap();
-                    assert_eq!(Arc::strong_count(mark.shared()), 1);
+                    assert_eq!(mark.holders(), 1);
                 }
             });
         }
@@ -209,9 +211,10 @@ fn what_happens_on_a_vcpu_s_thread_says_so() {
     let on_vcpu = OnVcpuThread::enter(3);
     load(&slice, 9);
     drop(on_vcpu);
-    assert_eq!(VCPU.get(), NOBODY);
     let at = address(&slice) + 9;
     assert_eq!(noted(at).first().and_then(|i| i.vcpu), Some(3));
+    forge_poison(BUS_MCEERR_AO, at, 12);
+    assert_eq!(noted(at).first().map(|i| i.vcpu), Some(None), "no more");
     drop(guest);
     gone.release().unwrap();
 }
@@ -234,7 +237,7 @@ fn poison_is_scratch_where_it_was_loaded_and_known_for_good() {
     };
 
     // Found by the host; nobody has touched it.
-    forged::poison(BUS_MCEERR_AO, loads, 12);
+    forge_poison(BUS_MCEERR_AO, loads, 12);
     assert_eq!(noted(loads), [poison(loads, false, None)]);
     assert_eq!(load(&slice, 2 * MIB), 0x5a);
     assert_eq!(region.mark().check(2 * MIB, 1), Err(Lost));
@@ -242,18 +245,18 @@ fn poison_is_scratch_where_it_was_loaded_and_known_for_good() {
     // KVM's guest has touched it, or a system call: no scratch for them.
     let on_vcpu = OnVcpuThread::enter(1);
     assert!(!on_vcpu.takes_poison());
-    forged::poison(BUS_MCEERR_AR, system, 12);
+    forge_poison(BUS_MCEERR_AR, system, 12);
     assert!(on_vcpu.takes_poison());
     assert!(!on_vcpu.takes_poison(), "once");
     drop(on_vcpu);
-    forged::poison(BUS_MCEERR_AR, system, 12);
+    forge_poison(BUS_MCEERR_AR, system, 12);
     let expected = [poison(system, true, Some(1)), poison(system, true, None)];
     assert_eq!(noted(system), expected);
     assert_eq!(load(&slice, 4 * MIB), 0x5a);
     assert_eq!(region.mark().check(4 * MIB, 1), Err(Lost));
 
     // A load of this process.
-    forged::poison(BUS_MCEERR_AR, loads, 12);
+    forge_poison(BUS_MCEERR_AR, loads, 12);
     assert_eq!(noted(loads), [poison(loads, true, None)]);
     assert_eq!(load(&slice, 2 * MIB), 0, "scratch");
     assert_eq!(load(&slice, 2 * MIB + 4096), 0x5a);
@@ -281,7 +284,7 @@ fn poison_of_a_device_is_the_whole_entry_of_the_page_table() {
     for at in [chunk - 4096, chunk, chunk + 2 * MIB] {
         store(&slice, at, 0x5a);
     }
-    forged::poison(BUS_MCEERR_AR, start + chunk, 21);
+    forge_poison(BUS_MCEERR_AR, start + chunk, 21);
     assert_eq!(load(&slice, chunk - 4096), 0x5a);
     assert_eq!(load(&slice, chunk), 0);
     assert_eq!(load(&slice, chunk + 2 * MIB), 0x5a);
@@ -296,7 +299,7 @@ fn poison_of_a_device_is_the_whole_entry_of_the_page_table() {
 
 #[test]
 fn threads_have_a_stack_for_signals() {
-    let size = std::thread::spawn(forged::signal_stack).join().unwrap();
+    let size = std::thread::spawn(signal_stack).join().unwrap();
     assert!(
         size.is_some_and(|size| size >= libc::MINSIGSTKSZ),
         "{size:?}"
@@ -308,7 +311,7 @@ const CHILD: &str = "DAXHUND_TEST_SIGBUS";
 
 /// How a process ends that does what `how` says.
 fn end_of_child(how: &str) -> std::process::ExitStatus {
-    let test = "memory::sigbus::tests::a_sigbus_elsewhere_ends_the_process_as_ever";
+    let test = "memory::region::tests::a_sigbus_elsewhere_ends_the_process_as_ever";
     Command::new(std::env::current_exe().unwrap())
         .args(["--exact", test, "--nocapture"])
         .env(CHILD, how)

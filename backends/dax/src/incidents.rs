@@ -2,7 +2,9 @@
 //!
 //! A signal handler may not lock or allocate, so it leaves notes in a ring that is there before: written by any number of
 //! handlers at once, read by one owner. When the owner is slow, old notes are overwritten and counted. Nothing is lost by
-//! that but the address: the marks of the memory ([`super::loss`]) are set all the same.
+//! that but the address: the marks of the memory ([`crate::loss`]) are set all the same.
+
+#![forbid(unsafe_code)]
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -11,7 +13,7 @@ use std::sync::{Mutex, PoisonError};
 const INCIDENTS: usize = 256;
 
 /// No vCPU.
-pub(super) const NOBODY: u32 = u32::MAX;
+pub(crate) const NOBODY: u32 = u32::MAX;
 
 /// What happened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -57,7 +59,7 @@ struct Note {
 }
 
 /// The ring.
-pub(super) struct Notes {
+pub(crate) struct Notes {
     ring: [Note; INCIDENTS],
     /// How many incidents there were.
     noted: AtomicU64,
@@ -66,7 +68,7 @@ pub(super) struct Notes {
 }
 
 impl Notes {
-    pub(super) const fn new() -> Self {
+    pub(crate) const fn new() -> Self {
         Self {
             ring: [const {
                 Note {
@@ -82,7 +84,7 @@ impl Notes {
     }
 
     /// Async-signal-safe. Whoever wakes the owner does it after this.
-    pub(super) fn add(&self, incident: &Incident) {
+    pub(crate) fn add(&self, incident: &Incident) {
         let nth = self.noted.fetch_add(1, Ordering::SeqCst);
         let note = &self.ring[index(nth)];
         note.turn.store(2 * nth + 1, Ordering::SeqCst);
@@ -100,7 +102,7 @@ impl Notes {
     }
 
     /// Everything since the last time.
-    pub(super) fn take(&self) -> Taken {
+    pub(crate) fn take(&self) -> Taken {
         let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
         let mut taken = Taken::default();
         let noted = self.noted.load(Ordering::SeqCst);

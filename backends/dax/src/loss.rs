@@ -13,6 +13,8 @@
 //! ```
 //! Everything here is atomics on memory that is there before a signal comes: setting a mark is async-signal-safe.
 
+#![forbid(unsafe_code)]
+
 use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
@@ -62,7 +64,7 @@ impl Epoch {
 pub struct LossMark(Arc<Mark>);
 
 /// What the SIGBUS handler sets.
-pub(super) struct Mark {
+pub(crate) struct Mark {
     state: AtomicU8,
     poisoned: [AtomicU64; POISONED_RANGES],
     taken: AtomicUsize,
@@ -80,14 +82,14 @@ impl Default for Mark {
 
 impl Mark {
     /// All of it is gone. Async-signal-safe.
-    pub(super) fn lose(&self) {
+    pub(crate) fn lose(&self) {
         if self.state.swap(LOST, Ordering::SeqCst) != LOST {
             CHANGES.fetch_add(1, Ordering::SeqCst);
         }
     }
 
     /// `1 << order` bytes (12 to 63) at `offset`, which is a multiple of that, are not to be touched. Async-signal-safe.
-    pub(super) fn poison(&self, offset: u64, order: u8) {
+    pub(crate) fn poison(&self, offset: u64, order: u8) {
         let range = offset | u64::from(order);
         let known = |slot: &AtomicU64| slot.load(Ordering::SeqCst) == range;
         if self.poisoned.iter().any(known) {
@@ -155,13 +157,18 @@ impl LossMark {
         }
     }
 
+    /// How many hold this mark, the caller included.
+    pub fn holders(&self) -> usize {
+        Arc::strong_count(&self.0)
+    }
+
     /// Offsets of what is poisoned.
     pub fn poisoned(&self) -> Vec<Range<u64>> {
         self.0.poisoned().collect()
     }
 
     /// For the handler's table.
-    pub(super) fn shared(&self) -> &Arc<Mark> {
+    pub(crate) fn shared(&self) -> &Arc<Mark> {
         &self.0
     }
 }

@@ -8,7 +8,7 @@
 //!        └───────── the access is done again ◀────  4. notes the incident and wakes the owner
 //! ```
 //! The mark is set before scratch memory is there: who reads scratch bytes and then looks at the mark sees it set
-//! ([`super::loss`]). Nothing is chained: a SIGBUS that is not about a mapping in the table gets the default action, and
+//! ([`crate::loss`]). Nothing is chained: a SIGBUS that is not about a mapping in the table gets the default action, and
 //! the process dies of it as it would have.
 //!
 //! What is lost:
@@ -30,6 +30,8 @@
 //! SIGSEGV handler), and `SA_ONSTACK` uses it. A thread without one runs the handler on its own stack, which does as
 //! well: no SIGBUS here comes from a stack that has run out.
 
+#![allow(unsafe_code)]
+
 use std::cell::Cell;
 use std::ffi::{c_int, c_void};
 use std::io;
@@ -46,8 +48,8 @@ use rustix::process::{
 use thiserror::Error;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::incidents::{Cause, Incident, NOBODY, Notes, Taken};
-use super::loss::{LossMark, Mark};
+use crate::incidents::{Cause, Incident, NOBODY, Notes, Taken};
+use crate::loss::{LossMark, Mark};
 
 /// How many mappings can be guarded at once: more than KVM has any use for here.
 const MAPPINGS: usize = 512;
@@ -79,7 +81,7 @@ pub enum GuardError {
 
 /// Who touches a mapping.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Touch {
+pub enum Touch {
     /// This process, by loads and stores.
     Cpu,
     /// KVM and system calls only.
@@ -88,21 +90,21 @@ pub(super) enum Touch {
 
 /// A mapping to guard.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Guarded {
+pub struct Guarded {
     /// First host address.
-    pub(super) start: usize,
+    pub start: usize,
     /// Length in bytes.
-    pub(super) len: usize,
+    pub len: usize,
     /// What it can be split at, in bytes: a power of two, and `start` and `len` are multiples of it.
-    pub(super) align: usize,
+    pub align: usize,
     /// Who touches it.
-    pub(super) touch: Touch,
+    pub touch: Touch,
 }
 
 /// A mapping in the handler's table. It may be unmapped after [`Guard::disarm`], or when this has been dropped.
 #[derive(Debug)]
 #[must_use = "the mapping is guarded only while this lives"]
-pub(super) struct Guard {
+pub struct Guard {
     index: usize,
     /// Boxed so that a region stays small enough to be handed back in an error.
     mapping: Box<Guarded>,
@@ -217,7 +219,7 @@ impl Guard {
     /// # Safety
     /// The range is one mapping of the caller's own, all of it mapped for as long as it is armed: until [`Guard::disarm`]
     /// or the drop. There is no Rust reference into it: what is there can be replaced at any time.
-    pub(super) unsafe fn new(mapping: Guarded, mark: LossMark) -> Result<Self, GuardError> {
+    pub unsafe fn new(mapping: Guarded, mark: LossMark) -> Result<Self, GuardError> {
         install()?;
         let index = {
             let mut taken = WRITERS.lock().unwrap_or_else(PoisonError::into_inner);
@@ -240,7 +242,7 @@ impl Guard {
     ///
     /// # Safety
     /// As for [`Guard::new`].
-    pub(super) unsafe fn arm(&self) {
+    pub unsafe fn arm(&self) {
         let entry = &TABLE[self.index];
         let Guarded {
             start,
@@ -260,7 +262,7 @@ impl Guard {
 
     /// Takes the mapping out of the table; nobody may touch it any more. When this returns, no handler works on it,
     /// so it can be unmapped.
-    pub(super) fn disarm(&self) {
+    pub fn disarm(&self) {
         let entry = &TABLE[self.index];
         entry.start.store(0, Ordering::SeqCst);
         // Bounded: a handler on another thread, which waits for nothing. Never this thread's own: a handler returns
@@ -460,50 +462,3 @@ fn note(incident: &Incident) {
         )
     };
 }
-
-#[cfg(test)]
-mod forged {
-    use super::*;
-
-    /// The signal as the kernel sends it for poison, sent by this thread to itself.
-    pub(super) fn poison(code: c_int, address: u64, order: i16) {
-        #[repr(C)]
-        struct Info(Fault, [u64; 12]);
-        let fault = Fault {
-            signo: libc::SIGBUS,
-            errno: 0,
-            code,
-            _pad: 0,
-            address: usize::try_from(address).unwrap(),
-            address_lsb: order,
-        };
-        assert_eq!(mem::size_of::<Info>(), mem::size_of::<libc::siginfo_t>());
-        let info = Info(fault, [0; 12]);
-        let process = rustix::process::getpid().as_raw_nonzero().get();
-        let thread = rustix::thread::gettid().as_raw_nonzero().get();
-        // SAFETY: `info` is a whole siginfo_t and outlives the call.
-        let sent = unsafe {
-            libc::syscall(
-                libc::SYS_rt_tgsigqueueinfo,
-                process,
-                thread,
-                libc::SIGBUS,
-                &raw const info,
-            )
-        };
-        assert_eq!(sent, 0, "{}", io::Error::last_os_error());
-    }
-
-    /// How large the calling thread's alternate signal stack is, if it has one.
-    pub(super) fn signal_stack() -> Option<usize> {
-        // SAFETY: `stack_t` is plain data, for which all zeroes is a valid value.
-        let mut stack: libc::stack_t = unsafe { mem::zeroed() };
-        // SAFETY: nothing is changed without a new stack; the old one is written to `stack`.
-        let got = unsafe { libc::sigaltstack(ptr::null(), &raw mut stack) };
-        assert_eq!(got, 0);
-        (stack.ss_flags & libc::SS_DISABLE == 0).then_some(stack.ss_size)
-    }
-}
-
-#[cfg(test)]
-mod tests;
