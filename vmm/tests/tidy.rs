@@ -11,6 +11,8 @@ const MAY_BE_UNSAFE: &[&str] = &[
     "backends/dax/src/sigbus.rs",
     "backends/pin/src/pages.rs",
     "backends/pin/src/sys.rs",
+    "backends/vhost-user-blk/src/disk/mapped.rs",
+    "backends/vhost-user-blk/src/guest.rs",
     "vmm/src/inherited.rs",
     "vmm/src/kvm/interrupts.rs",
     "vmm/src/kvm/kick.rs",

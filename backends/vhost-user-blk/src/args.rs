@@ -1,0 +1,48 @@
+//! The command line as it is typed; [`Config`](crate::config::Config) is what it means.
+
+#![forbid(unsafe_code)]
+
+use std::path::PathBuf;
+
+use clap::{ArgAction, Parser};
+use tracing::Level;
+
+/// Serves a range of device-dax memory, or a file, as a virtio disk over vhost-user.
+#[derive(Debug, Parser)]
+#[command(name = "daxhund-vhost-user-blk", version)]
+#[command(group = clap::ArgGroup::new("disk").required(true))]
+pub struct Args {
+    /// Where the VMM connects; made here and removed at the end. Not with a socket that systemd hands over
+    #[arg(long, value_name = "PATH")]
+    pub socket_path: Option<PathBuf>,
+    /// The disk is this part of a device-dax device; all of it without offset= and size= (K, M, G, T)
+    #[arg(
+        long,
+        group = "disk",
+        value_name = "DEVICE[,offset=BYTES][,size=BYTES]"
+    )]
+    pub dax: Option<String>,
+    /// The disk is this image file or block device
+    #[arg(long, group = "disk", value_name = "PATH")]
+    pub file: Option<PathBuf>,
+    /// Refuse writes; several may serve the same range or file then
+    #[arg(long)]
+    pub read_only: bool,
+    /// Queues that are offered, each served by a thread of its own
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub num_queues: u16,
+    /// Say more of what is done; twice for everything
+    #[arg(short, long, action = ArgAction::Count)]
+    pub verbose: u8,
+}
+
+impl Args {
+    /// What is logged.
+    pub fn level(&self) -> Level {
+        match self.verbose {
+            0 => Level::INFO,
+            1 => Level::DEBUG,
+            _ => Level::TRACE,
+        }
+    }
+}

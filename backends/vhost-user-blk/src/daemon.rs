@@ -1,0 +1,382 @@
+//! The daemon: one frontend at a time, until a signal or the loss of the disk.
+//!
+//! ```text
+//!              a frontend connects
+//!   waiting ───────────────────────▶ session ──┐
+//!      ▲                               │       │ SIGTERM, SIGINT: no more requests are taken, those that were are
+//!      └───────── it goes away ────────┘       │ answered, the connection is shut ──▶ end
+//!                                              │
+//!                the disk's memory is gone: requests fail, the device is let go of; ends with the session ──▶ error
+//! ```
+//! Each connection gets a session of its own with rings, memory and threads; nothing of one reaches the next. A frontend
+//! that connects meanwhile waits in the socket's queue.
+
+#![forbid(unsafe_code)]
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use daxhund_dax::sigbus::{GuardError, Incidents};
+use daxhund_dax::{Host, Pace, Watch, WatchError};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use thiserror::Error;
+use vhost::vhost_user::Error as MessageError;
+use vhost_user_backend::{Error as SessionError, ShutdownHandle, VhostUserDaemon};
+use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use crate::backend::Backend;
+use crate::config::{Config, DiskSource};
+use crate::disk::{Disk, OpenDisk, OpenDiskError};
+use crate::socket::{Socket, SocketError};
+
+/// How long a session has to finish its requests. Each is at most a copy of 64M; only storage that hangs, or a frontend that
+/// makes its doorbell block, needs longer, and then the end is an error.
+const FINISH: Duration = Duration::from_secs(10);
+
+/// The daemon can't serve, or not any more.
+#[derive(Debug, Error)]
+pub enum DaemonError {
+    /// No disk.
+    #[error(transparent)]
+    Disk(#[from] OpenDiskError),
+    /// No socket.
+    #[error(transparent)]
+    Socket(#[from] SocketError),
+    /// Memory that goes away can't be watched for.
+    #[error(transparent)]
+    Watch(#[from] WatchError),
+    /// Nothing would survive its going away.
+    #[error(transparent)]
+    Guard(#[from] GuardError),
+    /// The host refuses what the loop needs.
+    #[error("can't {what}")]
+    Loop {
+        /// What was tried.
+        what: &'static str,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// The device is gone.
+    #[error(
+        "the host has taken {} away, and with it the disk: start again when the device is back (`daxctl list`)",
+        path.display()
+    )]
+    Lost {
+        /// The device.
+        path: PathBuf,
+    },
+    /// Requests are still under way.
+    #[error(
+        "requests were not finished within {} s of the signal: does the disk's storage hang?", within.as_secs()
+    )]
+    Unfinished {
+        /// How long was waited.
+        within: Duration,
+    },
+}
+
+/// A disk and a socket to serve it on.
+#[derive(Debug)]
+pub struct Daemon {
+    disk: OpenDisk,
+    path: PathBuf,
+    num_queues: u16,
+    socket: Socket,
+    signals: UnixStream,
+    incidents: Incidents,
+    /// `None` when there is nothing to watch, or not any more.
+    watch: Option<Watch>,
+}
+
+/// A cause of work.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Source {
+    /// The daemon is to end.
+    Signal,
+    /// Memory was touched that is gone: the disk's or a frontend's.
+    Incident,
+    /// A sign that the disk's device goes away, or time to look.
+    Watch,
+    /// One wants to connect, or the one that is served has gone.
+    Frontend,
+}
+
+impl Daemon {
+    /// Opens and locks the disk, then listens. On an error nothing is left.
+    pub fn new(config: &Config) -> Result<Self, DaemonError> {
+        let host = Host::system();
+        let incidents = Incidents::open()?;
+        let signals = signals().map_err(failed("handle signals"))?;
+        let disk = OpenDisk::open(&host, config)?;
+        let watch = match &disk {
+            OpenDisk::Dax(dax) => {
+                let mut watch = Watch::new(&host, Pace::default())?;
+                for unheard in watch.unheard() {
+                    tracing::warn!("{unheard}");
+                }
+                dax.watch(&mut watch)?;
+                Some(watch)
+            }
+            OpenDisk::File(_) => None,
+        };
+        let socket = Socket::open(config.socket_path.as_deref())?;
+        let (DiskSource::Dax { path, .. } | DiskSource::File(path)) = &config.disk;
+        tracing::info!(
+            disk = %path.display(), bytes = disk.shared().len(), queues = config.num_queues,
+            read_only = config.read_only, "listening"
+        );
+        Ok(Self {
+            path: path.clone(),
+            disk,
+            num_queues: config.num_queues,
+            socket,
+            signals,
+            incidents,
+            watch,
+        })
+    }
+
+    /// Serves until a signal, which is an orderly end, or until the disk is gone.
+    pub fn run(mut self) -> Result<(), DaemonError> {
+        let mut session: Option<Session> = None;
+        while session.is_some() || !self.is_lost() {
+            for source in self.wait(session.as_ref())? {
+                match source {
+                    Source::Signal => {
+                        tracing::info!("ending by a signal");
+                        return session.map_or(Ok(()), Session::finish);
+                    }
+                    Source::Incident => {
+                        self.incidents.take();
+                        tracing::debug!("memory was touched that is gone");
+                        self.look_after_the_disk()?;
+                    }
+                    Source::Watch => self.look_after_the_disk()?,
+                    Source::Frontend => {
+                        session = match session.take() {
+                            // It has ended, so this does not wait.
+                            Some(session) => session.finish().map(|()| None)?,
+                            None => self.accept()?,
+                        };
+                    }
+                }
+            }
+        }
+        Err(DaemonError::Lost { path: self.path })
+    }
+
+    /// What there is to do, a signal first.
+    fn wait(&self, session: Option<&Session>) -> Result<Vec<Source>, DaemonError> {
+        let frontend = session.map_or(self.socket.as_fd(), |session| session.ended.as_fd());
+        let mut sources = vec![
+            (Source::Signal, self.signals.as_fd()),
+            (Source::Incident, self.incidents.as_fd()),
+            (Source::Frontend, frontend),
+        ];
+        if let Some(watch) = &self.watch {
+            sources.push((Source::Watch, watch.as_fd()));
+        }
+        let fds: Vec<_> = sources.iter().map(|(_, fd)| *fd).collect();
+        let ready = ready(&fds, None).map_err(failed("wait for events"))?;
+        let awake = sources.iter().zip(ready).filter(|(_, ready)| *ready);
+        Ok(awake.map(|((source, _), _)| *source).collect())
+    }
+
+    fn is_lost(&self) -> bool {
+        matches!(&self.disk, OpenDisk::Dax(disk) if disk.is_lost())
+    }
+
+    /// Lets go of a device that is gone.
+    fn look_after_the_disk(&mut self) -> Result<(), DaemonError> {
+        let touched = self.is_lost();
+        if let Some(watch) = &mut self.watch
+            && (!watch.read()?.is_empty() || touched)
+        {
+            self.let_go();
+        }
+        Ok(())
+    }
+
+    /// Nothing of the device is kept: its memory may come back only when nobody has it mapped.
+    fn let_go(&mut self) {
+        tracing::error!(
+            device = %self.path.display(),
+            "the host takes the disk's memory away: requests fail from now on"
+        );
+        // Before the mapping: it looks at its address.
+        self.watch = None;
+        if let OpenDisk::Dax(disk) = &self.disk {
+            disk.release();
+        }
+    }
+
+    /// `None` when the frontend could not be served; the next one may.
+    fn accept(&mut self) -> Result<Option<Session>, DaemonError> {
+        let (disk, listener) = (self.disk.shared(), self.socket.accepting());
+        match Session::start(disk, self.num_queues, listener) {
+            Ok(session) => {
+                tracing::info!("a frontend has connected");
+                Ok(Some(session))
+            }
+            Err(StartError::Crate(error)) => {
+                tracing::warn!(%error, "a frontend can't be served");
+                Ok(None)
+            }
+            Err(StartError::Host(source)) => Err(failed("start a session")(source)),
+        }
+    }
+}
+
+/// A session did not come to be.
+#[derive(Debug)]
+enum StartError {
+    Crate(SessionError),
+    Host(io::Error),
+}
+
+/// One connection, driven by threads of its own.
+#[derive(Debug)]
+struct Session {
+    backend: Arc<Backend>,
+    connection: ShutdownHandleOf,
+    /// Its other end is closed when everything of the session is gone but the thread that saw to it.
+    ended: UnixStream,
+    thread: JoinHandle<()>,
+}
+
+/// Shuts a connection down.
+struct ShutdownHandleOf(Option<ShutdownHandle>);
+
+impl std::fmt::Debug for ShutdownHandleOf {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("ShutdownHandleOf").finish()
+    }
+}
+
+/// The crate's daemon, whose workers end before it is dropped: its drop waits for them.
+struct Serving {
+    backend: Arc<Backend>,
+    /// Dropped before the event: a worker that has not looked yet would not see one that is closed.
+    daemon: VhostUserDaemon<Arc<Backend>>,
+    exit: EventFd,
+}
+
+impl Serving {
+    fn new(disk: Arc<dyn Disk>, num_queues: u16) -> Result<Self, StartError> {
+        let exit = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(StartError::Host)?;
+        let backend = Arc::new(Backend::new(disk, num_queues));
+        let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
+        let daemon = VhostUserDaemon::new("messages".into(), Arc::clone(&backend), memory)
+            .map_err(StartError::Crate)?;
+        let serving = Self {
+            backend,
+            daemon,
+            exit,
+        };
+        for worker in serving.daemon.get_epoll_handlers() {
+            let token = serving.backend.exit_token();
+            worker
+                .register_listener(serving.exit.as_raw_fd(), EventSet::IN, token)
+                .map_err(StartError::Host)?;
+        }
+        Ok(serving)
+    }
+}
+
+impl Drop for Serving {
+    fn drop(&mut self) {
+        self.backend.stop();
+        // Nobody reads it, so one is enough for all workers; only a full counter gives an error.
+        let _ = self.exit.write(1);
+    }
+}
+
+impl Session {
+    /// Accepts the connection that waits.
+    fn start(
+        disk: Arc<dyn Disk>,
+        num_queues: u16,
+        listener: &mut vhost::vhost_user::Listener,
+    ) -> Result<Self, StartError> {
+        let (ended, end) = UnixStream::pair().map_err(StartError::Host)?;
+        let mut serving = Serving::new(disk, num_queues)?;
+        serving.daemon.start(listener).map_err(StartError::Crate)?;
+        let connection = ShutdownHandleOf(serving.daemon.shutdown_handle());
+        let backend = Arc::clone(&serving.backend);
+        let thread = std::thread::Builder::new()
+            .name("session".into())
+            .spawn(move || {
+                match serving.daemon.wait() {
+                    Ok(())
+                    | Err(SessionError::HandleRequest(
+                        MessageError::Disconnected | MessageError::PartialMessage,
+                    )) => tracing::info!("the frontend has gone"),
+                    Err(error) => tracing::warn!(%error, "the session has failed"),
+                }
+                drop(serving);
+                drop(end);
+            })
+            .map_err(StartError::Host)?;
+        Ok(Self {
+            backend,
+            connection,
+            ended,
+            thread,
+        })
+    }
+
+    /// Answers what was taken, takes no more, and waits until nothing of the session is left.
+    fn finish(self) -> Result<(), DaemonError> {
+        self.backend.stop();
+        if let Some(connection) = &self.connection.0 {
+            connection.shutdown();
+        }
+        let ready =
+            ready(&[self.ended.as_fd()], Some(FINISH)).map_err(failed("wait for events"))?;
+        if !ready.contains(&true) {
+            return Err(DaemonError::Unfinished { within: FINISH });
+        }
+        if self.thread.join().is_err() {
+            tracing::error!("the session's thread has panicked");
+        }
+        Ok(())
+    }
+}
+
+fn failed(what: &'static str) -> impl Fn(io::Error) -> DaemonError {
+    move |source| DaemonError::Loop { what, source }
+}
+
+/// Which of them are readable or closed. A signal's handler may come first: then it is waited again.
+fn ready(fds: &[BorrowedFd<'_>], within: Option<Duration>) -> io::Result<Vec<bool>> {
+    let timeout = within.and_then(|within| Timespec::try_from(within).ok());
+    loop {
+        let mut polled: Vec<_> = fds
+            .iter()
+            .map(|fd| PollFd::new(fd, PollFlags::IN))
+            .collect();
+        match poll(&mut polled, timeout.as_ref()) {
+            Ok(_) => return Ok(polled.iter().map(|fd| !fd.revents().is_empty()).collect()),
+            Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// Readable when the daemon is to end.
+fn signals() -> io::Result<UnixStream> {
+    let (read, write) = UnixStream::pair()?;
+    read.set_nonblocking(true)?;
+    for signal in [signal_hook::consts::SIGTERM, signal_hook::consts::SIGINT] {
+        signal_hook::low_level::pipe::register(signal, write.try_clone()?)?;
+    }
+    Ok(read)
+}
