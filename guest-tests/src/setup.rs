@@ -17,7 +17,12 @@ use crate::share::{self, Initramfs, ShareError};
 use crate::signals;
 
 /// Packages whose binaries the lab runs.
-const PACKAGES: [&str; 3] = ["daxhund", "daxhund-guard", "lab-agent"];
+const PACKAGES: [&str; 4] = [
+    "daxhund",
+    "daxhund-guard",
+    "daxhund-vhost-user-blk",
+    "lab-agent",
+];
 const AGENT: &str = "lab-agent";
 
 /// The lab could not be set up.

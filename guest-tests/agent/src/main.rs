@@ -8,6 +8,7 @@
 #![deny(unsafe_code)]
 
 mod bare;
+mod disk;
 mod guard;
 mod guest;
 mod host;

@@ -1,6 +1,6 @@
 //! Small programs that tests run on the emulated host: `lab-agent NAME ARGUMENT...`.
 //!
-//! `connect SOCKET`, `dax-vanish DEVICE`, `dax-watch DEVICE ROUNDS`, `dax-watch-cost DEVICE`, `await PATH SECONDS`, `await-gone PATH SECONDS`, `await-socket PATH SECONDS`, `unix-echo PATH`, `vsock-ask SOCKET PORT TEXT`,
+//! `connect SOCKET`, `disk SOCKET`, `dax-vanish DEVICE`, `dax-watch DEVICE ROUNDS`, `dax-watch-cost DEVICE`, `await PATH SECONDS`, `await-gone PATH SECONDS`, `await-socket PATH SECONDS`, `unix-echo PATH`, `vsock-ask SOCKET PORT TEXT`,
 //! `tcp-ask ADDRESS TEXT`, `tcp-serve ADDRESS`, `loads FILE WORD [OFFSET]`, `vector-loads FILE WORD`, `vector-stores FILE`,
 //! `dma-loop DISK HEART GO MARK TARGET...`, `soak-write FILE SEED DURABLE STOP`, `http SOCKET METHOD TARGET [BODY]`, and what [`crate::guard`] says.
 //!
@@ -24,10 +24,11 @@ use crate::bare::{self, Cut, Plan, boot, loss};
 use crate::guest::page_map::physical_address;
 use crate::guest::{exposure, persist};
 use crate::removal::take;
-use crate::{guard, memory, removal, rest, sockets, wait};
+use crate::{disk, guard, memory, removal, rest, sockets, wait};
 
-pub(crate) const NAMES: [&str; 27] = [
+pub(crate) const NAMES: [&str; 28] = [
     "connect",
+    "disk",
     "dax-vanish",
     "dax-watch",
     "dax-watch-cost",
@@ -61,6 +62,7 @@ pub(crate) fn run(arguments: &[String]) -> ExitCode {
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let outcome = match words[..] {
         ["connect", path] => connect(path).map_err(|error| format!("{path}: {error}")),
+        ["disk", socket] => disk::run(socket),
         ["dax-vanish", path] => dax_vanish(path),
         ["dax-watch", path, rounds] => {
             number(rounds).and_then(|rounds| removal::time_signs(path, rounds))

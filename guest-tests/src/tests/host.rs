@@ -79,7 +79,12 @@ fn kvm_is_usable(lab: &mut Lab) -> Result<(), TestError> {
 /// It needs no library and no dynamic linker.
 fn daxhund_runs_on_a_bare_host(lab: &mut Lab) -> Result<(), TestError> {
     let loader = "/lib64/ld-linux-x86-64.so.2";
-    for program in ["daxhund", "daxhund-remote", "daxhund-guardd"] {
+    for program in [
+        "daxhund",
+        "daxhund-remote",
+        "daxhund-guardd",
+        "daxhund-vhost-user-blk",
+    ] {
         let program = format!("/lab/bin/{program}");
         let verified = lab.host.run(&[loader, "--verify", &program])?;
         // glibc, elf/rtld.c: 0 for what it would link, 2 for a program that asks for no dynamic linker, 1 for anything else.

@@ -24,6 +24,7 @@ mod poison;
 mod power;
 mod remote;
 mod removal;
+mod served_disk;
 mod small_devices;
 pub mod soak;
 mod start_errors;
@@ -121,6 +122,7 @@ pub fn all(kernel: &str) -> Vec<GuestTest> {
         add_back::TESTS.to_vec(),
         persistence::TESTS.to_vec(),
         blk::TESTS.to_vec(),
+        served_disk::TESTS.to_vec(),
         net::TESTS.to_vec(),
         small_devices::TESTS.to_vec(),
         hotplug::TESTS.to_vec(),

@@ -1,0 +1,214 @@
+//! Disks that the daemon serves over vhost-user, on device-dax: what becomes of the range when frontends and daemons come and
+//! go, and when the host takes the device away.
+
+use lab_agent::host_protocol::{ExitStatus, SpawnSpec};
+
+use super::removal::{REMOVAL_DEADLINE, bind, unbind, with_device};
+use super::support::{eventually, scratch};
+use super::{GuestTest, Lab, TestError, claim};
+use crate::host::DaxDevice;
+use crate::host::process::Process;
+use crate::suite::SCRATCH;
+
+pub(super) const TESTS: &[GuestTest] = &[
+    GuestTest {
+        name: "served_disk_is_a_range_of_dax_that_outlives_its_daemons",
+        run: served_disk_is_a_range_of_dax_that_outlives_its_daemons,
+    },
+    GuestTest {
+        name: "served_disk_that_the_host_takes_away_is_errors_and_nothing_is_held",
+        run: served_disk_that_the_host_takes_away_is_errors_and_nothing_is_held,
+    },
+];
+
+const DAEMON: &str = "daxhund-vhost-user-blk";
+const SIGTERM: i32 = 15;
+/// What is on the disk. Scratch memory has another.
+const GENUINE: u8 = 0x5a;
+/// In sectors.
+const RANGE: u64 = 64 << 11;
+
+fn start(lab: &Lab, words: &[&str], stdin: bool) -> Result<Process, TestError> {
+    Ok(lab.host.spawn(SpawnSpec {
+        argv: words.iter().map(|word| (*word).to_owned()).collect(),
+        stdin,
+        ..SpawnSpec::default()
+    })?)
+}
+
+/// A daemon that listens on this socket.
+fn serve(lab: &Lab, socket: &str, disk: &str, more: &[&str]) -> Result<Process, TestError> {
+    let words = [DAEMON, "--socket-path", socket, "--dax", disk];
+    let daemon = start(lab, &[&words[..], more].concat(), false)?;
+    daemon.wait_for_error("listening", REMOVAL_DEADLINE)?;
+    Ok(daemon)
+}
+
+fn end(daemon: Process) -> Result<(), TestError> {
+    daemon.signal(SIGTERM)?;
+    let output = daemon.finish(REMOVAL_DEADLINE)?;
+    claim(output.status == ExitStatus::Code(0), || {
+        format!("{output:?}")
+    })
+}
+
+/// What connects to a daemon and asks requests of it.
+struct Frontend(Process);
+
+impl Frontend {
+    fn connect(lab: &Lab, socket: &str) -> Result<Self, TestError> {
+        let mut process = start(lab, &["lab-agent", "disk", socket], true)?;
+        process.wait_for("connected", REMOVAL_DEADLINE)?;
+        Ok(Self(process))
+    }
+
+    fn begin(&self, request: &str) -> Result<(), TestError> {
+        Ok(self.0.send(format!("{request}\n").as_bytes())?)
+    }
+
+    fn answer(&mut self, request: &str) -> Result<String, TestError> {
+        let line = self.0.wait_for(&format!("{request}: "), REMOVAL_DEADLINE)?;
+        Ok(line.replacen(&format!("{request}: "), "", 1))
+    }
+
+    fn answers(&mut self, request: &str, expected: &str) -> Result<(), TestError> {
+        let answer = self.answer(request)?;
+        claim(answer == expected, || {
+            format!("{request}: expected {expected}, got {answer}")
+        })
+    }
+
+    fn ask(&mut self, request: &str, expected: &str) -> Result<(), TestError> {
+        self.begin(request)?;
+        self.answers(request, expected)
+    }
+
+    /// An I/O error, whatever is in the buffer then.
+    fn fails(&mut self, request: &str) -> Result<(), TestError> {
+        self.begin(request)?;
+        let answer = self.answer(request)?;
+        claim(answer.starts_with('1'), || {
+            format!("{request}: expected an error, got {answer}")
+        })
+    }
+
+    fn go(self) -> Result<(), TestError> {
+        self.0.close_stdin()?;
+        let output = self.0.finish(REMOVAL_DEADLINE)?;
+        claim(output.status.success(), || format!("{output:?}"))
+    }
+}
+
+/// Whether a process has this path open or mapped.
+fn holds(lab: &Lab, process: &Process, path: &str) -> Result<bool, TestError> {
+    let pid = process.pid();
+    let open = lab
+        .host
+        .sh(&format!("ls -l /proc/{pid}/fd; cat /proc/{pid}/maps"))?;
+    Ok(open.lines().any(|line| line.trim_end().ends_with(path)))
+}
+
+fn served_disk_is_a_range_of_dax_that_outlives_its_daemons(lab: &mut Lab) -> Result<(), TestError> {
+    scratch(lab)?;
+    let dax = lab.host.dax()[1].path.clone();
+    let [one, two] = ["one", "two"].map(|name| format!("{SCRATCH}/{name}.sock"));
+    let [first, second] = ["0", "64M"].map(|at| format!("{dax},offset={at},size=64M"));
+    let daemon = serve(lab, &one, &first, &[])?;
+    let beside = serve(lab, &two, &second, &[])?;
+    let mut frontend = Frontend::connect(lab, &one)?;
+    let mut neighbour = Frontend::connect(lab, &two)?;
+    neighbour.ask("write 0 99", "0")?;
+    frontend.ask("write 0 7", "0")?;
+    frontend.ask("write 1024 8", "0")?;
+    // The last that there is, and what would be the neighbour's.
+    let last = RANGE - 128;
+    frontend.ask(&format!("write {last} 9"), "0")?;
+    frontend.ask(&format!("write {RANGE} 9"), "1")?;
+    frontend.ask("flush", "0")?;
+    frontend.ask("discard 0", "0")?;
+    frontend.ask("zero 1024", "0")?;
+    neighbour.ask("read 0", "0 99")?;
+    frontend.go()?;
+    neighbour.go()?;
+
+    // The same daemon, the next frontend.
+    let mut frontend = Frontend::connect(lab, &one)?;
+    frontend.ask("read 0", "0 7")?;
+    frontend.go()?;
+    let words = [DAEMON, "--socket-path", "/tmp/none", "--dax", &dax];
+    let refused = lab.host.run(&words)?;
+    claim(
+        !refused.status.success() && refused.stderr.contains("is in use by process"),
+        || format!("a range is given twice: {refused:?}"),
+    )?;
+    end(beside)?;
+    end(daemon)?;
+    claim(!lab.host.exists(&one)?, || format!("{one} is left"))?;
+
+    // The next daemons: two that only read the same.
+    let readers = [
+        serve(lab, &one, &first, &["--read-only"])?,
+        serve(lab, &two, &first, &["--read-only"])?,
+    ];
+    for socket in [&one, &two] {
+        let mut frontend = Frontend::connect(lab, socket)?;
+        frontend.ask("read 0", "0 7")?;
+        frontend.ask("read 1024", "0 0")?;
+        frontend.ask(&format!("read {last}"), "0 9")?;
+        frontend.ask("write 0 1", "1")?;
+        frontend.ask("read 0", "0 7")?;
+        frontend.go()?;
+    }
+    readers.into_iter().try_for_each(end)
+}
+
+fn served_disk_that_the_host_takes_away_is_errors_and_nothing_is_held(
+    lab: &mut Lab,
+) -> Result<(), TestError> {
+    scratch(lab)?;
+    let dax = lab.host.dax()[1].clone();
+    for under_way in ["reads", "writes"] {
+        let request = format!("{under_way} 0 {GENUINE}");
+        with_device(lab, &dax.name, || lose_under(lab, &dax, &request))?;
+    }
+    Ok(())
+}
+
+/// The device goes away under a request that is asked again and again, some of them in the daemon's own copies.
+fn lose_under(lab: &Lab, dax: &DaxDevice, request: &str) -> Result<(), TestError> {
+    let socket = format!("{SCRATCH}/blk.sock");
+    let disk = format!("{},size=64M", dax.path);
+    let daemon = serve(lab, &socket, &disk, &[])?;
+    let mut frontend = Frontend::connect(lab, &socket)?;
+    frontend.ask(&format!("write 0 {GENUINE}"), "0")?;
+    claim(holds(lab, &daemon, &dax.path)?, || {
+        "the daemon serves a device that it does not have".to_owned()
+    })?;
+    frontend.begin(request)?;
+    let gone = unbind(lab, &dax.name)?;
+    claim(gone.status.success(), || format!("{gone:?}"))?;
+    frontend.answers(request, "1")?;
+    for request in ["read 0", "write 0 8", "zero 0", "discard 0", "flush"] {
+        frontend.fails(request)?;
+    }
+    eventually("the daemon lets go of the device", || {
+        Ok(!holds(lab, &daemon, &dax.path)?)
+    })?;
+    claim(!daemon.has_ended(), || "the session was cut off".to_owned())?;
+    // With nobody left to answer it ends, and says why.
+    frontend.go()?;
+    let output = daemon.finish(REMOVAL_DEADLINE)?;
+    claim(
+        output.status == ExitStatus::Code(1)
+            && output.stderr.contains("the host has taken /dev/")
+            && !lab.host.exists(&socket)?,
+        || format!("{output:?}"),
+    )?;
+
+    bind(lab, &dax.name)?;
+    let daemon = serve(lab, &socket, &disk, &[])?;
+    let mut frontend = Frontend::connect(lab, &socket)?;
+    frontend.ask("read 0", &format!("0 {GENUINE}"))?;
+    frontend.go()?;
+    end(daemon)
+}
