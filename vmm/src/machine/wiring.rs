@@ -60,6 +60,10 @@ impl MsiRoutes for KvmRoutes {
     fn is_pending(&self, vector: u16) -> bool {
         self.0.is_pending(vector)
     }
+
+    fn event_of(&self, vector: u16) -> io::Result<Option<EventFd>> {
+        self.0.event(vector).map(EventFd::try_clone).transpose()
+    }
 }
 
 impl vfio::Vectors for KvmRoutes {

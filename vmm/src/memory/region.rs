@@ -3,6 +3,7 @@
 //! A region is made once, from memory that is mapped already, and ends with [`Region::release`]. While it is attached
 //! to a machine it is shared with snapshots (one more holder each); it can be released only when one holder is left.
 
+use std::fs::File;
 use std::sync::Arc;
 
 use daxhund_dax::{DaxMapping, Pages};
@@ -13,7 +14,7 @@ use vm_memory::{FileOffset, GuestRegionMmap};
 use super::dma::{Dma, DmaRefused};
 use super::layout::Gpa;
 use super::loss::LossMark;
-use super::mapping::{HostMapping, MapMemoryError};
+use super::mapping::{HostMapping, MapMemoryError, Source};
 use super::sigbus::{Guard, GuardError, Guarded, Touch};
 use super::snapshot::SnapshotRegion;
 
@@ -338,6 +339,24 @@ impl Region {
             .flatten()
             .filter_map(|start| host_address.checked_sub(start))
             .find(|offset| *offset < self.size())
+    }
+
+    /// The range of a file by which another process can map this memory; `None`: it is private to this one.
+    pub fn shared_file(&self) -> Option<(Arc<File>, u64)> {
+        let is_private = match &self.mapping {
+            Mapping::Dax(_) => false,
+            Mapping::Host(host) => {
+                matches!(
+                    host.source(),
+                    Source::Anonymous { .. } | Source::File { shared: false, .. }
+                )
+            }
+        };
+        if is_private {
+            return None;
+        }
+        let file_offset = self.mapping.file_offset()?;
+        Some((Arc::clone(file_offset.arc()), file_offset.start()))
     }
 
     /// How passed-through devices and this memory stand.

@@ -1,5 +1,9 @@
 //! What a PCI function is to the bus.
 
+use std::io;
+
+use vmm_sys_util::eventfd::EventFd;
+
 /// A change of where a BAR answers, caused by a write to configuration space.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BarChange {
@@ -57,4 +61,9 @@ pub trait MsiRoutes: Send + Sync {
     fn signal(&self, vector: u16);
     /// Whether `vector` was signalled while masked.
     fn is_pending(&self, vector: u16) -> bool;
+    /// What raises `vector` when it is written, for another process; `None`: there is no such vector.
+    fn event_of(&self, vector: u16) -> io::Result<Option<EventFd>> {
+        let _ = vector;
+        Ok(None)
+    }
 }

@@ -39,7 +39,7 @@ impl Kind {
 pub trait Signals: Send + Sync {
     /// The configuration space has changed: raise the configuration interrupt.
     fn config_changed(&self);
-    /// The driver broke the rules so badly that the queues can't be served: `DEVICE_NEEDS_RESET` and the
+    /// The queues can't be served, because the driver broke the rules or set them up where they can't be: `DEVICE_NEEDS_RESET` and the
     /// configuration interrupt. The worker that calls it serves nothing any more until it is stopped.
     fn needs_reset(&self, why: &dyn fmt::Display);
 }
@@ -94,6 +94,11 @@ pub trait Device: Send + Sync {
     /// Offered feature bits of the device type. The transport adds `VERSION_1`, `RING_EVENT_IDX` and
     /// `RING_INDIRECT_DESC`.
     fn features(&self) -> u64;
+
+    /// Which of the transport's own feature bits the device's queues can be served with: all, where it is served here.
+    fn ring_features(&self) -> u64 {
+        u64::MAX
+    }
 
     /// Largest size of each queue, a power of two up to 32768. Its length is the number of queues.
     fn queue_sizes(&self) -> Vec<u16>;

@@ -10,7 +10,7 @@ use std::sync::atomic::{Ordering, fence};
 use thiserror::Error;
 use virtio_queue::{DescriptorChain, QueueOwnedT, QueueT};
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend as GuestMemory};
-use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::memory::loss::{Epoch, Lost};
 
@@ -29,6 +29,30 @@ pub struct QueueError {
 pub trait Interrupt: Send + Sync {
     /// Tells the driver that the used ring has something for it.
     fn signal(&self);
+
+    /// What another process writes to raise it: the same without a way through this one. `None`: the driver has asked for no
+    /// interrupt.
+    fn event(&self) -> io::Result<Option<EventFd>> {
+        Ok(None)
+    }
+}
+
+/// A virtqueue that another process serves: where it is, and its two bells.
+pub struct Ring {
+    /// Which queue.
+    pub index: u16,
+    /// Its length.
+    pub size: u16,
+    /// Guest-physical address of the descriptors.
+    pub descriptors: u64,
+    /// Of the driver's ring.
+    pub available: u64,
+    /// Of the device's ring.
+    pub used: u64,
+    /// Rung by the driver.
+    pub kick: EventFd,
+    /// Rung for the driver.
+    pub call: EventFd,
 }
 
 /// A virtqueue that is served.
@@ -64,6 +88,24 @@ impl Queue {
             told: 0,
             epoch: Epoch::now(),
         }
+    }
+
+    /// For another process to serve it, by the vector that the driver has chosen by now.
+    pub fn into_ring(self) -> io::Result<Ring> {
+        let call = match self.interrupt.event()? {
+            Some(event) => event,
+            // For a driver that looks at the ring itself.
+            None => EventFd::new(EFD_NONBLOCK)?,
+        };
+        Ok(Ring {
+            index: self.index,
+            size: self.rings.size(),
+            descriptors: self.rings.desc_table(),
+            available: self.rings.avail_ring(),
+            used: self.rings.used_ring(),
+            kick: self.kick,
+            call,
+        })
     }
 
     /// Its number in the device.
@@ -307,8 +349,6 @@ impl fmt::Debug for Queue {
 #[cfg(test)]
 mod tests {
     use std::sync::atomic::AtomicUsize;
-
-    use vmm_sys_util::eventfd::EFD_NONBLOCK;
 
     use super::*;
     use crate::memory::snapshot::Snapshot;

@@ -101,7 +101,7 @@ impl VirtioPci {
             .iter()
             .map(|_| EventFd::new(EFD_NONBLOCK))
             .collect::<io::Result<Vec<_>>>()?;
-        let offered = device.features() | TRANSPORT_FEATURES;
+        let offered = device.features() | (TRANSPORT_FEATURES & device.ring_features());
         let wires = Arc::new(Wires::new(&id, Arc::clone(&routes), sizes.len()));
         let Configuration {
             space,

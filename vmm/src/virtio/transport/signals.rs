@@ -1,10 +1,12 @@
 //! From a device's worker to the driver: interrupts by the vectors that the driver chose.
 
 use std::fmt;
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering};
 
 use tracing::warn;
+use vmm_sys_util::eventfd::EventFd;
 
 use super::common::NO_VECTOR;
 use crate::pci::MsiRoutes;
@@ -81,7 +83,7 @@ impl Signals for Wires {
 
     fn needs_reset(&self, why: &dyn fmt::Display) {
         if !self.needs_reset.swap(true, Ordering::SeqCst) {
-            warn!(device = self.id, %why, "the driver broke the device's rules; it is not served until it is reset");
+            warn!(device = self.id, %why, "the device is not served until its driver resets it");
         }
         self.raise(self.config_vector.load(Ordering::SeqCst), ISR_CONFIG);
     }
@@ -97,5 +99,10 @@ impl Interrupt for QueueWire {
     fn signal(&self) {
         let vector = self.wires.queue_vectors[self.index].load(Ordering::SeqCst);
         self.wires.raise(vector, ISR_QUEUE);
+    }
+
+    fn event(&self) -> io::Result<Option<EventFd>> {
+        let vector = self.wires.queue_vectors[self.index].load(Ordering::SeqCst);
+        self.wires.routes.event_of(vector)
     }
 }
