@@ -35,6 +35,7 @@ pub mod rng;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod testing;
 pub mod transport;
+pub mod vhost_user;
 pub mod vsock;
 pub mod worker;
 

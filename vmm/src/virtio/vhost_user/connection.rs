@@ -1,0 +1,410 @@
+//! One connection to a backend: what both sides can do, the memory table, the rings. The messages are `vhost`'s.
+//!
+//! Every call here blocks for as long as the backend likes: who calls is on a thread of its own and given up on
+//! ([`super::caller`]). After an error nothing is known of the other side any more, but for a plain no
+//! ([`CallError::is_refusal`]): the connection is to be dropped.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+use thiserror::Error;
+use vhost::vhost_user::message::{
+    VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserInflight, VhostUserProtocolFeatures,
+    VhostUserVirtioFeatures,
+};
+use vhost::vhost_user::{Frontend, VhostUserFrontend};
+use vhost::{VhostBackend, VringConfigData};
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+
+use super::class::Class;
+use super::table::{SharedRegion, Table};
+use crate::virtio::queue::Ring;
+
+/// What is asked of a backend's protocol features, where it has them.
+const PROTOCOL: VhostUserProtocolFeatures = VhostUserProtocolFeatures::MQ
+    .union(VhostUserProtocolFeatures::REPLY_ACK)
+    .union(VhostUserProtocolFeatures::CONFIG)
+    .union(VhostUserProtocolFeatures::INFLIGHT_SHMFD)
+    .union(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS);
+
+/// As many regions as a backend without memory slots has to take (vhost-user specification, `VHOST_USER_SET_MEM_TABLE`).
+const TABLE_REGIONS: usize = 8;
+
+/// There is no connection that could be used.
+#[derive(Debug, Error)]
+pub enum ConnectError {
+    /// Nobody to connect to.
+    #[error(
+        "nobody serves the socket {socket}: {source}; start the backend first (for one: qemu-storage-daemon --export \
+         type=vhost-user-blk,...)"
+    )]
+    Socket {
+        /// Where it was looked for.
+        socket: String,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// It says something else than it should, or nothing.
+    #[error("what serves the socket {socket} does not talk like a vhost-user backend")]
+    Call {
+        /// Where it is.
+        socket: String,
+        /// What was asked.
+        #[source]
+        source: CallError,
+    },
+    /// It can't do what is needed.
+    #[error("the backend at {socket} does not offer {what}, which a {class} device needs")]
+    Lacks {
+        /// Where it is.
+        socket: String,
+        /// The device.
+        class: &'static str,
+        /// What is missing.
+        what: &'static str,
+    },
+    /// Fewer queues.
+    #[error(
+        "the backend at {socket} has {offered} queue(s), num_queues={asked} asks for more; give num_queues={offered} or fewer, or \
+         start the backend with more"
+    )]
+    Queues {
+        /// Where it is.
+        socket: String,
+        /// What it has.
+        offered: u64,
+        /// Asked for.
+        asked: u16,
+    },
+    /// Another one than before.
+    #[error(
+        "the backend that serves the socket {socket} now lacks features {missing:#x} that the guest was offered"
+    )]
+    Changed {
+        /// Where it is.
+        socket: String,
+        /// Feature bits.
+        missing: u64,
+    },
+    /// Too much memory.
+    #[error(transparent)]
+    Regions(#[from] TooManyRegions),
+}
+
+/// A call that failed.
+#[derive(Debug, Error)]
+#[error("{what}: {source}")]
+pub struct CallError {
+    /// The message.
+    pub what: &'static str,
+    /// Why.
+    #[source]
+    pub source: vhost::Error,
+}
+
+impl CallError {
+    /// Whether the backend said no, and is otherwise as before.
+    pub fn is_refusal(&self) -> bool {
+        use vhost::vhost_user::Error::BackendInternalError;
+        matches!(
+            self.source,
+            vhost::Error::VhostUserProtocol(BackendInternalError)
+        )
+    }
+}
+
+/// The backend has no room for a region.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[error(
+    "the backend takes {most} memory region(s) and the guest has more; give it fewer zones and pmem devices"
+)]
+pub struct TooManyRegions {
+    /// What it takes.
+    pub most: usize,
+}
+
+/// Rings that a backend can't be given.
+#[derive(Debug, Error)]
+pub(super) enum StartError {
+    /// They lie where the backend has no memory.
+    #[error("a ring of queue {index} is not in memory that the backend has")]
+    Ring {
+        /// The queue.
+        index: u16,
+    },
+    /// The backend.
+    #[error(transparent)]
+    Call(#[from] CallError),
+}
+
+/// Where the backend finds it: `None` when a part of it is not in its memory.
+fn addresses(ring: &Ring, table: &Table) -> Option<VringConfigData> {
+    let size = u64::from(ring.size);
+    Some(VringConfigData {
+        queue_max_size: ring.size,
+        queue_size: ring.size,
+        flags: 0,
+        desc_table_addr: table.user_address(ring.descriptors, 16 * size)?,
+        avail_ring_addr: table.user_address(ring.available, 6 + 2 * size)?,
+        used_ring_addr: table.user_address(ring.used, 6 + 8 * size)?,
+        log_addr: None,
+    })
+}
+
+/// What a backend keeps of requests under way, in memory that outlives it.
+pub(super) struct Inflight {
+    area: VhostUserInflight,
+    file: File,
+}
+
+/// A connection after the handshake.
+pub(super) struct Connection {
+    frontend: Frontend,
+    protocol: VhostUserProtocolFeatures,
+    /// Virtio features.
+    pub(super) features: u64,
+    /// The device's configuration space.
+    pub(super) config: Vec<u8>,
+    max_regions: usize,
+}
+
+/// Connects to a socket, at once or not at all.
+pub(super) fn dial(path: &Path) -> Result<UnixStream, ConnectError> {
+    let failed = |source: io::Error| ConnectError::Socket {
+        socket: path.display().to_string(),
+        source,
+    };
+    let dial = || -> rustix::io::Result<_> {
+        let address = SocketAddrUnix::new(path)?;
+        // A backlog that is full is an error instead of a wait.
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+        connect(&socket, &address)?;
+        Ok(socket)
+    };
+    let stream = UnixStream::from(dial().map_err(|error| failed(error.into()))?);
+    stream.set_nonblocking(false).map_err(failed)?;
+    Ok(stream)
+}
+
+impl Connection {
+    /// Finds out what the other side is. `queues`: how many are wanted.
+    pub(super) fn open(
+        stream: UnixStream,
+        socket: &Path,
+        class: &Class,
+        queues: u16,
+    ) -> Result<Self, ConnectError> {
+        let socket = || socket.display().to_string();
+        let failed = |what| {
+            move |source| ConnectError::Call {
+                socket: socket(),
+                source: CallError { what, source },
+            }
+        };
+        let lacks = |what| ConnectError::Lacks {
+            socket: socket(),
+            class: class.name,
+            what,
+        };
+        let mut frontend = Frontend::from_stream(stream, queues.into());
+        frontend.set_owner().map_err(failed("SET_OWNER"))?;
+        let features = frontend.get_features().map_err(failed("GET_FEATURES"))?;
+        if features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() == 0 {
+            return Err(lacks("protocol features"));
+        }
+        if features & 1 << VIRTIO_F_VERSION_1 == 0 {
+            return Err(lacks("virtio 1 (VIRTIO_F_VERSION_1)"));
+        }
+        let protocol = frontend
+            .get_protocol_features()
+            .map_err(failed("GET_PROTOCOL_FEATURES"))?
+            & PROTOCOL;
+        if !protocol.contains(VhostUserProtocolFeatures::CONFIG) {
+            return Err(lacks(
+                "its configuration space (VHOST_USER_PROTOCOL_F_CONFIG)",
+            ));
+        }
+        frontend
+            .set_protocol_features(protocol)
+            .map_err(failed("SET_PROTOCOL_FEATURES"))?;
+        if protocol.contains(VhostUserProtocolFeatures::REPLY_ACK) {
+            frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
+        }
+        let offered = if protocol.contains(VhostUserProtocolFeatures::MQ) {
+            frontend.get_queue_num().map_err(failed("GET_QUEUE_NUM"))?
+        } else {
+            1
+        };
+        if u64::from(queues) > offered {
+            return Err(ConnectError::Queues {
+                socket: socket(),
+                offered,
+                asked: queues,
+            });
+        }
+        let empty = vec![0; class.config_bytes as usize];
+        let flags = VhostUserConfigFlags::empty();
+        let (_, config) = frontend
+            .get_config(0, class.config_bytes, flags, &empty)
+            .map_err(failed("GET_CONFIG"))?;
+        let mut max_regions = TABLE_REGIONS;
+        if protocol.contains(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS) {
+            let slots = frontend
+                .get_max_mem_slots()
+                .map_err(failed("GET_MAX_MEM_SLOTS"))?;
+            max_regions = usize::try_from(slots).unwrap_or(usize::MAX);
+        }
+        Ok(Self {
+            frontend,
+            protocol,
+            features,
+            config,
+            max_regions,
+        })
+    }
+
+    fn has(&self, feature: VhostUserProtocolFeatures) -> bool {
+        self.protocol.contains(feature)
+    }
+
+    /// Whether it has room for so many regions.
+    pub(super) fn fits(&self, regions: usize) -> Result<(), TooManyRegions> {
+        let most = self.max_regions;
+        if regions > most {
+            return Err(TooManyRegions { most });
+        }
+        Ok(())
+    }
+
+    /// Gives the backend regions that `table` has already. When this returns the backend has them.
+    pub(super) fn add(&mut self, table: &Table, new: &[SharedRegion]) -> Result<(), CallError> {
+        if new.is_empty() {
+            return Ok(());
+        }
+        if !self.has(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS) {
+            return self.replace(table);
+        }
+        for region in new {
+            self.frontend
+                .add_mem_region(&region.message())
+                .map_err(called("ADD_MEM_REG"))?;
+        }
+        self.settle()
+    }
+
+    /// Takes a region back that `table` has no more. When this returns the backend has let go of it; `false`: it can't be
+    /// made to, because it is the last one, and the table of this backend can't be empty.
+    pub(super) fn remove(&mut self, table: &Table, old: &SharedRegion) -> Result<bool, CallError> {
+        if self.has(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS) {
+            self.frontend
+                .remove_mem_region(&old.message())
+                .map_err(called("REM_MEM_REG"))?;
+            self.settle()?;
+        } else if table.is_empty() {
+            return Ok(false);
+        } else {
+            self.replace(table)?;
+        }
+        Ok(true)
+    }
+
+    fn replace(&mut self, table: &Table) -> Result<(), CallError> {
+        self.frontend
+            .set_mem_table(&table.messages())
+            .map_err(called("SET_MEM_TABLE"))?;
+        self.settle()
+    }
+
+    /// Waits until what was sent is done: where each message is not acknowledged, by asking something that is answered.
+    fn settle(&mut self) -> Result<(), CallError> {
+        if !self.has(VhostUserProtocolFeatures::REPLY_ACK) {
+            self.frontend
+                .get_features()
+                .map_err(called("GET_FEATURES"))?;
+        }
+        Ok(())
+    }
+
+    /// An area for requests under way, for rings that start from the beginning; `None`: this backend keeps no such thing.
+    pub(super) fn new_inflight(&mut self, rings: &[Ring]) -> Result<Option<Inflight>, CallError> {
+        if !self.has(VhostUserProtocolFeatures::INFLIGHT_SHMFD) {
+            return Ok(None);
+        }
+        let queues = rings.iter().map(|ring| ring.index + 1).max().unwrap_or(1);
+        let size = rings.iter().map(|ring| ring.size).max().unwrap_or(1);
+        let wanted = VhostUserInflight::new(0, 0, queues, size);
+        let (area, file) = self
+            .frontend
+            .get_inflight_fd(&wanted)
+            .map_err(called("GET_INFLIGHT_FD"))?;
+        Ok(Some(Inflight { area, file }))
+    }
+
+    /// Has the backend serve these rings, each from an index on.
+    pub(super) fn start(
+        &mut self,
+        features: u64,
+        table: &Table,
+        rings: &[(&Ring, u16)],
+        inflight: Option<&Inflight>,
+    ) -> Result<(), StartError> {
+        let features = features | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+        self.frontend
+            .set_features(features)
+            .map_err(called("SET_FEATURES"))?;
+        if let Some(Inflight { area, file }) = inflight {
+            self.frontend
+                .set_inflight_fd(area, file.as_raw_fd())
+                .map_err(called("SET_INFLIGHT_FD"))?;
+        }
+        for (ring, base) in rings {
+            let addresses = addresses(ring, table).ok_or(StartError::Ring { index: ring.index })?;
+            let (index, frontend) = (usize::from(ring.index), &mut self.frontend);
+            frontend
+                .set_vring_num(index, ring.size)
+                .map_err(called("SET_VRING_NUM"))?;
+            frontend
+                .set_vring_base(index, *base)
+                .map_err(called("SET_VRING_BASE"))?;
+            frontend
+                .set_vring_addr(index, &addresses)
+                .map_err(called("SET_VRING_ADDR"))?;
+            frontend
+                .set_vring_call(index, &ring.call)
+                .map_err(called("SET_VRING_CALL"))?;
+            frontend
+                .set_vring_kick(index, &ring.kick)
+                .map_err(called("SET_VRING_KICK"))?;
+        }
+        for (ring, _) in rings {
+            self.frontend
+                .set_vring_enable(ring.index.into(), true)
+                .map_err(called("SET_VRING_ENABLE"))?;
+        }
+        Ok(self.settle()?)
+    }
+
+    /// Has the backend serve them no more. When this returns it has stopped.
+    pub(super) fn stop(&mut self, rings: &[Ring]) -> Result<(), CallError> {
+        for ring in rings {
+            let index = usize::from(ring.index);
+            self.frontend
+                .set_vring_enable(index, false)
+                .map_err(called("SET_VRING_ENABLE"))?;
+            self.frontend
+                .get_vring_base(index)
+                .map_err(called("GET_VRING_BASE"))?;
+        }
+        Ok(())
+    }
+}
+
+fn called(what: &'static str) -> impl Fn(vhost::Error) -> CallError {
+    move |source| CallError { what, source }
+}

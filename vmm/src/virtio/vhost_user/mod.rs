@@ -1,0 +1,307 @@
+//! Devices that another process serves: the frontend's side of vhost-user.
+//!
+//! ```text
+//!   Ram ──attach, detach──▶┐                                       ┌─▶ backend
+//!   Worker ──start, stop──▶├─ Backend ─call─▶ Session ─▶ Connection ─┤   maps guest memory, has doorbells (ioeventfd) and
+//!   watch ──lost, again ──▶┘   (deadlines)    (state)     (messages) └─  interrupts (irqfd): nothing in between
+//! ```
+//! What is a device type's own is a [`Class`] in a file of its own ([`blk`]); all else is here once.
+//!
+//! Invariants:
+//! - Whatever the backend does or leaves undone, every call here comes back in time. One that hangs, talks nonsense or goes
+//!   away is cut off: the device stalls, is served on when one is there again, and nobody else notices.
+//! - Memory reaches a backend before the guest hears of it, and is taken back, or the backend cut off, before it is given up.
+//! - A descriptor of guest memory is what a backend maps: it has the lock of a device-dax range as long as we do.
+//! - The backend is trusted with guest memory, and with nothing else: what it says is checked and never an address here.
+
+pub mod blk;
+mod caller;
+mod class;
+mod connection;
+mod session;
+mod shared;
+mod table;
+#[cfg(test)]
+mod tests;
+mod watch;
+mod worker;
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{Builder, JoinHandle};
+use std::time::Duration;
+
+use thiserror::Error;
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+
+use self::caller::Caller;
+use self::session::Session;
+use self::shared::Shared;
+use super::device::read_space;
+use super::worker as workers;
+use super::{ActivateError, Activation, Device, Kind};
+
+pub use caller::NoAnswer;
+pub use class::{Class, Shape};
+pub use connection::{CallError, ConnectError, TooManyRegions};
+pub use session::{AttachError, Service};
+pub use shared::{Change, OnChange, Status};
+pub use table::SharedRegion;
+
+/// For an answer of a backend that has been answering. Mapping memory takes it milliseconds.
+const CALL: Duration = Duration::from_millis(if cfg!(test) { 700 } else { 3000 });
+/// For a backend to say what it is. Callers of the API wait five seconds for a device.
+const HANDSHAKE: Duration = Duration::from_millis(if cfg!(test) { 700 } else { 4000 });
+
+/// Features of rings: the transport's own, as far as the backend knows them.
+const RING_FEATURES: u64 =
+    1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC;
+
+/// A device to be served by a backend.
+#[derive(Debug, Clone)]
+pub struct Spec {
+    /// The device's name.
+    pub id: String,
+    /// Where the backend listens.
+    pub socket: PathBuf,
+    /// What kind of device it is.
+    pub class: Class,
+    /// Its queues.
+    pub shape: Shape,
+}
+
+/// There is no backend that could serve the device.
+#[derive(Debug, Error)]
+pub enum OpenError {
+    /// It can't be talked to.
+    #[error("device {id}")]
+    Connect {
+        /// Which device.
+        id: String,
+        /// Why.
+        #[source]
+        source: ConnectError,
+    },
+    /// It says nothing.
+    #[error(
+        "device {id}: the backend at {socket} says nothing for {HANDSHAKE:?}; it may be serving somebody else already: a backend \
+         serves one guest at a time"
+    )]
+    Silent {
+        /// Which device.
+        id: String,
+        /// Where it is.
+        socket: String,
+    },
+    /// Something of the host.
+    #[error(
+        "device {id}: no thread or descriptor for its backend; `ulimit -u` and `ulimit -n` raise how many there may be"
+    )]
+    Host {
+        /// Which device.
+        id: String,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// The backend of one device, whether it is there or not.
+pub struct Backend {
+    shared: Arc<Shared>,
+    caller: Arc<Caller<Session>>,
+    watch: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl Backend {
+    /// Finds the backend and asks it what it is. One that goes away later is waited for; one that is not there now is an error.
+    pub fn open(spec: Spec, on_change: OnChange) -> Result<Arc<Self>, OpenError> {
+        let Spec {
+            id,
+            socket,
+            class,
+            shape,
+        } = spec;
+        let host = |source| OpenError::Host {
+            id: id.clone(),
+            source,
+        };
+        let name = |what| thread_name(&id, what);
+        let shared = Shared::new(id.clone(), socket, (class, shape), on_change).map_err(host)?;
+        let shared = Arc::new(shared);
+        let session = Session::new(Arc::clone(&shared));
+        let caller = Caller::spawn(name("_call"), Arc::clone(&shared), session).map_err(host)?;
+        let caller = Arc::new(caller);
+        let backend = Self {
+            shared: Arc::clone(&shared),
+            caller: Arc::clone(&caller),
+            watch: Mutex::default(),
+        };
+        let connected = caller.call(HANDSHAKE, Session::connect);
+        match connected {
+            Ok(Ok(())) => {}
+            Ok(Err(_)) | Err(NoAnswer) if shared.line.gave_up() => {
+                return Err(OpenError::Silent {
+                    id,
+                    socket: shared.socket.display().to_string(),
+                });
+            }
+            Ok(Err(source)) => return Err(OpenError::Connect { id, source }),
+            Err(error) => return Err(host(io::Error::other(error))),
+        }
+        let watch = Builder::new()
+            .name(name("_watch"))
+            .spawn(move || watch::run(&shared, &caller))
+            .map_err(host)?;
+        *backend.watch.lock().unwrap_or_else(PoisonError::into_inner) = Some(watch);
+        Ok(Arc::new(backend))
+    }
+
+    /// The device's name.
+    pub fn id(&self) -> &str {
+        &self.shared.id
+    }
+
+    /// Where it listens.
+    pub fn socket(&self) -> &Path {
+        &self.shared.socket
+    }
+
+    /// How it stands.
+    pub fn status(&self) -> Status {
+        self.shared.status()
+    }
+
+    /// Has it reach more memory.
+    pub fn attach(&self, regions: Vec<SharedRegion>) -> Result<(), AttachError> {
+        self.caller
+            .call(CALL, move |session| session.attach(&regions))?
+    }
+
+    /// Takes memory back from it.
+    pub fn detach(&self, gpa: u64) -> Result<(), NoAnswer> {
+        self.caller.call(CALL, move |session| session.detach(gpa))
+    }
+
+    /// Has it serve queues.
+    pub fn start(&self, service: Service) -> Result<(), NoAnswer> {
+        self.caller
+            .call(CALL, move |session| session.start(service))
+    }
+
+    /// The undo of [`Backend::start`].
+    pub fn stop(&self) -> Result<(), NoAnswer> {
+        self.caller.call(CALL, Session::stop)
+    }
+
+    /// No backend is wanted any more.
+    pub fn close(&self) {
+        self.shared.close();
+        let watch = self
+            .watch
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        if let Some(watch) = watch
+            && watch.join().is_err()
+        {
+            tracing::error!("the thread that watches a vhost-user backend panicked");
+        }
+    }
+}
+
+impl Drop for Backend {
+    /// A backstop: the owner closes it.
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+/// At most 15 bytes, with the end of it kept.
+fn thread_name(id: &str, what: &str) -> String {
+    let room = 15 - what.len();
+    let mut end = id.len().min(room);
+    while !id.is_char_boundary(end) {
+        end -= 1;
+    }
+    format!("{}{what}", &id[..end])
+}
+
+/// A virtio device whose queues a backend serves.
+pub struct VhostUserDevice(Arc<Backend>);
+
+impl VhostUserDevice {
+    /// The guest's side of a backend.
+    pub fn new(backend: Arc<Backend>) -> Self {
+        Self(backend)
+    }
+}
+
+impl Device for VhostUserDevice {
+    fn kind(&self) -> Kind {
+        self.0.shared.class.kind
+    }
+
+    fn features(&self) -> u64 {
+        self.0.shared.space().features & self.0.shared.class.features
+    }
+
+    fn ring_features(&self) -> u64 {
+        self.0.shared.space().features & RING_FEATURES
+    }
+
+    fn queue_sizes(&self) -> Vec<u16> {
+        let Shape { queues, queue_size } = self.0.shared.shape;
+        vec![queue_size; queues.into()]
+    }
+
+    fn config_read(&self, offset: u64, data: &mut [u8]) {
+        read_space(&self.0.shared.space().config, offset, data);
+    }
+
+    fn activate(
+        &self,
+        activation: Activation,
+    ) -> Result<Vec<Box<dyn workers::Worker>>, ActivateError> {
+        let Activation {
+            memory,
+            features,
+            queues,
+            signals,
+        } = activation;
+        let mut rings = Vec::new();
+        for queue in queues.into_iter().flatten() {
+            let ring = queue.into_ring().map_err(|source| ActivateError::Host {
+                what: "no descriptor of a queue's interrupt for the backend",
+                source,
+            })?;
+            rings.push(ring);
+        }
+        let service = Service {
+            features,
+            rings,
+            memory,
+            signals,
+            inflight: None,
+            was_served: false,
+        };
+        Ok(vec![Box::new(worker::Worker {
+            backend: Arc::clone(&self.0),
+            service: Some(service),
+        })])
+    }
+
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        let Status {
+            losses,
+            connections,
+            ..
+        } = self.0.status();
+        vec![
+            ("backend_connections", connections),
+            ("backend_losses", losses),
+        ]
+    }
+}

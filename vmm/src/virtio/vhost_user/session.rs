@@ -1,0 +1,268 @@
+//! What a backend is to have and to do, and whether one is there that does it. Lives on the caller's thread.
+//!
+//! ```text
+//!                attach, detach, start, stop: done at once            the same: noted for the next one
+//!    dial ──▶ connected ──────────────────────────────▶ lost ───────────────────────┐
+//!                 ▲        hung up, garbage, no answer    │                          │
+//!                 └──── dialled again, with a back-off ◀──┴──────────────────────────┘
+//!                       memory, rings, requests under way given anew
+//! ```
+//! A backend that is lost is nobody's error: what was asked of it is what the next one is told.
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use thiserror::Error;
+use tracing::{debug, info, warn};
+use vm_memory::{GuestAddress, GuestAddressSpace};
+
+use super::connection::{
+    CallError, ConnectError, Connection, Inflight, StartError, TooManyRegions, dial,
+};
+use super::shared::Shared;
+use super::table::{SharedRegion, Table};
+use crate::memory::ram::GuestView;
+use crate::virtio::device::Signals;
+use crate::virtio::queue::Ring;
+
+/// Memory that a backend does not take.
+#[derive(Debug, Error)]
+pub enum AttachError {
+    /// Too much of it.
+    #[error(transparent)]
+    Regions(#[from] TooManyRegions),
+    /// It says no.
+    #[error("the backend refuses the memory")]
+    Refused(#[source] CallError),
+    /// The thread that talks to it.
+    #[error(transparent)]
+    NoAnswer(#[from] super::caller::NoAnswer),
+}
+
+/// What the driver wants served, until it resets the device.
+pub struct Service {
+    pub(super) features: u64,
+    pub(super) rings: Vec<Ring>,
+    pub(super) memory: GuestView,
+    pub(super) signals: Arc<dyn Signals>,
+    pub(super) inflight: Option<Inflight>,
+    /// Whether a backend has had these rings.
+    pub(super) was_served: bool,
+}
+
+impl Service {
+    /// From which request on a ring is served. Not the first one, when a backend had it before: what that one has taken and
+    /// not finished is in the memory for requests under way, if there is one. Without, those between the used index and the
+    /// available one are served again, which is right for a backend that finishes requests in order.
+    fn base(&self, ring: &Ring) -> Result<u16, StartError> {
+        if !self.was_served {
+            return Ok(0);
+        }
+        let index = GuestAddress(ring.used.saturating_add(2));
+        let index = self.memory.memory().load::<u16>(index, Ordering::Acquire);
+        index
+            .map(u16::from_le)
+            .map_err(|_| StartError::Ring { index: ring.index })
+    }
+
+    fn give_to(&mut self, connection: &mut Connection, table: &Table) -> Result<(), StartError> {
+        if !self.was_served || self.inflight.is_none() {
+            self.inflight = connection.new_inflight(&self.rings)?;
+        }
+        let mut rings = Vec::with_capacity(self.rings.len());
+        for ring in &self.rings {
+            rings.push((ring, self.base(ring)?));
+        }
+        connection.start(self.features, table, &rings, self.inflight.as_ref())?;
+        if self.was_served {
+            for ring in &self.rings {
+                // The one before may have taken a bell and died before it did what it rang for, in both directions. Only a
+                // full counter gives an error, and then it rings anyway.
+                let _ = ring.kick.write(1);
+                let _ = ring.call.write(1);
+            }
+        }
+        self.was_served = true;
+        Ok(())
+    }
+}
+
+/// One backend.
+pub(super) struct Session {
+    shared: Arc<Shared>,
+    connection: Option<Connection>,
+    table: Table,
+    service: Option<Service>,
+    /// Features that the guest was offered.
+    promised: Option<u64>,
+}
+
+impl Session {
+    pub(super) fn new(shared: Arc<Shared>) -> Self {
+        Self {
+            shared,
+            connection: None,
+            table: Table::default(),
+            service: None,
+            promised: None,
+        }
+    }
+
+    /// Finds a backend, and gives it everything. Without an effect when there is one.
+    pub(super) fn connect(&mut self) -> Result<(), ConnectError> {
+        if self.connection.is_some() || self.shared.is_closed() {
+            return Ok(());
+        }
+        let connected = self.try_connect();
+        if let Err(error) = &connected {
+            self.shared.line.hang_up();
+            self.shared.not_connected(error);
+        }
+        connected
+    }
+
+    fn try_connect(&mut self) -> Result<(), ConnectError> {
+        let Shared {
+            socket,
+            class,
+            shape,
+            ..
+        } = self.shared.as_ref();
+        let stream = dial(socket)?;
+        let own = stream.try_clone().map_err(|source| ConnectError::Socket {
+            socket: socket.display().to_string(),
+            source,
+        })?;
+        self.shared.line.set(own);
+        if self.shared.is_closed() {
+            // Whoever closed it may not have seen this line.
+            self.shared.line.cut();
+        }
+        let mut connection = Connection::open(stream, socket, class, shape.queues)?;
+        let features = connection.features & (class.features | super::RING_FEATURES);
+        let promised = *self.promised.get_or_insert(features);
+        if promised & !features != 0 {
+            return Err(ConnectError::Changed {
+                socket: socket.display().to_string(),
+                missing: promised & !features,
+            });
+        }
+        let failed = |source| ConnectError::Call {
+            socket: socket.display().to_string(),
+            source,
+        };
+        connection.fits(self.table.len())?;
+        connection
+            .add(&self.table, self.table.regions())
+            .map_err(failed)?;
+        let mut config = std::mem::take(&mut connection.config);
+        (class.fit)(&mut config, *shape);
+        let changed = self.shared.set_config(config, promised);
+        if let Some(service) = &mut self.service {
+            match service.give_to(&mut connection, &self.table) {
+                Ok(()) => {}
+                Err(StartError::Call(error)) => return Err(failed(error)),
+                Err(error @ StartError::Ring { .. }) => {
+                    service.signals.needs_reset(&error);
+                    self.service = None;
+                }
+            }
+        }
+        self.connection = Some(connection);
+        info!(device = self.shared.id, socket = %socket.display(), "a vhost-user backend serves the device");
+        self.shared.connected();
+        if changed && let Some(service) = &self.service {
+            service.signals.config_changed();
+        }
+        Ok(())
+    }
+
+    /// The backend can't be used any more.
+    fn lose(&mut self, why: &dyn fmt::Display) {
+        self.connection = None;
+        let gave_up = self.shared.line.hang_up();
+        let why = if gave_up {
+            format!("it did not answer in time ({why})")
+        } else {
+            why.to_string()
+        };
+        if self.shared.is_closed() {
+            debug!(device = self.shared.id, why, "the backend is let go of");
+            return;
+        }
+        warn!(device = self.shared.id, socket = %self.shared.socket.display(), why, "the vhost-user backend is lost; the device waits for one");
+        self.shared.lost(why);
+    }
+
+    /// The other side has closed the connection, if it is still this one.
+    pub(super) fn hung_up(&mut self, connections: u64) {
+        if self.connection.is_some() && self.shared.line.count() == connections {
+            self.lose(&"it closed the connection");
+        }
+    }
+
+    /// More memory. When this returns a backend that is there has it.
+    pub(super) fn attach(&mut self, regions: &[SharedRegion]) -> Result<(), AttachError> {
+        if let Some(connection) = &self.connection {
+            connection.fits(self.table.len() + regions.len())?;
+        }
+        self.table.add(regions);
+        if let Some(connection) = &mut self.connection
+            && let Err(error) = connection.add(&self.table, regions)
+        {
+            if error.is_refusal() {
+                // What of it the backend has taken goes with the connection.
+                for region in regions {
+                    self.table.take(region.gpa);
+                }
+                self.lose(&error);
+                return Err(AttachError::Refused(error));
+            }
+            self.lose(&error);
+        }
+        Ok(())
+    }
+
+    /// Less memory. When this returns no backend has it: one that does not let go is cut off.
+    pub(super) fn detach(&mut self, gpa: u64) {
+        let Some(region) = self.table.take(gpa) else {
+            return;
+        };
+        if let Some(connection) = &mut self.connection {
+            match connection.remove(&self.table, &region) {
+                Ok(true) => {}
+                Ok(false) => self.lose(&"its last memory was taken away"),
+                Err(error) => self.lose(&error),
+            }
+        }
+    }
+
+    /// The driver is ready.
+    pub(super) fn start(&mut self, mut service: Service) {
+        if let Some(connection) = &mut self.connection {
+            match service.give_to(connection, &self.table) {
+                Ok(()) => {}
+                Err(StartError::Call(error)) => self.lose(&error),
+                Err(error @ StartError::Ring { .. }) => {
+                    service.signals.needs_reset(&error);
+                    return;
+                }
+            }
+        }
+        self.service = Some(service);
+    }
+
+    /// The driver has reset the device. When this returns no backend serves it: one that does not stop is cut off.
+    pub(super) fn stop(&mut self) {
+        let Some(service) = self.service.take() else {
+            return;
+        };
+        if let Some(connection) = &mut self.connection
+            && service.was_served
+            && let Err(error) = connection.stop(&service.rings)
+        {
+            self.lose(&error);
+        }
+    }
+}

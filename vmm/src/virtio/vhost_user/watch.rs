@@ -1,0 +1,63 @@
+//! The thread that notices that a backend has gone, and looks for the next one.
+
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use tracing::debug;
+
+use super::caller::Caller;
+use super::session::Session;
+use super::shared::Shared;
+
+/// From a loss to the first try; doubled with each that fails.
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+
+/// Ends when no backend is wanted any more.
+pub(super) fn run(shared: &Shared, caller: &Arc<Caller<Session>>) {
+    let mut pause = FIRST_PAUSE;
+    while !shared.is_closed() {
+        if shared.status().lost.is_none() {
+            pause = FIRST_PAUSE;
+            let connections = shared.line.count();
+            let hung_up = wait(shared, shared.line.get().as_deref(), None);
+            let lose = move |session: &mut Session| session.hung_up(connections);
+            if hung_up && caller.call(super::CALL, lose).is_err() {
+                // A thread that does not answer is asked again, with a pause.
+                wait(shared, None, Some(LONGEST_PAUSE));
+            }
+            continue;
+        }
+        wait(shared, None, Some(pause));
+        if shared.is_closed() {
+            return;
+        }
+        match caller.call(super::HANDSHAKE, Session::connect) {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => debug!(device = shared.id, %error, "no backend yet"),
+            Err(error) => debug!(device = shared.id, %error, "no backend yet"),
+        }
+        pause = (pause * 2).min(LONGEST_PAUSE);
+    }
+}
+
+/// Waits until the other side hangs up, which it tells, or somebody wants a look, or for so long.
+fn wait(shared: &Shared, stream: Option<&UnixStream>, at_most: Option<Duration>) -> bool {
+    let mut fds = vec![PollFd::new(&shared.wake, PollFlags::IN)];
+    if let Some(stream) = stream {
+        fds.push(PollFd::new(stream, PollFlags::RDHUP));
+    }
+    let at_most = at_most.and_then(|time| Timespec::try_from(time).ok());
+    if poll(&mut fds, at_most.as_ref()).is_err() {
+        // Interrupted: what there is to see is seen the next time.
+        return false;
+    }
+    let gone = PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR;
+    let hung_up = fds.get(1).is_some_and(|fd| fd.revents().intersects(gone));
+    let mut count = [0; 8];
+    // Nothing to read when nobody woke it.
+    let _ = rustix::io::read(&shared.wake, &mut count);
+    hung_up
+}
