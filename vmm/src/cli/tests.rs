@@ -159,7 +159,6 @@ fn words_not_built_are_refused_with_the_exact_text() {
     for (line, words) in [
         (&["--seccomp", "true"][..], "--seccomp true"),
         (&["--seccomp", "log"], "--seccomp log"),
-        (&["--disk", "path=d,vhost_user=on"], "--disk vhost_user"),
         (&["--net", "socket=/s"], "--net socket"),
         (&["--platform", "iommufd_fd=5"], "--platform iommufd_fd"),
         (

@@ -4,9 +4,10 @@ use super::device::{IdAllocator, Place};
 use super::files::FileUse;
 use super::passthrough::check_functions;
 use super::{
-    Backing, BalloonConfig, ConfigError, DeviceConfig, DiskConfig, Extent, MemoryZoneConfig,
-    NetConfig, PmemConfig, RngConfig, ValidBalloon, ValidConsole, ValidDevice, ValidDisk, ValidNet,
-    ValidPmem, ValidRng, ValidVsock, VirtioConsoleConfig, VmConfig, VsockConfig, ZoneSpec,
+    Backing, BalloonConfig, ConfigError, DeviceConfig, DiskConfig, DiskSource, Extent,
+    MemoryZoneConfig, NetConfig, PmemConfig, RngConfig, ValidBalloon, ValidConsole, ValidDevice,
+    ValidDisk, ValidNet, ValidPmem, ValidRng, ValidVsock, VirtioConsoleConfig, VmConfig,
+    VsockConfig, ZoneSpec,
 };
 
 /// The devices a guest starts with.
@@ -158,14 +159,11 @@ impl Devices {
             }
         }
         for disk in &self.disks {
-            let flag = DiskConfig::WORD.flag;
-            add(
-                flag,
-                &disk.id,
-                &disk.path,
-                Extent::default(),
-                !disk.readonly,
-            );
+            // What a backend serves is its own to keep from others.
+            if let DiskSource::Image(image) = &disk.source {
+                let (flag, writes) = (DiskConfig::WORD.flag, !image.readonly);
+                add(flag, &disk.id, &image.path, Extent::default(), writes);
+            }
         }
         for pmem in &self.pmem {
             let (offset, size) = (pmem.offset, pmem.size);

@@ -1,6 +1,6 @@
-//! `--disk`: a disk of the guest and the raw image or block device that is it.
+//! `--disk`: a disk of the guest, and the raw image or block device that is it, or the vhost-user backend that serves it.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -24,8 +24,15 @@ const DEFAULT_QUEUE_SIZE: u32 = 128;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DiskConfig {
-    /// What the sectors are: a raw image or a block device.
+    /// What the sectors are: a raw image or a block device. Empty for a disk that a backend serves.
+    #[serde(default, skip_serializing_if = "is_empty")]
     pub path: PathBuf,
+    /// Whether another process serves the disk.
+    #[serde(default, skip_serializing_if = "is_off")]
+    pub vhost_user: bool,
+    /// Where that process listens.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vhost_socket: Option<PathBuf>,
     /// Whether the guest can only read.
     #[serde(default)]
     pub readonly: bool,
@@ -55,6 +62,15 @@ pub struct DiskConfig {
     pub pci_device_id: Option<u8>,
 }
 
+fn is_empty(path: &Path) -> bool {
+    path.as_os_str().is_empty()
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref)] // As serde calls it.
+fn is_off(switch: &bool) -> bool {
+    !switch
+}
+
 fn default_num_queues() -> u32 {
     DEFAULT_NUM_QUEUES
 }
@@ -78,30 +94,76 @@ pub enum ImageType {
 pub struct ValidDisk {
     /// Its name.
     pub id: String,
+    /// What it is on the host.
+    pub source: DiskSource,
+    /// How many request queues: 1 to [`super::MAX_QUEUES`].
+    pub num_queues: u16,
+    /// How long each of them is: a power of two from 2 to [`super::MAX_QUEUE_SIZE`].
+    pub queue_size: u16,
+    /// Where it sits.
+    pub place: Place,
+}
+
+/// What a disk is on the host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DiskSource {
+    /// A file that this process reads and writes.
+    Image(ValidImage),
+    /// A process that serves it.
+    VhostUser {
+        /// Where that listens.
+        socket: PathBuf,
+    },
+}
+
+/// A raw image or a block device, checked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ValidImage {
     /// What the sectors are.
     pub path: PathBuf,
     /// Whether the guest can only read.
     pub readonly: bool,
     /// Whether the host's page cache is passed by (`O_DIRECT`).
     pub direct: bool,
-    /// How many request queues: 1 to [`super::MAX_QUEUES`].
-    pub num_queues: u16,
-    /// How long each of them is: a power of two from 2 to [`super::MAX_QUEUE_SIZE`].
-    pub queue_size: u16,
     /// The serial number the guest reads: at most [`MAX_DISK_SERIAL`] bytes, none of them NUL.
     pub serial: Option<String>,
     /// What the image is said to be.
     pub image_type: ImageType,
-    /// Where it sits.
-    pub place: Place,
 }
 
 /// A disk that no guest can have.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum DiskError {
-    /// The path is the empty text.
-    #[error("--disk path= is empty: give path=PATH, a raw image or a block device")]
+    /// No path, or the empty text.
+    #[error(
+        "--disk has no path: give path=PATH, a raw image or a block device, or vhost_user=on,socket=PATH for one that a backend \
+         serves"
+    )]
     EmptyPath,
+    /// A backend without a place to find it.
+    #[error("{device}: vhost_user=on has no socket: give socket=PATH, where the backend listens")]
+    NoSocket {
+        /// The device.
+        device: String,
+    },
+    /// A socket that is for nothing.
+    #[error("{device}: socket={} is where a vhost-user backend listens; give vhost_user=on as well, or leave it out", socket.display())]
+    SocketAlone {
+        /// The device.
+        device: String,
+        /// The socket given.
+        socket: PathBuf,
+    },
+    /// What the backend has to be told, not this process.
+    #[error(
+        "{device}: {key}= says nothing about a disk that a vhost-user backend serves; tell the backend, and leave it out"
+    )]
+    NotOfBackend {
+        /// The device.
+        device: String,
+        /// What was given.
+        key: &'static str,
+    },
     /// The serial number does not fit.
     #[error(
         "{device}: serial={serial} has {} bytes, a guest can read {MAX_DISK_SERIAL}; give a shorter one",
@@ -134,8 +196,6 @@ impl JsonObject for DiskConfig {
     const SHAPE: Shape = Shape {
         not_built: &[
             NotBuilt::switch("iommu", false),
-            NotBuilt::switch("vhost_user", false),
-            NotBuilt::empty("vhost_socket"),
             NotBuilt::object(
                 "rate_limiter_config",
                 &[NotBuilt::empty("bandwidth"), NotBuilt::empty("ops")],
@@ -171,7 +231,7 @@ impl DiskConfig {
             Key::new(
                 "path",
                 "PATH",
-                "a raw image or a block device (required)",
+                "a raw image or a block device (required, unless vhost_user=on)",
                 |disk, value| {
                     disk.path = value.path()?;
                     Ok(())
@@ -231,12 +291,28 @@ impl DiskConfig {
                     Ok(())
                 },
             ),
+            Key::new(
+                "vhost_user",
+                "on|off",
+                "a backend at socket= serves the disk [default: off]",
+                |disk, value| {
+                    disk.vhost_user = value.switch()?;
+                    Ok(())
+                },
+            ),
+            Key::new(
+                "socket",
+                "PATH",
+                "where the vhost-user backend listens",
+                |disk, value| {
+                    disk.vhost_socket = Some(value.path()?);
+                    Ok(())
+                },
+            ),
             id_key(),
             segment_key(),
             number_key(),
             Key::not_built("iommu"),
-            Key::not_built("vhost_user"),
-            Key::not_built("socket"),
             Key::not_built("bw_size"),
             Key::not_built("bw_one_time_burst"),
             Key::not_built("bw_refill_time"),
@@ -259,6 +335,8 @@ impl DiskConfig {
     pub fn new(path: impl Into<PathBuf>) -> Self {
         Self {
             path: path.into(),
+            vhost_user: false,
+            vhost_socket: None,
             readonly: false,
             direct: false,
             num_queues: DEFAULT_NUM_QUEUES,
@@ -275,7 +353,7 @@ impl DiskConfig {
     pub fn parse(text: &str) -> Result<Self, WordError> {
         let mut disk = Self::new("");
         Self::WORD.fill(text, &mut disk)?;
-        if disk.path.as_os_str().is_empty() {
+        if is_empty(&disk.path) && !disk.vhost_user && disk.vhost_socket.is_none() {
             // The setter refuses an empty path, so the key was not there.
             return Err(WordError::MissingKey {
                 flag: Self::WORD.flag,
@@ -289,14 +367,37 @@ impl DiskConfig {
     fn label(&self) -> String {
         match &self.id {
             Some(id) => format!("{} id={id}", Self::WORD.flag),
-            None => format!("{} path={}", Self::WORD.flag, self.path.display()),
+            None => match &self.vhost_socket {
+                Some(socket) => format!("{} socket={}", Self::WORD.flag, socket.display()),
+                None => format!("{} path={}", Self::WORD.flag, self.path.display()),
+            },
         }
     }
 
-    /// Checks what can be told of this device by itself in a guest with `segments` PCI segments, and takes its id.
-    pub fn validate(&self, segments: u16, ids: &mut IdAllocator) -> Result<ValidDisk, DiskError> {
-        let device = self.label();
-        if self.path.as_os_str().is_empty() {
+    fn source(&self, device: String) -> Result<DiskSource, DiskError> {
+        match (self.vhost_user, self.vhost_socket.clone()) {
+            (true, Some(socket)) if !is_empty(&socket) => {
+                let told = [
+                    ("path", !is_empty(&self.path)),
+                    ("readonly", self.readonly),
+                    ("direct", self.direct),
+                    ("serial", self.serial.is_some()),
+                ];
+                match told.into_iter().find(|(_, told)| *told) {
+                    Some((key, _)) => Err(DiskError::NotOfBackend { device, key }),
+                    None => Ok(DiskSource::VhostUser { socket }),
+                }
+            }
+            (true, _) => Err(DiskError::NoSocket { device }),
+            (false, Some(socket)) if !is_empty(&socket) => {
+                Err(DiskError::SocketAlone { device, socket })
+            }
+            (false, _) => self.image(device).map(DiskSource::Image),
+        }
+    }
+
+    fn image(&self, device: String) -> Result<ValidImage, DiskError> {
+        if is_empty(&self.path) {
             return Err(DiskError::EmptyPath);
         }
         if let Some(serial) = self.serial.clone() {
@@ -307,18 +408,27 @@ impl DiskConfig {
                 return Err(DiskError::NulInSerial { device });
             }
         }
+        Ok(ValidImage {
+            path: self.path.clone(),
+            readonly: self.readonly,
+            direct: self.direct,
+            serial: self.serial.clone(),
+            image_type: self.image_type,
+        })
+    }
+
+    /// Checks what can be told of this device by itself in a guest with `segments` PCI segments, and takes its id.
+    pub fn validate(&self, segments: u16, ids: &mut IdAllocator) -> Result<ValidDisk, DiskError> {
+        let device = self.label();
+        let source = self.source(device.clone())?;
         let num_queues = queues::count(&device, self.num_queues)?;
         let queue_size = queues::size(&device, self.queue_size)?;
         let place = Place::check(&device, self.pci_segment, self.pci_device_id, segments)?;
         Ok(ValidDisk {
             id: ids.take(&device, self.id.as_deref(), Self::NAMING)?,
-            path: self.path.clone(),
-            readonly: self.readonly,
-            direct: self.direct,
+            source,
             num_queues,
             queue_size,
-            serial: self.serial.clone(),
-            image_type: self.image_type,
             place,
         })
     }
@@ -362,13 +472,15 @@ mod tests {
             validate(text),
             Ok(ValidDisk {
                 id: "d".into(),
-                path: "/d".into(),
-                readonly: true,
-                direct: true,
+                source: DiskSource::Image(ValidImage {
+                    path: "/d".into(),
+                    readonly: true,
+                    direct: true,
+                    serial: Some("s1".into()),
+                    image_type: ImageType::Raw,
+                }),
                 num_queues: 4,
                 queue_size: 256,
-                serial: Some("s1".into()),
-                image_type: ImageType::Raw,
                 place: Place {
                     segment: 1,
                     device: Some(7)
@@ -390,8 +502,6 @@ mod tests {
         let disk: DiskConfig = from_json(json.as_bytes()).unwrap();
         assert_eq!(disk, DiskConfig::new("/d"));
         for (member, name) in [
-            (r#""vhost_user":true"#, "vhost_user"),
-            (r#""vhost_socket":"/s""#, "vhost_socket"),
             (r#""sparse":false"#, "sparse"),
             (
                 r#""rate_limiter_config":{"bandwidth":{"size":1,"refill_time":1}}"#,
@@ -412,8 +522,6 @@ mod tests {
         let error = DiskConfig::parse("readonly=on").unwrap_err();
         assert!(error.to_string().contains("add path=VALUE"), "{error}");
         for key in [
-            "vhost_user",
-            "socket",
             "iommu",
             "bw_size",
             "ops_refill_time",
@@ -430,6 +538,37 @@ mod tests {
         let error = DiskConfig::parse("path=/d,image_type=qcow2").unwrap_err();
         let words = "--disk: image_type=qcow2 is not raw; other formats are not supported";
         assert!(error.to_string().starts_with(words), "{error}");
+    }
+
+    #[test]
+    fn a_backend_has_a_socket_and_nothing_of_a_file() {
+        let text = "vhost_user=on,socket=/s,num_queues=2,queue_size=256,image_type=raw,id=d";
+        let json = r#"{"vhost_user":true,"vhost_socket":"/s","num_queues":2,"queue_size":256,
+            "image_type":"Raw","id":"d"}"#;
+        let disk = DiskConfig::parse(text).unwrap();
+        assert_eq!(disk, from_json::<DiskConfig>(json.as_bytes()).unwrap());
+        let written = serde_json::to_string(&disk).unwrap();
+        assert!(!written.contains("path") && written.contains(r#""vhost_socket":"/s""#));
+        let valid = validate(text).unwrap();
+        let socket = "/s".into();
+        assert_eq!(valid.source, DiskSource::VhostUser { socket });
+        for (text, words) in [
+            ("vhost_user=on", "give socket=PATH"),
+            ("path=/d,vhost_user=on", "give socket=PATH"),
+            ("socket=/s", "give vhost_user=on as well"),
+            ("path=/d,socket=/s,id=d", "--disk id=d: socket=/s"),
+            ("path=/d,vhost_user=on,socket=/s", "path= says nothing"),
+            ("vhost_user=on,socket=/s,readonly=on", "readonly= says"),
+            ("vhost_user=on,socket=/s,direct=on", "direct= says"),
+            ("vhost_user=on,socket=/s,serial=x", "serial= says"),
+            (
+                "vhost_user=on,socket=/s,num_queues=0",
+                "--disk socket=/s: num",
+            ),
+        ] {
+            let error = validate(text).unwrap_err().to_string();
+            assert!(error.contains(words), "{text}: {error}");
+        }
     }
 
     #[test]

@@ -51,7 +51,9 @@ pub use console::{
 };
 pub use cpus::{CpusConfig, CpusError, MAX_VCPUS};
 pub use device::{DEVICES_PER_SEGMENT, IdAllocator, IdError, MAX_PCI_SEGMENTS, Place, PlaceError};
-pub use disk::{DiskConfig, DiskError, ImageType, MAX_DISK_SERIAL, ValidDisk};
+pub use disk::{
+    DiskConfig, DiskError, DiskSource, ImageType, MAX_DISK_SERIAL, ValidDisk, ValidImage,
+};
 pub use files::{Extent, FileError};
 pub use json::{JsonError, JsonObject, Shape, from_json};
 pub use keyvalue::WordError;

@@ -116,10 +116,6 @@ fn fields_that_ask_for_more_are_refused_with_the_way_to_them() {
     for (members, field) in [
         (r#""fs":[{"tag":"t","socket":"/s"}]"#, "fs"),
         (
-            r#""disks":[{"path":"/d","vhost_user":true}]"#,
-            "disks[0].vhost_user",
-        ),
-        (
             r#""disks":[{"path":"/d"},{"path":"/e","image_type":"Qcow2"}]"#,
             "disks[1].image_type=Qcow2",
         ),
@@ -170,8 +166,8 @@ fn fields_of_no_schema_and_of_the_wrong_kind_are_named() {
             "disks[1].redonly: unknown field `redonly`",
         ),
         (
-            r#"{"payload":{},"disks":[{}]}"#,
-            "disks[0]: missing field `path`",
+            r#"{"payload":{},"pmem":[{}]}"#,
+            "pmem[0]: missing field `file`",
         ),
         (
             r#"{"payload":{},"net":[{"mac":"52"}]}"#,
@@ -456,7 +452,7 @@ prop_compose! {
     ) -> DiskConfig {
         let image_type = if raw { ImageType::Raw } else { ImageType::Unknown };
         DiskConfig {
-            path, readonly, direct, num_queues, queue_size, serial, image_type, id, pci_segment,
+            path, vhost_user: false, vhost_socket: None, readonly, direct, num_queues, queue_size, serial, image_type, id, pci_segment,
             pci_device_id,
         }
     }

@@ -13,8 +13,8 @@ use super::passthrough::OpenPassthroughError;
 use super::resources::HostResources;
 use super::vm::release_one;
 use crate::config::{
-    ByteSize, MacAddr, Place, Tap, ValidBalloon, ValidConsole, ValidDisk, ValidNet, ValidPmem,
-    ValidRng, ValidVsock,
+    ByteSize, DiskSource, MacAddr, Place, Tap, ValidBalloon, ValidConsole, ValidDisk, ValidNet,
+    ValidPmem, ValidRng, ValidVsock,
 };
 use crate::devices::console::{Console, OpenConsoleError};
 use crate::inherited::{self, InheritedError};
@@ -30,6 +30,7 @@ use crate::virtio::console::ConsoleDevice;
 use crate::virtio::net::{Mac, MacError, NetDevice, NetOpenError, NetSpec};
 use crate::virtio::pmem::PmemDevice;
 use crate::virtio::rng::{OpenRngError, RngDevice, RngSpec};
+use crate::virtio::vhost_user;
 use crate::virtio::vsock::{VsockDevice, VsockOpenError, VsockSpec};
 
 /// What a device needs of the host can't be had.
@@ -53,6 +54,9 @@ pub enum OpenDeviceError {
     /// A disk.
     #[error(transparent)]
     Disk(#[from] DiskOpenError),
+    /// A vhost-user backend.
+    #[error(transparent)]
+    Backend(#[from] vhost_user::OpenError),
     /// A network device.
     #[error(transparent)]
     Net(#[from] NetOpenError),
@@ -161,6 +165,7 @@ impl HostResources {
 
     /// The undo of all that open a device here, but for its memory, which has a life of its own.
     pub(super) fn close_device(&mut self, device: HostDevice, ram: &mut Ram) {
+        self.backends.close(&device.id, ram);
         if let HostKind::Passthrough(passed) = device.kind {
             self.close_passthrough(passed, ram);
         }
@@ -171,6 +176,30 @@ impl HostResources {
         let gpa = region.gpa();
         release_one(region);
         self.device_memory.free(gpa.0);
+    }
+
+    /// Opens a disk's file, or finds the backend that serves it.
+    pub(super) fn open_disk(&mut self, valid: &ValidDisk) -> Result<OpenedDevice, OpenDeviceError> {
+        let device: Arc<dyn Device> = match &valid.source {
+            DiskSource::Image(image) => Arc::new(Disk::open(&DiskSpec {
+                readonly: image.readonly,
+                direct: image.direct,
+                num_queues: valid.num_queues,
+                queue_size: valid.queue_size,
+                serial: image.serial.clone(),
+                ..DiskSpec::new(&valid.id, &image.path)
+            })?),
+            DiskSource::VhostUser { socket } => Arc::new(self.backends.open(vhost_user::Spec {
+                id: valid.id.clone(),
+                socket: socket.clone(),
+                class: vhost_user::blk::DISK,
+                shape: vhost_user::Shape {
+                    queues: valid.num_queues,
+                    queue_size: valid.queue_size,
+                },
+            })?),
+        };
+        Ok(OpenedDevice::new(&valid.id, valid.place, device))
     }
 
     /// A balloon takes nothing from the host: it gives.
@@ -188,19 +217,6 @@ impl HostResources {
         self.balloon = Some(Arc::clone(&device));
         Ok(OpenedDevice::new(&valid.id, valid.place, device))
     }
-}
-
-/// Opens a disk's file.
-pub(super) fn open_disk(valid: &ValidDisk) -> Result<OpenedDevice, OpenDeviceError> {
-    let device = Disk::open(&DiskSpec {
-        readonly: valid.readonly,
-        direct: valid.direct,
-        num_queues: valid.num_queues,
-        queue_size: valid.queue_size,
-        serial: valid.serial.clone(),
-        ..DiskSpec::new(&valid.id, &valid.path)
-    })?;
-    Ok(OpenedDevice::new(&valid.id, valid.place, Arc::new(device)))
 }
 
 /// Opens or takes a tap. `fds` came with the request.

@@ -13,6 +13,7 @@
 //! The thread that calls [`run`] owns the machine. vCPU threads, workers of devices and the API only post events to it.
 
 mod answers;
+mod backends;
 mod build;
 mod calls;
 mod consumers;

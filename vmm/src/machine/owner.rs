@@ -39,6 +39,7 @@ use crate::config::VmConfig;
 use crate::devices::power::PowerRequest;
 use crate::kvm::VcpuFault;
 use crate::monitor::{Event as Happened, Monitor};
+use crate::virtio::vhost_user::Change;
 
 /// The owner can't wait for events.
 #[derive(Debug, Error)]
@@ -127,6 +128,8 @@ pub(super) enum Token {
     Incidents,
     /// A removal guard is to be looked for again.
     NoGuard,
+    /// A vhost-user backend has gone or come.
+    Backends,
     /// A signal; the index into [`Signals`].
     Signal(u32),
 }
@@ -145,7 +148,8 @@ impl Token {
             Self::Watch => 8,
             Self::Incidents => 9,
             Self::NoGuard => 10,
-            Self::Signal(index) => 11 + index,
+            Self::Backends => 11,
+            Self::Signal(index) => 12 + index,
         }
     }
 
@@ -162,7 +166,8 @@ impl Token {
             8 => Self::Watch,
             9 => Self::Incidents,
             10 => Self::NoGuard,
-            signal => Self::Signal(signal - 11),
+            11 => Self::Backends,
+            signal => Self::Signal(signal - 12),
         }
     }
 }
@@ -194,6 +199,8 @@ pub(super) struct Owner {
     machine_fd: Option<RawFd>,
     /// That of what the host tells of its devices.
     notices_fd: Option<RawFd>,
+    /// That of news of vhost-user backends.
+    backends_fd: Option<RawFd>,
     pub(super) removals: Removals,
     guard_fd: Option<RawFd>,
     lookout: Lookout,
@@ -230,6 +237,7 @@ impl Owner {
             feed: SerialFeed::default(),
             machine_fd: None,
             notices_fd: None,
+            backends_fd: None,
             removals,
             guard_fd: None,
             lookout,
@@ -304,6 +312,10 @@ impl Owner {
         if add(ops, fd, Token::Notices) {
             self.notices_fd = Some(fd);
         }
+        let fd = vm.host.backends.as_raw_fd();
+        if add(ops, fd, Token::Backends) {
+            self.backends_fd = Some(fd);
+        }
         let serial = vm.machine.serial.as_ref();
         self.feed.start(ops, serial, &mut vm.host.serial_input);
     }
@@ -315,6 +327,9 @@ impl Owner {
         }
         if let Some(fd) = self.notices_fd.take() {
             remove(ops, fd, Token::Notices);
+        }
+        if let Some(fd) = self.backends_fd.take() {
+            remove(ops, fd, Token::Backends);
         }
         self.feed.stop(ops);
         self.timer.set(None);
@@ -543,6 +558,21 @@ impl Owner {
         self.settle();
     }
 
+    fn on_backends(&self) {
+        let State::Up(vm) = &self.state else {
+            return;
+        };
+        for (id, change) in vm.host.backends.drain() {
+            match change {
+                Change::Connected => self.monitor.send(&Happened::BackendConnected { id: &id }),
+                Change::Lost { why } => {
+                    let why = &why;
+                    self.monitor.send(&Happened::BackendLost { id: &id, why });
+                }
+            }
+        }
+    }
+
     fn on_signal(&mut self, index: u32) {
         let Some((signal, pipe)) = self.signals.pipes.get_mut(index as usize) else {
             return;
@@ -640,6 +670,7 @@ impl MutEventSubscriber for Owner {
                 self.settle();
             }
             Token::Notices => self.on_notices(),
+            Token::Backends => self.on_backends(),
             Token::Guard => self.on_guard(),
             Token::Watch => {
                 if !self.on_watch() {
@@ -678,6 +709,7 @@ mod tests {
             Token::Watch,
             Token::Incidents,
             Token::NoGuard,
+            Token::Backends,
             Token::Signal(0),
             Token::Signal(2),
         ];

@@ -345,11 +345,9 @@ impl HostResources {
     }
 
     /// All of them, when the machine is gone and memory has been taken from them.
-    pub(super) fn close_passthroughs(&mut self, ram: &mut Ram) {
+    pub(super) fn close_devices(&mut self, ram: &mut Ram) {
         for device in std::mem::take(&mut self.devices) {
-            if let HostKind::Passthrough(device) = device.kind {
-                self.close_passthrough(device, ram);
-            }
+            self.close_device(device, ram);
         }
     }
 

@@ -9,6 +9,7 @@ use daxhund_dax::Host;
 use thiserror::Error;
 use tracing::info;
 
+use super::backends::Backends;
 use super::devices::HostDevice;
 use super::dma::{DaxInReach, DmaDomain};
 use super::guard::Removals;
@@ -70,7 +71,7 @@ pub enum PrepareError {
     #[error(transparent)]
     Device(Box<OpenDeviceError>),
     /// No descriptor to hear of devices by.
-    #[error("no epoll descriptor could be made; `ulimit -n` raises how many a process may have")]
+    #[error("no event descriptor could be made; `ulimit -n` raises how many a process may have")]
     Notices(#[source] std::io::Error),
     /// The serial port's other end.
     #[error("serial port")]
@@ -114,7 +115,9 @@ pub struct HostResources {
     pub(super) monitor: Monitor,
     /// What the host tells of passed-through devices.
     pub(super) notices: Notices,
-    /// Which way they are to reach memory, if somebody said.
+    /// vhost-user backends that serve devices.
+    pub(super) backends: Backends,
+    /// Which way passed-through devices are to reach memory, if somebody said.
     pub(super) iommufd: Option<bool>,
     /// Whether they are to reach each other's registers.
     pub(super) p2p: bool,
@@ -195,6 +198,7 @@ impl HostResources {
             balloon: None,
             monitor: monitor.clone(),
             notices: Notices::new().map_err(PrepareError::Notices)?,
+            backends: Backends::new().map_err(PrepareError::Notices)?,
             iommufd: config.iommufd(),
             p2p: config.vfio_p2p_dma(),
             dma: None,
@@ -222,7 +226,7 @@ impl HostResources {
             regions.extend(opened.region);
         };
         for disk in config.disks() {
-            let opened = host_devices::open_disk(disk)?;
+            let opened = self.open_disk(disk)?;
             take(self, opened);
         }
         for net in config.net() {

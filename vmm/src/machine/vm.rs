@@ -42,9 +42,9 @@ pub enum BootError {
     /// Memory does not take its place.
     #[error("can't start the guest")]
     Memory(#[source] Box<AttachFailure>),
-    /// Passed-through devices can't reach memory.
+    /// Backends or passed-through devices can't reach memory.
     #[error("can't start the guest")]
-    Dma(#[source] Box<JoinError>),
+    Join(#[source] Box<JoinError>),
     /// The VM can't be built.
     #[error("can't build the machine")]
     Build(#[source] Box<BuildError>),
@@ -116,7 +116,7 @@ pub enum AddError {
     Attach(#[from] Box<AttachFailure>),
     /// The memory that it is to reach.
     #[error("device {id}")]
-    Dma {
+    Join {
         /// Which device.
         id: String,
         /// Why.
@@ -217,8 +217,10 @@ impl RunningVm {
             }
             ram.attach(region).map_err(BootError::Memory)?;
         }
-        host.join_dma(&mut ram)
-            .map_err(|e| BootError::Dma(Box::new(e)))?;
+        host.backends
+            .join(&mut ram)
+            .and_then(|()| host.join_dma(&mut ram))
+            .map_err(|e| BootError::Join(Box::new(e)))?;
         let machine = Machine::build(&valid, &mut host, &mut ram)
             .map_err(|e| BootError::Build(Box::new(e)))?;
         let vm = Self {
@@ -249,7 +251,7 @@ impl RunningVm {
         for error in stuck.iter().chain(left.as_ref().err()) {
             error!(error = %error, "memory is not given back");
         }
-        host.close_passthroughs(&mut ram);
+        host.close_devices(&mut ram);
         release(regions);
         stuck.iter().map(|error| crate::chain(error)).collect()
     }
@@ -331,12 +333,15 @@ impl RunningVm {
     /// For `vm.info`: each device by id.
     pub(super) fn device_tree(&self) -> Value {
         let nodes = self.machine.devices.tree().map(|(id, bdf, state)| {
-            let node = json!({
+            let mut node = json!({
                 "id": id,
                 "pci_bdf": bdf.to_string(),
                 "children": [],
                 "state": state,
             });
+            if let Some(backend) = self.host.backends.state_of(id) {
+                node["backend"] = backend;
+            }
             (id.to_owned(), node)
         });
         Value::Object(nodes.collect())
@@ -423,7 +428,7 @@ impl RunningVm {
                     id: Some(valid.id.clone()),
                     ..word
                 });
-                host_devices::open_disk(&valid)?
+                self.host.open_disk(&valid)?
             }
             NewDevice::Net(mut word, fds) => {
                 word.fds = fds.iter().map(AsRawFd::as_raw_fd).collect();
@@ -489,10 +494,11 @@ impl RunningVm {
                 return Err(failure.into());
             }
         }
-        if let Err(source) = self.host.join_dma(&mut self.ram) {
+        let joined = self.host.backends.join(&mut self.ram);
+        if let Err(source) = joined.and_then(|()| self.host.join_dma(&mut self.ram)) {
             let id = device.id.clone();
             self.unplug(device);
-            return Err(AddError::Dma {
+            return Err(AddError::Join {
                 id,
                 source: Box::new(source),
             });

@@ -117,6 +117,18 @@ pub enum Event<'a> {
         /// The device's name.
         id: &'a str,
     },
+    /// The vhost-user backend of a device has gone, or was cut off; the device waits for another one.
+    BackendLost {
+        /// The device's name.
+        id: &'a str,
+        /// What was noticed.
+        why: &'a str,
+    },
+    /// A vhost-user backend serves the device again.
+    BackendConnected {
+        /// The device's name.
+        id: &'a str,
+    },
     /// Memory is being pinned for devices, and it takes a while.
     PinProgress {
         /// Bytes that are pinned.
@@ -183,6 +195,8 @@ impl Event<'_> {
             Self::RemovalRefused { .. } => "removal-refused",
             Self::DeviceRequested { .. } => "device-requested",
             Self::DeviceError { .. } => "device-error",
+            Self::BackendLost { .. } => "backend-lost",
+            Self::BackendConnected { .. } => "backend-connected",
             Self::PinProgress { .. } => "pin-progress",
             Self::GuestPanic { .. } => "panic",
             Self::VirtioActivated { .. } => "activated",
@@ -244,10 +258,12 @@ impl Event<'_> {
             Self::RemovalRefused { device } => vec![("device", device)],
             Self::DeviceRemoved { id, bdf } => vec![("id", id), ("bdf", bdf)],
             Self::GuestPanic { event } => vec![("event", event)],
+            Self::BackendLost { id, why } => vec![("id", id), ("why", why)],
             Self::DeviceRemovalUnanswered { id }
             | Self::DeviceCutOff { id }
             | Self::DeviceRequested { id }
             | Self::DeviceError { id }
+            | Self::BackendConnected { id }
             | Self::VirtioActivated { id }
             | Self::VirtioReset { id } => vec![("id", id)],
             _ => Vec::new(),
