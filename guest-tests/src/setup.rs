@@ -13,7 +13,7 @@ use crate::image::{self, ImageError};
 use crate::progress::step;
 use crate::provision::kernel::Kernel;
 use crate::provision::{self, Freshness, ProvisionError, Provisioned};
-use crate::share::{self, Initramfs, ShareError};
+use crate::share::{self, Initramfs, PeerError, ShareError};
 use crate::signals;
 
 /// Packages whose binaries the lab runs.
@@ -40,6 +40,9 @@ pub enum SetupError {
     /// The share.
     #[error(transparent)]
     Share(#[from] ShareError),
+    /// Somebody else's programs.
+    #[error(transparent)]
+    Peer(#[from] PeerError),
     /// The run's own directory.
     #[error("cannot use {path}")]
     Directory {
@@ -104,7 +107,10 @@ impl Setup {
         )?;
         let load = image::load(&self.provisioned)?;
         let place = share::LOAD_PATH.trim_start_matches("/lab/");
-        Ok(share::add(&load, &self.share().join(place))?)
+        share::add(&load, &self.share().join(place))?;
+        let daemon = provision::storage_daemon()?;
+        share::add_peer(&self.share(), "storage-daemon", &daemon)?;
+        Ok(())
     }
 
     /// The kernel of a host that only one is wanted of: the newest.

@@ -8,6 +8,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::provision::kernel::Kernel;
+use crate::provision::libraries::{self, LibraryError};
 
 /// The share cannot be prepared.
 #[derive(Debug, thiserror::Error)]
@@ -16,6 +17,17 @@ pub struct ShareError {
     from: PathBuf,
     into: PathBuf,
     source: io::Error,
+}
+
+/// A program of somebody else's cannot be put there.
+#[derive(Debug, thiserror::Error)]
+pub enum PeerError {
+    /// Its libraries.
+    #[error(transparent)]
+    Library(#[from] LibraryError),
+    /// The share.
+    #[error(transparent)]
+    Share(#[from] ShareError),
 }
 
 /// A form of a kernel's image.
@@ -85,6 +97,21 @@ pub fn prepare(
         add(&from, &directory.join(name))?;
     }
     Ok(())
+}
+
+/// A program of somebody else's, with the libraries that it needs, in a directory of its own: `peers/NAME`. Gives whether it
+/// needs any: they are in `lib` there.
+pub fn add_peer(share: &Path, name: &str, program: &Path) -> Result<bool, PeerError> {
+    let place = share.join("peers").join(name);
+    add(
+        program,
+        &place.join(program.file_name().unwrap_or_default()),
+    )?;
+    let needed = libraries::closure(&[program.to_owned()], &[])?;
+    for (name, path) in &needed {
+        add(path, &place.join("lib").join(name))?;
+    }
+    Ok(!needed.is_empty())
 }
 
 /// Adds one file.

@@ -5,7 +5,6 @@ use std::path::{Path, PathBuf};
 use lab_agent::host_protocol::{SpawnSpec, TerminalSize};
 
 use crate::cli::Peer;
-use crate::provision::libraries::{self, LibraryError};
 use crate::share::{self, ShareError};
 
 /// Files that QEMU reads beside its binary, and where this machine keeps them.
@@ -87,9 +86,9 @@ pub enum PeerError {
         /// Its name.
         name: String,
     },
-    /// Its libraries.
+    /// Its place on the share.
     #[error(transparent)]
-    Library(#[from] LibraryError),
+    Place(#[from] share::PeerError),
     /// The share.
     #[error(transparent)]
     Share(#[from] ShareError),
@@ -114,12 +113,8 @@ impl Vmm {
         })?;
         let place = PathBuf::from("peers").join(&peer.name);
         let file = peer.path.file_name().unwrap_or_default();
-        share::add(&peer.path, &share.join(&place).join(file))?;
         let on_host = |part: &str| format!("/lab/{}", place.join(part).display());
-        let needed = libraries::closure(std::slice::from_ref(&peer.path), &[])?;
-        for (name, path) in &needed {
-            share::add(path, &share.join(&place).join("lib").join(name))?;
-        }
+        let needs_libraries = share::add_peer(share, &peer.name, &peer.path)?;
         if syntax == Syntax::Qemu {
             for name in QEMU_DATA {
                 let found = QEMU_DATA_PLACES
@@ -134,7 +129,7 @@ impl Vmm {
             name: peer.name.clone(),
             syntax,
             program: on_host(&file.to_string_lossy()),
-            libraries: (!needed.is_empty()).then(|| on_host("lib")),
+            libraries: needs_libraries.then(|| on_host("lib")),
             data: (syntax == Syntax::Qemu).then(|| on_host("data")),
         })
     }

@@ -58,6 +58,9 @@ pub enum ProvisionError {
     /// The lab's own kernel.
     #[error(transparent)]
     LabKernel(#[from] LabKernelError),
+    /// Part of QEMU's packages, and not there.
+    #[error("{STORAGE_DAEMON} is missing; `apt-get install qemu-system-common` brings it")]
+    NoStorageDaemon,
     /// Asked for a series that is in neither the cache nor the sources.
     #[error(
         "no kernel {series} in {sources}: this distribution's package sources offer {offered:?}; choose one of those or give a path"
@@ -70,6 +73,19 @@ pub enum ProvisionError {
         /// What there is.
         offered: Vec<String>,
     },
+}
+
+/// Serves disks to VMMs; it comes with QEMU.
+const STORAGE_DAEMON: &str = "/usr/bin/qemu-storage-daemon";
+
+/// Where this machine has QEMU's storage daemon.
+pub fn storage_daemon() -> Result<PathBuf, ProvisionError> {
+    let path = PathBuf::from(STORAGE_DAEMON);
+    if path.is_file() {
+        Ok(path)
+    } else {
+        Err(ProvisionError::NoStorageDaemon)
+    }
 }
 
 /// Everything that the lab runs on.

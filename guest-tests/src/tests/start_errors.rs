@@ -405,7 +405,7 @@ fn what_is_not_built_is_refused_by_name(lab: &mut Lab) -> Result<(), TestError> 
     )?;
     refused(
         lab,
-        &["--memory", "size=512M", "--disk", "path=/x,vhost_user=on"],
+        &["--memory", "size=512M", "--net", "vhost_user=on"],
         2,
         &["not supported by daxhund", "vhost_user"],
     )?;
