@@ -331,9 +331,14 @@ impl Connection {
         Ok(())
     }
 
+    /// Whether it keeps what it has under way in memory that outlives it.
+    pub(super) fn keeps_inflight(&self) -> bool {
+        self.has(VhostUserProtocolFeatures::INFLIGHT_SHMFD)
+    }
+
     /// An area for requests under way, for rings that start from the beginning; `None`: this backend keeps no such thing.
     pub(super) fn new_inflight(&mut self, rings: &[Ring]) -> Result<Option<Inflight>, CallError> {
-        if !self.has(VhostUserProtocolFeatures::INFLIGHT_SHMFD) {
+        if !self.keeps_inflight() {
             return Ok(None);
         }
         let queues = rings.iter().map(|ring| ring.index + 1).max().unwrap_or(1);

@@ -67,7 +67,8 @@ impl Service {
     }
 
     fn give_to(&mut self, connection: &mut Connection, table: &Table) -> Result<(), StartError> {
-        if !self.was_served || self.inflight.is_none() {
+        // The one before may have kept such memory and this one does not, or the other way round.
+        if !self.was_served || self.inflight.is_none() || !connection.keeps_inflight() {
             self.inflight = connection.new_inflight(&self.rings)?;
         }
         let mut rings = Vec::with_capacity(self.rings.len());
