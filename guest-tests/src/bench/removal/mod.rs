@@ -5,7 +5,7 @@
 //!   after that, on a host each:   each peer, whose RAM goes away
 //! ```
 //! A drive of the guest's writes into the memory in a loop, and a watcher outside the emulated host sees every page that
-//! changes ([`watcher`]). How soon a loss is noticed at worst takes more rounds than that: [`noticing`]. The bare program (`lab-agent loss-bare`) probes and unmaps, and nothing else. All times are an
+//! changes ([`watcher`]). How soon a loss is noticed at worst takes more rounds than that: `noticing.rs`. The bare program (`lab-agent loss-bare`) probes and unmaps, and nothing else. All times are an
 //! emulator's, and the emulated drive can still finish a transfer that it has begun when its mapping goes: what lands some
 //! ten microseconds later is not told apart.
 
