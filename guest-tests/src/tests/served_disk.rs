@@ -4,8 +4,9 @@
 use lab_agent::host_protocol::{ExitStatus, SpawnSpec};
 
 use super::removal::{REMOVAL_DEADLINE, bind, unbind, with_device};
-use super::support::{eventually, scratch};
+use super::support::{MIB, eventually, no_complaints, power_off, scratch, spec_with};
 use super::{GuestTest, Lab, TestError, claim};
+use crate::guest::Guest;
 use crate::host::DaxDevice;
 use crate::host::process::Process;
 use crate::suite::SCRATCH;
@@ -18,6 +19,10 @@ pub(super) const TESTS: &[GuestTest] = &[
     GuestTest {
         name: "served_disk_that_the_host_takes_away_is_errors_and_nothing_is_held",
         run: served_disk_that_the_host_takes_away_is_errors_and_nothing_is_held,
+    },
+    GuestTest {
+        name: "served_disk_of_a_guest_outlives_its_daemon_and_not_its_device",
+        run: served_disk_of_a_guest_outlives_its_daemon_and_not_its_device,
     },
 ];
 
@@ -211,4 +216,68 @@ fn lose_under(lab: &Lab, dax: &DaxDevice, request: &str) -> Result<(), TestError
     frontend.ask("read 0", &format!("0 {GENUINE}"))?;
     frontend.go()?;
     end(daemon)
+}
+
+fn keeps(guest: &mut Guest, offset: u64) -> Result<(), TestError> {
+    let report = guest.compare_blocks("/dev/vda", offset, 2 * MIB, offset)?;
+    claim(
+        report.wrong_words == 0 && report.words == 2 * MIB / 8,
+        || format!("at {offset}: {report:?}"),
+    )
+}
+
+/// Both the guest's memory and its disk are device-dax.
+fn served_disk_of_a_guest_outlives_its_daemon_and_not_its_device(
+    lab: &mut Lab,
+) -> Result<(), TestError> {
+    scratch(lab)?;
+    let dax = lab.host.dax()[1].clone();
+    let socket = format!("{SCRATCH}/blk.sock");
+    let disk = format!("{},offset=2M,size=64M", dax.path);
+    let offsets = [4096, 62 * MIB];
+    with_device(lab, &dax.name, || {
+        let daemon = serve(lab, &socket, &disk, &["--num-queues", "2"])?;
+        let word = format!("vhost_user=on,socket={socket},num_queues=2,id=d0");
+        let mut guest = Guest::boot(&lab.host, &spec_with(lab, &["--disk", &word]))?;
+        guest.modprobe(&["virtio_pci", "virtio_blk"])?;
+        guest.await_path("/dev/vda")?;
+        for offset in offsets {
+            guest.fill_blocks("/dev/vda", offset, 2 * MIB, offset)?;
+        }
+        for offset in offsets {
+            keeps(&mut guest, offset)?;
+        }
+        // The next daemon goes on where this one stopped, under the guest's writes.
+        guest.sh(
+            "(for i in 1 2 3 4 5 6 7 8; do dd if=/dev/vda of=/dev/vda bs=64k count=256 skip=128 seek=128 conv=notrunc,fsync \
+             || exit 1; done; touch /tmp/copied) < /dev/null > /tmp/copies 2>&1 &",
+        )?;
+        end(daemon)?;
+        let daemon = serve(lab, &socket, &disk, &["--num-queues", "2"])?;
+        eventually("the guest's copies end well", || {
+            Ok(guest.sh("ls /tmp")?.contains("copied"))
+        })?;
+        guest.sh("echo 3 > /proc/sys/vm/drop_caches")?;
+        for offset in offsets {
+            keeps(&mut guest, offset)?;
+        }
+        no_complaints(&mut guest)?;
+
+        let gone = unbind(lab, &dax.name)?;
+        claim(gone.status.success(), || format!("{gone:?}"))?;
+        let read = "dd if=/dev/vda of=/dev/null bs=64k count=1 iflag=direct 2>&1 || true";
+        let said = guest.sh(read)?;
+        claim(
+            said.contains("I/O error") || said.contains("Input/output error"),
+            || said.clone(),
+        )?;
+        eventually("the daemon lets go of the device", || {
+            Ok(!holds(lab, &daemon, &dax.path)?)
+        })?;
+        power_off(guest)?;
+        let output = daemon.finish(REMOVAL_DEADLINE)?;
+        claim(output.status == ExitStatus::Code(1), || {
+            format!("{output:?}")
+        })
+    })
 }
