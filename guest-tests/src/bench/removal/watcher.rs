@@ -11,7 +11,7 @@ use std::hash::{DefaultHasher, Hasher};
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -161,6 +161,7 @@ impl Seen {
 #[derive(Debug)]
 pub struct Watcher {
     stop: Arc<AtomicBool>,
+    looks: Arc<AtomicU64>,
     thread: JoinHandle<io::Result<Seen>>,
 }
 
@@ -169,8 +170,19 @@ impl Watcher {
     pub fn start(watched: Watched) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
-        let thread = thread::spawn(move || watch(&watched, &stopped));
-        Self { stop, thread }
+        let looks = Arc::new(AtomicU64::new(0));
+        let looked = Arc::clone(&looks);
+        let thread = thread::spawn(move || watch(&watched, &stopped, &looked));
+        Self {
+            stop,
+            looks,
+            thread,
+        }
+    }
+
+    /// How often it has looked.
+    pub fn looks(&self) -> u64 {
+        self.looks.load(Ordering::SeqCst)
     }
 
     /// Stops, and gives what was seen.
@@ -180,7 +192,7 @@ impl Watcher {
     }
 }
 
-fn watch(watched: &Watched, stop: &AtomicBool) -> io::Result<Seen> {
+fn watch(watched: &Watched, stop: &AtomicBool, looks: &AtomicU64) -> io::Result<Seen> {
     let words = |places: &[Place]| {
         places
             .iter()
@@ -197,6 +209,7 @@ fn watch(watched: &Watched, stop: &AtomicBool) -> io::Result<Seen> {
     let mut seen = Seen::default();
     let mut last = Instant::now();
     while !stop.load(Ordering::SeqCst) {
+        looks.fetch_add(1, Ordering::SeqCst);
         // The marks first: a transfer that came before a mark is seen no later than the mark.
         let new_marks = words(&marks)?;
         let new_targets = words(&watched.targets)?;
@@ -276,15 +289,20 @@ mod tests {
             heart: memory.at(4096),
             targets: vec![memory.at(8192), memory.at(3 * 4096)],
         });
-        let until_seen = Instant::now() + Duration::from_millis(20);
-        let mut count = 0;
-        while Instant::now() < until_seen {
-            count += 1;
-            set(&memory.at(4096), count);
-            set(&memory.at(8192), count);
-        }
+        // A look that has begun after what was set sees it: of two more, the second one has.
+        let look = || {
+            let enough = watcher.looks() + 2;
+            while watcher.looks() < enough {
+                assert!(!watcher.thread.is_finished());
+                thread::yield_now();
+            }
+        };
+        look();
+        set(&memory.at(4096), 1);
+        set(&memory.at(8192), 1);
+        look();
         set(&memory, 6);
-        thread::sleep(Duration::from_millis(20));
+        look();
         let seen = watcher.finish().unwrap();
         assert!(!seen.beats.is_empty() && !seen.writes.is_empty());
         assert!(seen.step(Step::Asked).is_some());
