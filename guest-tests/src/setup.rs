@@ -108,8 +108,9 @@ impl Setup {
         let load = image::load(&self.provisioned)?;
         let place = share::LOAD_PATH.trim_start_matches("/lab/");
         share::add(&load, &self.share().join(place))?;
-        let daemon = provision::storage_daemon()?;
-        share::add_peer(&self.share(), "storage-daemon", &daemon)?;
+        let daemon = self.provisioned.storage_daemon()?;
+        let roots = &self.provisioned.peers.roots;
+        share::add_peer(&self.share(), "storage-daemon", &daemon, roots)?;
         Ok(())
     }
 

@@ -100,14 +100,19 @@ pub fn prepare(
 }
 
 /// A program of somebody else's, with the libraries that it needs, in a directory of its own: `peers/NAME`. Gives whether it
-/// needs any: they are in `lib` there.
-pub fn add_peer(share: &Path, name: &str, program: &Path) -> Result<bool, PeerError> {
+/// needs any: they are in `lib` there. They come from the unpacked packages at `roots` first, then from this machine.
+pub fn add_peer(
+    share: &Path,
+    name: &str,
+    program: &Path,
+    roots: &[PathBuf],
+) -> Result<bool, PeerError> {
     let place = share.join("peers").join(name);
     add(
         program,
         &place.join(program.file_name().unwrap_or_default()),
     )?;
-    let needed = libraries::closure(&[program.to_owned()], &[])?;
+    let needed = libraries::closure(&[program.to_owned()], roots)?;
     for (name, path) in &needed {
         add(path, &place.join("lib").join(name))?;
     }

@@ -114,7 +114,7 @@ impl Vmm {
         let place = PathBuf::from("peers").join(&peer.name);
         let file = peer.path.file_name().unwrap_or_default();
         let on_host = |part: &str| format!("/lab/{}", place.join(part).display());
-        let needs_libraries = share::add_peer(share, &peer.name, &peer.path)?;
+        let needs_libraries = share::add_peer(share, &peer.name, &peer.path, &[])?;
         if syntax == Syntax::Qemu {
             for name in QEMU_DATA {
                 let found = QEMU_DATA_PLACES

@@ -29,12 +29,7 @@ pub fn load(provisioned: &Provisioned) -> Result<PathBuf, ImageError> {
         loads,
         ..
     } = provisioned;
-    let packages = loads
-        .packages
-        .iter()
-        .map(|package| format!("{}={} ", package.name, package.version));
-    let packages: String = packages.collect();
-    let key = digest(&[FORM.as_bytes(), packages.as_bytes()]);
+    let key = digest(&[FORM.as_bytes(), loads.versions().as_bytes()]);
     let place = cache.path("images").join(format!("load-{key}.ext4"));
     if place.is_file() {
         return Ok(place);
@@ -62,17 +57,12 @@ pub fn load(provisioned: &Provisioned) -> Result<PathBuf, ImageError> {
 
     let image = scratch.path().join("image");
     let maker = program(tools, "mkfs.ext4")?;
-    let libraries: Vec<String> = tools
-        .roots
-        .iter()
-        .flat_map(|root| {
-            ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"].map(|part| root.join(part))
-        })
-        .map(|path| path.display().to_string())
-        .collect();
     output_of(
-        Command::new(maker)
-            .env("LD_LIBRARY_PATH", libraries.join(":"))
+        Command::new(&maker)
+            .env(
+                "LD_LIBRARY_PATH",
+                libraries::search_path(&maker, &tools.roots)?,
+            )
             .args(["-q", "-F", "-O", "^has_journal", "-d"])
             .arg(&root)
             .arg(&image)

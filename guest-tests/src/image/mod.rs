@@ -151,11 +151,7 @@ pub fn guest(
 }
 
 fn key(tools: &Tools, agent: &Path, kernel: &Kernel) -> Result<String, ImageError> {
-    let packages = tools
-        .packages
-        .iter()
-        .map(|package| format!("{}={} ", package.name, package.version));
-    let packages: String = packages.collect();
+    let packages = tools.versions();
     let modules = modules::fingerprint();
     let agent_data = read(agent)?;
     let mut parts: Vec<Vec<u8>> = vec![FORM.into(), packages.into(), modules.into(), agent_data];

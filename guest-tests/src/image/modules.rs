@@ -151,15 +151,12 @@ pub(super) fn add_for_host(
     let depmod = scratch.path().join("depmod");
     let kmod = program(tools, "kmod")?;
     std::os::unix::fs::symlink(&kmod, &depmod).map_err(failed(&depmod))?;
-    let libraries = libraries::closure(&[kmod], &tools.roots)?;
-    let places: Vec<&Path> = libraries
-        .values()
-        .filter_map(|path| path.parent())
-        .collect();
-    let places = std::env::join_paths(places).unwrap_or_default();
     let mut command = Command::new(&depmod);
     command
-        .env("LD_LIBRARY_PATH", places)
+        .env(
+            "LD_LIBRARY_PATH",
+            libraries::search_path(&kmod, &tools.roots)?,
+        )
         .arg("-b")
         .arg(scratch.path())
         .arg(&kernel.release);

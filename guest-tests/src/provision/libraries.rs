@@ -3,7 +3,8 @@
 //! Read from the files, not asked of the dynamic linker: the programs are for the emulated host, and this machine
 //! need not be able to run them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsString;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -79,6 +80,16 @@ pub fn of_this_machine(name: &str) -> Result<PathBuf, LibraryError> {
         user: PathBuf::from("the release binary"),
         places,
     })
+}
+
+/// What `LD_LIBRARY_PATH` has to be for this machine to run a program of the packages at `roots`.
+pub fn search_path(program: &Path, roots: &[PathBuf]) -> Result<OsString, LibraryError> {
+    let libraries = closure(&[program.to_owned()], roots)?;
+    let places: BTreeSet<&Path> = libraries
+        .values()
+        .filter_map(|path| path.parent())
+        .collect();
+    Ok(std::env::join_paths(places).unwrap_or_default())
 }
 
 /// All libraries that the programs need, by name: from the unpacked packages at `roots` first, then from this machine.

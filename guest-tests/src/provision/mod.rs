@@ -37,9 +37,12 @@ const TOOLS: [&str; 6] = [
 ];
 /// Packages with programs that keep a guest busy. They need so many libraries that they go into a disk of their own.
 const LOADS: [&str; 2] = ["fio", "stress-ng"];
+/// Packages of QEMU's with its storage daemon: Debian 12 has it in the first one, 13 in the second.
+const PEERS: [&str; 2] = ["qemu-system-common", "qemu-utils"];
 /// Written last, so that their presence says that all is there.
 const TOOLS_LIST: &str = "tools.json";
 const LOADS_LIST: &str = "loads.json";
+const PEERS_LIST: &str = "peers.json";
 /// Series that fresh lists of the package sources did not offer.
 const ABSENT_LIST: &str = "series-not-offered.json";
 
@@ -58,8 +61,8 @@ pub enum ProvisionError {
     /// The lab's own kernel.
     #[error(transparent)]
     LabKernel(#[from] LabKernelError),
-    /// Part of QEMU's packages, and not there.
-    #[error("{STORAGE_DAEMON} is missing; `apt-get install qemu-system-common` brings it")]
+    /// In neither of QEMU's packages that it is in.
+    #[error("the packages {PEERS:?} have no {STORAGE_DAEMON}")]
     NoStorageDaemon,
     /// Asked for a series that is in neither the cache nor the sources.
     #[error(
@@ -76,17 +79,7 @@ pub enum ProvisionError {
 }
 
 /// Serves disks to VMMs; it comes with QEMU.
-const STORAGE_DAEMON: &str = "/usr/bin/qemu-storage-daemon";
-
-/// Where this machine has QEMU's storage daemon.
-pub fn storage_daemon() -> Result<PathBuf, ProvisionError> {
-    let path = PathBuf::from(STORAGE_DAEMON);
-    if path.is_file() {
-        Ok(path)
-    } else {
-        Err(ProvisionError::NoStorageDaemon)
-    }
-}
+const STORAGE_DAEMON: &str = "qemu-storage-daemon";
 
 /// Everything that the lab runs on.
 #[derive(Debug)]
@@ -97,6 +90,8 @@ pub struct Provisioned {
     pub tools: Tools,
     /// Programs that keep a guest busy.
     pub loads: Tools,
+    /// Other projects' programs that daxhund talks to.
+    pub peers: Tools,
     /// Kernels, oldest series first; at least one.
     pub kernels: Vec<Kernel>,
 }
@@ -115,6 +110,13 @@ impl Tools {
     fn have(&self, names: &[&str]) -> bool {
         let listed = |name: &&str| self.packages.iter().any(|package| package.name == **name);
         names.iter().all(listed) && self.roots.iter().all(|root| root.is_dir())
+    }
+
+    /// The packages and their versions: what an image made of them depends on.
+    pub fn versions(&self) -> String {
+        let packages = self.packages.iter();
+        let named = packages.map(|package| format!("{}={}", package.name, package.version));
+        named.collect::<Vec<_>>().join(" ")
     }
 
     /// Finds a program in whichever directory its package puts it.
@@ -147,13 +149,23 @@ pub fn provide(wanted: &[String], freshness: Freshness) -> Result<Provisioned, P
     provide_qemu()?;
     let tools = provide_tools(&cache, &TOOLS, TOOLS_LIST, freshness)?;
     let loads = provide_tools(&cache, &LOADS, LOADS_LIST, freshness)?;
+    let peers = provide_tools(&cache, &PEERS, PEERS_LIST, freshness)?;
     let kernels = provide_kernels(&cache, wanted, freshness)?;
     Ok(Provisioned {
         cache,
         tools,
         loads,
+        peers,
         kernels,
     })
+}
+
+impl Provisioned {
+    /// QEMU's storage daemon.
+    pub fn storage_daemon(&self) -> Result<PathBuf, ProvisionError> {
+        let found = self.peers.program(STORAGE_DAEMON);
+        found.ok_or(ProvisionError::NoStorageDaemon)
+    }
 }
 
 /// Builds the lab's own kernel, unless the cache has it.
