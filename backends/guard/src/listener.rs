@@ -1,16 +1,14 @@
 //! The daemon's socket: made at a path, or handed over by systemd.
-//!
-//! A socket that nobody listens on any more is replaced: one daemon comes after the other at the same path, and clients
-//! know no other. One that is listened on, and anything else, stays.
 
 #![forbid(unsafe_code)]
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
+use daxhund_listen::{BindError, Place};
 use thiserror::Error;
 
 /// Where the daemon listens when nothing else is said.
@@ -54,11 +52,15 @@ pub struct Listener {
     place: Option<Place>,
 }
 
-/// Where a socket is in the file system.
-#[derive(Debug)]
-pub(crate) struct Place {
-    path: PathBuf,
-    made: (u64, u64),
+impl ListenError {
+    fn of(path: &Path, error: BindError) -> Self {
+        let path = path.to_owned();
+        match error {
+            BindError::InUse => Self::InUse { path },
+            BindError::Exists => Self::Exists { path },
+            BindError::Make(source) => Self::Make { path, source },
+        }
+    }
 }
 
 impl Listener {
@@ -71,13 +73,8 @@ impl Listener {
         if let Some(directory) = path.parent().filter(|it| !it.as_os_str().is_empty()) {
             fs::create_dir_all(directory).map_err(make)?;
         }
-        clear(path)?;
-        let socket = UnixListener::bind(path).map_err(make)?;
-        let metadata = fs::symlink_metadata(path).map_err(make)?;
-        let place = Place {
-            path: path.to_owned(),
-            made: (metadata.dev(), metadata.ino()),
-        };
+        let (socket, place) =
+            daxhund_listen::bind(path).map_err(|error| ListenError::of(path, error))?;
         fs::set_permissions(path, fs::Permissions::from_mode(0o666)).map_err(make)?;
         socket.set_nonblocking(true).map_err(make)?;
         Ok(Self {
@@ -88,13 +85,10 @@ impl Listener {
 
     /// Takes the one that systemd hands over; `None` without systemd's variables.
     pub fn of_systemd() -> Result<Option<Self>, ListenError> {
-        let mut handed = listenfd::ListenFd::from_env();
-        if handed.len() == 0 {
+        let Some(socket) = daxhund_listen::of_systemd() else {
             return Ok(None);
-        }
-        let socket = handed.take_unix_listener(0).map_err(ListenError::Handed)?;
-        let none = || ListenError::Handed(io::ErrorKind::NotFound.into());
-        let socket = socket.ok_or_else(none)?;
+        };
+        let socket = socket.map_err(ListenError::Handed)?;
         socket.set_nonblocking(true).map_err(ListenError::Handed)?;
         Ok(Some(Self {
             socket,
@@ -104,40 +98,6 @@ impl Listener {
 
     pub(crate) fn into_parts(self) -> (UnixListener, Option<Place>) {
         (self.socket, self.place)
-    }
-}
-
-/// Removes a socket that nobody listens on.
-fn clear(path: &Path) -> Result<(), ListenError> {
-    let make = |source| ListenError::Make {
-        path: path.to_owned(),
-        source,
-    };
-    let metadata = match fs::symlink_metadata(path) {
-        Ok(metadata) => metadata,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(make(error)),
-    };
-    let path = path.to_owned();
-    if !metadata.file_type().is_socket() {
-        return Err(ListenError::Exists { path });
-    }
-    match UnixStream::connect(&path) {
-        Ok(_) => Err(ListenError::InUse { path }),
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-            fs::remove_file(&path).map_err(make)
-        }
-        Err(error) => Err(make(error)),
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        let still =
-            fs::symlink_metadata(&self.path).is_ok_and(|now| (now.dev(), now.ino()) == self.made);
-        if still && let Err(error) = fs::remove_file(&self.path) {
-            tracing::warn!(path = %self.path.display(), %error, "the guard's socket can't be removed");
-        }
     }
 }
 

@@ -1,18 +1,14 @@
 //! The socket that frontends connect to: made at a path, or handed over by systemd.
-//!
-//! A socket that nobody listens on any more is replaced: one daemon comes after the other at the same path, and a VMM knows
-//! no other. One that is listened on, and anything else that is there, stays.
 
 #![forbid(unsafe_code)]
 
 use std::fmt;
-use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
+use daxhund_listen::{BindError, Place};
 use thiserror::Error;
 use vhost::vhost_user::Listener;
 
@@ -67,47 +63,36 @@ pub struct Socket {
     place: Option<Place>,
 }
 
-/// Where a socket is in the file system.
-#[derive(Debug)]
-struct Place {
-    path: PathBuf,
-    made: (u64, u64),
+impl SocketError {
+    fn of(path: &Path, error: BindError) -> Self {
+        let path = path.to_owned();
+        match error {
+            BindError::InUse => Self::InUse { path },
+            BindError::Exists => Self::Exists { path },
+            BindError::Make(source) => Self::Make { path, source },
+        }
+    }
 }
 
 impl Socket {
     /// At the path, or the one that systemd hands over.
     pub fn open(path: Option<&Path>) -> Result<Self, SocketError> {
-        let mut handed = listenfd::ListenFd::from_env();
-        match path {
-            None if handed.len() == 0 => Err(SocketError::Nowhere),
-            None => Self::handed(&mut handed),
-            Some(path) if handed.len() == 0 => Self::at(path),
-            Some(path) => Err(SocketError::Both {
+        match (path, daxhund_listen::of_systemd()) {
+            (None, None) => Err(SocketError::Nowhere),
+            (None, Some(handed)) => handed
+                .and_then(|listener| Self::of(listener, None))
+                .map_err(SocketError::Handed),
+            (Some(path), None) => Self::at(path),
+            (Some(path), Some(_)) => Err(SocketError::Both {
                 path: path.to_owned(),
             }),
         }
     }
 
-    fn handed(handed: &mut listenfd::ListenFd) -> Result<Self, SocketError> {
-        let none = || SocketError::Handed(io::ErrorKind::NotFound.into());
-        let listener = handed.take_unix_listener(0).map_err(SocketError::Handed)?;
-        let listener = listener.ok_or_else(none)?;
-        Self::of(listener, None).map_err(SocketError::Handed)
-    }
-
     fn at(path: &Path) -> Result<Self, SocketError> {
-        let make = |source| SocketError::Make {
-            path: path.to_owned(),
-            source,
-        };
-        clear(path)?;
-        let listener = UnixListener::bind(path).map_err(make)?;
-        let metadata = fs::symlink_metadata(path).map_err(make)?;
-        let place = Place {
-            path: path.to_owned(),
-            made: (metadata.dev(), metadata.ino()),
-        };
-        Self::of(listener, Some(place)).map_err(make)
+        let failed = |error| SocketError::of(path, error);
+        let (listener, place) = daxhund_listen::bind(path).map_err(failed)?;
+        Self::of(listener, Some(place)).map_err(|source| failed(source.into()))
     }
 
     fn of(listener: UnixListener, place: Option<Place>) -> io::Result<Self> {
@@ -140,42 +125,10 @@ impl AsFd for Socket {
     }
 }
 
-/// Removes a socket that nobody listens on.
-fn clear(path: &Path) -> Result<(), SocketError> {
-    let make = |source| SocketError::Make {
-        path: path.to_owned(),
-        source,
-    };
-    let metadata = match fs::symlink_metadata(path) {
-        Ok(metadata) => metadata,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(make(error)),
-    };
-    let path = path.to_owned();
-    if !metadata.file_type().is_socket() {
-        return Err(SocketError::Exists { path });
-    }
-    match UnixStream::connect(&path) {
-        Ok(_) => Err(SocketError::InUse { path }),
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-            fs::remove_file(&path).map_err(make)
-        }
-        Err(error) => Err(make(error)),
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        let still =
-            fs::symlink_metadata(&self.path).is_ok_and(|now| (now.dev(), now.ino()) == self.made);
-        if still && let Err(error) = fs::remove_file(&self.path) {
-            tracing::warn!(path = %self.path.display(), %error, "the socket can't be removed");
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     #[test]

@@ -10,14 +10,14 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{FileType, Mode, Stat, fchmod, lstat};
+use daxhund_listen::Place;
+use rustix::fs::{FileType, Mode, fchmod, lstat};
 use rustix::io::Errno;
 use rustix::net::sockopt::{socket_acceptconn, socket_domain, socket_type};
 use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with,
 };
 use thiserror::Error;
-use tracing::warn;
 
 /// Connections the kernel holds until they are accepted.
 const BACKLOG: i32 = 64;
@@ -88,13 +88,6 @@ pub struct Listener {
     place: Option<Place>,
 }
 
-/// Where the socket is in the file system.
-#[derive(Debug)]
-pub(super) struct Place {
-    path: PathBuf,
-    made: (u64, u64),
-}
-
 impl Listener {
     /// Makes a socket at `path`, where there must be nothing.
     pub fn at(path: &Path) -> Result<Self, ListenError> {
@@ -124,14 +117,12 @@ impl Listener {
             Err(Errno::ADDRINUSE) => return Err(occupied(path, &address)),
             Err(errno) => return Err(make(errno)),
         }
-        let place = Place {
+        // Removed again when it can't be listened on.
+        let place = Place::of(path).map_err(|source| ListenError::Make {
             path: path.to_owned(),
-            made: identity(&lstat(path).map_err(make)?),
-        };
-        if let Err(errno) = listen(&socket, BACKLOG) {
-            place.remove();
-            return Err(make(errno));
-        }
+            source,
+        })?;
+        listen(&socket, BACKLOG).map_err(make)?;
         Ok(Self {
             socket: UnixListener::from(socket),
             place: Some(place),
@@ -167,31 +158,6 @@ impl Listener {
     pub(super) fn into_parts(self) -> (UnixListener, Option<Place>) {
         (self.socket, self.place)
     }
-}
-
-impl Place {
-    /// Removes the socket's file if it is still this socket's.
-    fn remove(&self) {
-        match lstat(&self.path) {
-            Ok(now) if identity(&now) == self.made => {
-                if let Err(error) = std::fs::remove_file(&self.path) {
-                    warn!(path = %self.path.display(), %error, "the API's socket can't be removed");
-                }
-            }
-            // Somebody else's by now, or gone.
-            Ok(_) | Err(_) => {}
-        }
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        self.remove();
-    }
-}
-
-fn identity(stat: &Stat) -> (u64, u64) {
-    (stat.st_dev, stat.st_ino)
 }
 
 /// What it is that is there already.

@@ -20,6 +20,7 @@ use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
 use axum::Router;
+use daxhund_listen::Place;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
@@ -33,7 +34,7 @@ use tracing::{debug, error, warn};
 
 use crate::config::LONGEST_REMOVAL_TIMEOUT;
 
-use super::listener::{Listener, Place};
+use super::listener::Listener;
 use super::request::CallSink;
 use super::routes;
 use super::stream::{FdStream, Received};

@@ -24,6 +24,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use daxhund_listen::Place;
 use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, SubscriberOps};
 use thiserror::Error;
 use tracing::{error, info, warn};
@@ -33,7 +34,7 @@ use crate::core::{Action, Core, HolderId, OpenerId};
 use crate::group::{Gate, Group, GroupError, Inode};
 use crate::host::Host;
 use crate::lineage::{DeviceName, Lineage};
-use crate::listener::{ListenError, Listener, Place};
+use crate::listener::{ListenError, Listener};
 use crate::peer::Peer;
 use crate::policy::UnknownPolicy;
 use crate::removals::Removals;
