@@ -14,6 +14,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use daxhund_dax::loss::Epoch;
+use daxhund_virtio_blk::{Chain, Status};
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost_user_backend::{VhostUserBackend, VringMutex, VringT};
 use virtio_bindings::virtio_blk::VIRTIO_BLK_F_FLUSH;
@@ -21,10 +22,9 @@ use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 
-use crate::chain::Chain;
 use crate::disk::Disk;
 use crate::guest::GuestMemory;
-use crate::request::{self, Request, Terms};
+use crate::request::{Request, Terms};
 use crate::serve::{Scratch, Target, serve};
 use crate::space;
 
@@ -177,7 +177,7 @@ impl Backend {
         queue: &mut Queue,
         lane: &mut Lane,
         guest: &GuestMemory,
-    ) -> Result<Option<Result<Request, request::Status>>, virtio_queue::Error> {
+    ) -> Result<Option<Result<Request, Status>>, virtio_queue::Error> {
         let terms = Terms {
             len: self.disk.len(),
             read_only: self.disk.is_read_only(),

@@ -8,7 +8,7 @@
 //!                                   ▼   ▼                          │
 //!                              GuestMemory ◀──Chain, Request──▶ serve ──▶ Disk (DaxDisk, FileDisk)
 //! ```
-//! Requests come from a guest and messages from a frontend; neither is trusted. A chain is read once ([`chain`]), what it
+//! Requests come from a guest and messages from a frontend; neither is trusted. A chain is read once ([`daxhund_virtio_blk`]), what it
 //! asks is checked against the disk ([`request`]), and only then is anything done ([`serve`]).
 //!
 //! # Invariants
@@ -28,7 +28,6 @@
 
 pub mod args;
 pub mod backend;
-pub mod chain;
 pub mod config;
 pub mod daemon;
 pub mod disk;

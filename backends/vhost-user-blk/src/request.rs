@@ -2,33 +2,15 @@
 
 #![forbid(unsafe_code)]
 
+use daxhund_virtio_blk::{Chain, SECTOR, Status, is_transfer};
 use virtio_bindings::virtio_blk as spec;
 
-use crate::chain::Chain;
 use crate::guest::GuestMemory;
 
-/// Bytes of a sector, the unit of the protocol.
-pub const SECTOR: u32 = 512;
-/// The most data of one request.
-pub const MOST_DATA: u64 = 64 << 20;
 /// Most sectors of one range to discard or to zero: what is done at once is bounded.
 pub const MOST_RANGE_SECTORS: u32 = (64 << 20) / SECTOR;
 /// Most ranges in one request.
 pub const MOST_RANGES: u32 = 1;
-
-const RANGE: usize = 16;
-
-/// How a request ends (virtio 1.2, section 5.2.6).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[repr(u8)]
-pub enum Status {
-    /// Done.
-    Ok = 0,
-    /// Not done, or not all of it.
-    IoError = 1,
-    /// No such request.
-    Unsupported = 2,
-}
 
 /// What a request is checked against.
 #[derive(Debug, Clone, Copy)]
@@ -104,7 +86,7 @@ impl Request {
 }
 
 fn transfer(terms: Terms, sector: u64, len: u64) -> Result<Option<Range>, Status> {
-    if len > MOST_DATA || !len.is_multiple_of(u64::from(SECTOR)) {
+    if !is_transfer(len) {
         return Err(Status::IoError);
     }
     place(terms, sector, len)
@@ -117,33 +99,18 @@ fn segment(
     terms: Terms,
     known: u32,
 ) -> Result<Option<Range>, Status> {
-    if chain.out_len() != RANGE as u64 {
-        return Err(Status::IoError);
-    }
-    let mut range = [0; RANGE];
-    let copied = chain.copy_out(memory, 0, &mut range);
-    copied.map_err(|_| Status::IoError)?;
-    let [sector @ .., n0, n1, n2, n3, f0, f1, f2, f3] = range;
-    let sectors = u32::from_le_bytes([n0, n1, n2, n3]);
-    let flags = u32::from_le_bytes([f0, f1, f2, f3]);
-    if flags & !known != 0 {
+    let segment = chain.segment(memory)?;
+    if segment.flags & !known != 0 {
         return Err(Status::Unsupported);
     }
-    if sectors > MOST_RANGE_SECTORS {
+    if segment.sectors > MOST_RANGE_SECTORS {
         return Err(Status::IoError);
     }
-    let len = u64::from(sectors) * u64::from(SECTOR);
-    place(terms, u64::from_le_bytes(sector), len)
+    place(terms, segment.sector, segment.len())
 }
 
 /// The range, if all of it is there; `None` when it is empty.
 fn place(terms: Terms, sector: u64, len: u64) -> Result<Option<Range>, Status> {
-    let offset = sector.checked_mul(u64::from(SECTOR));
-    let end = offset.and_then(|offset| offset.checked_add(len));
-    match (offset, end) {
-        (Some(offset), Some(end)) if end <= terms.len => {
-            Ok((len > 0).then_some(Range { offset, len }))
-        }
-        _ => Err(Status::IoError),
-    }
+    let offset = daxhund_virtio_blk::place(terms.len, sector, len)?;
+    Ok((len > 0).then_some(Range { offset, len }))
 }

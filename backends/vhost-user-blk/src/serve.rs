@@ -3,12 +3,12 @@
 #![forbid(unsafe_code)]
 
 use daxhund_dax::loss::Epoch;
-use vm_memory::{Bytes, VolatileSlice};
+use daxhund_virtio_blk::{Chain, NotMemory, Status};
+use vm_memory::{Bytes, GuestMemoryBackend, VolatileSlice};
 
-use crate::chain::{Chain, NotMemory};
 use crate::disk::Disk;
 use crate::guest::GuestMemory;
-use crate::request::{Range, Request, Status};
+use crate::request::{Range, Request};
 
 /// What a worker copies through, and keeps its lists in.
 #[derive(Debug)]
@@ -97,8 +97,19 @@ fn failed(error: std::io::Error) -> Status {
     Status::IoError
 }
 
-fn not_memory(_: NotMemory) -> Status {
-    Status::IoError
+/// Room for what goes back with the answer, in order; all of it or an error.
+fn room<'a>(
+    chain: &Chain,
+    memory: &'a GuestMemory,
+    into: &mut Vec<VolatileSlice<'a>>,
+) -> Result<(), NotMemory> {
+    into.clear();
+    for (address, len) in chain.data_in() {
+        for slice in GuestMemoryBackend::get_slices(memory, address, len) {
+            into.push(slice.map_err(|_| NotMemory)?);
+        }
+    }
+    Ok(())
 }
 
 fn read(
@@ -108,14 +119,14 @@ fn read(
     disk: &dyn Disk,
     scratch: &mut Scratch,
 ) -> Result<u64, Status> {
-    let mut room = Vec::new();
-    chain.room(memory, &mut room).map_err(not_memory)?;
+    let mut slices = Vec::new();
+    room(chain, memory, &mut slices)?;
     let epoch = Epoch::now();
-    disk.read(range.offset, &room, &mut scratch.bytes)
+    disk.read(range.offset, &slices, &mut scratch.bytes)
         .map_err(failed)?;
     if epoch.unbroken().is_err() {
         // Something was lost meanwhile. Where it was this room, it is no memory any more.
-        chain.room(memory, &mut room).map_err(not_memory)?;
+        room(chain, memory, &mut slices)?;
     }
     Ok(range.len)
 }
@@ -128,7 +139,8 @@ fn write(
     scratch: &mut Scratch,
 ) -> Result<(), Status> {
     // Looked at first: a request that can't be done whole is not begun.
-    if !chain.has_data(memory) {
+    let is_memory = |(address, len)| GuestMemoryBackend::check_range(memory, address, len);
+    if !chain.data_out().all(is_memory) {
         return Err(Status::IoError);
     }
     let mut done = 0;
@@ -139,7 +151,7 @@ fn write(
         // Ends: what is lost is an error from then on, and no more than there is can be lost.
         loop {
             let epoch = Epoch::now();
-            chain.copy_out(memory, done, bytes).map_err(not_memory)?;
+            chain.copy_out(memory, done, bytes)?;
             if epoch.unbroken().is_ok() {
                 break;
             }
@@ -151,10 +163,10 @@ fn write(
 }
 
 fn id(chain: &Chain, memory: &GuestMemory, disk: &dyn Disk) -> Result<u64, Status> {
-    let mut room = Vec::new();
-    chain.room(memory, &mut room).map_err(not_memory)?;
+    let mut slices = Vec::new();
+    room(chain, memory, &mut slices)?;
     let serial = disk.serial();
-    Ok(scatter(&serial, &room) as u64)
+    Ok(scatter(&serial, &slices) as u64)
 }
 
 /// Copies bytes to slices, in order; how many there was room for.

@@ -6,7 +6,9 @@ use virtio_bindings::virtio_blk as spec;
 use virtio_bindings::{virtio_config, virtio_ring};
 
 use crate::disk::Disk;
-use crate::request::{MOST_RANGE_SECTORS, MOST_RANGES, SECTOR};
+use daxhund_virtio_blk::SECTOR;
+
+use crate::request::{MOST_RANGE_SECTORS, MOST_RANGES};
 
 const LEN: usize = 60;
 

@@ -250,7 +250,7 @@ fn what_is_not_on_the_disk_is_refused() {
     assert_eq!(driver.write(0, &[1; 511]), IO_ERROR, "no whole sector");
     for (sectors, flags, expected) in [
         (u32::MAX, 0, IO_ERROR),
-        (request::MOST_RANGE_SECTORS + 1, 0, IO_ERROR),
+        (crate::request::MOST_RANGE_SECTORS + 1, 0, IO_ERROR),
         (1, 2, UNSUPPORTED),
         (1, u32::MAX, UNSUPPORTED),
     ] {

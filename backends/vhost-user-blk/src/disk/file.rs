@@ -9,12 +9,12 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use daxhund_dax::{FileLockError, Host, LockKind};
+use daxhund_virtio_blk::SECTOR;
 use rustix::fs::FallocateFlags;
 use thiserror::Error;
 use vm_memory::VolatileSlice;
 
 use super::{Disk, ID_LEN, serial};
-use crate::request::SECTOR;
 
 const CHUNK: usize = 256 << 10;
 

@@ -2,7 +2,8 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::job::Status;
+use daxhund_virtio_blk::Status;
+
 use super::request::Kind;
 
 /// Of all queues, since the disk was made.

@@ -13,7 +13,9 @@ use std::sync::Arc;
 
 use vm_memory::GuestAddress;
 
-use super::pieces::{NotMemory, Pieces, Vector, Vectors};
+use daxhund_virtio_blk::{NotMemory, Status};
+
+use super::pieces::{Pieces, Vector, Vectors};
 use crate::memory::snapshot::Snapshot;
 
 /// What the host is to do.
@@ -34,15 +36,6 @@ pub(super) enum Step {
     Zero,
     /// Tell a block device that the range is of no use any more (`BLKDISCARD`).
     Discard,
-}
-
-/// How a request ends (virtio 1.2, section 5.2.6).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[repr(u8)]
-pub(super) enum Status {
-    Ok = 0,
-    IoError = 1,
-    Unsupported = 2,
 }
 
 /// What is next.

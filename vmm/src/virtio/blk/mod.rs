@@ -34,6 +34,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use daxhund_virtio_blk::SECTOR;
 pub use error::DiskOpenError;
 use virtio_bindings::virtio_blk as spec;
 pub use worker::Worker;
@@ -46,8 +47,6 @@ use super::device::read_space;
 use super::worker as workers;
 use super::{ActivateError, Activation, Device, Kind};
 
-/// What the specification counts in, whatever the block is.
-const SECTOR: u32 = 512;
 /// In one request: 2 GiB are given back, 32 MiB are zeroed.
 const MOST_DISCARD_SECTORS: u32 = 4 << 20;
 const MOST_ZEROES_SECTORS: u32 = 64 << 10;

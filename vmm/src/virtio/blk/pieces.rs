@@ -9,6 +9,8 @@
 use std::mem::{align_of, offset_of, size_of};
 use std::sync::Arc;
 
+use daxhund_virtio_blk::NotMemory;
+
 use crate::memory::snapshot::Snapshot;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
@@ -60,10 +62,6 @@ impl Vectors {
         }
     }
 }
-
-/// Some of a request is not guest memory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct NotMemory;
 
 /// The data of one request, and how much of it has been moved.
 #[derive(Debug, Default)]

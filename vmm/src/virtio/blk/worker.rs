@@ -12,6 +12,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use daxhund_virtio_blk::{Chain, Status};
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use tracing::error;
 use vm_memory::{Bytes, GuestAddressSpace};
@@ -20,8 +21,8 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::counters::{Counters, Tally};
 use super::engine::{Engine, Finished};
 use super::image::Image;
-use super::job::{Job, Next, Status, Step};
-use super::request::{Chain, Plan, Terms};
+use super::job::{Job, Next, Step};
+use super::request::{Plan, Request, Terms};
 use crate::memory::ram::GuestView;
 use crate::memory::snapshot::Snapshot;
 use crate::virtio::device::{ActivateError, Signals};
@@ -195,7 +196,12 @@ impl Worker {
             readonly: self.readonly,
             write_through: self.caching.is_through(),
         };
-        let plan = self.chain.plan(memory, &terms, &mut job);
+        let request = Request {
+            chain: &self.chain,
+            memory,
+            terms,
+        };
+        let plan = request.plan(&mut job);
         if self.queue.is_torn() {
             // Nothing has come of it yet. It is taken again, and what is lost is known then.
             self.keep(job);
