@@ -27,3 +27,4 @@ pub mod shell;
 pub mod signals;
 pub mod suite;
 pub mod tests;
+pub mod wait;

@@ -137,14 +137,12 @@ pub enum MeasureError {
         source: serde_json::Error,
     },
     /// The VMM has not said, or not done, what it should.
-    #[error("{what}: not within {seconds} s; the VMM says:\n{text}")]
-    Waited {
+    #[error("{what}: not within {} s", within.as_secs())]
+    Late {
         /// What was waited for.
         what: &'static str,
         /// How long.
-        seconds: u64,
-        /// Its log.
-        text: String,
+        within: Duration,
     },
     /// The VMM did not tell every map.
     #[error("the VMM told of {found} maps of guest memory, there were {expected}:\n{text}")]

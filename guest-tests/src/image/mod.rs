@@ -1,9 +1,9 @@
 //! The initramfs of the emulated host and that of its guests.
 //!
-//! All hold the agent as first process, busybox, and the C library of this machine, where the release binaries were
-//! linked. The host's has the kernel's modules and the tools for persistent memory as well. A guest's has the modules of its
-//! devices, which the agent loads by name, and there is a larger form with file systems. Not compressed: a processor
-//! that is emulated takes longer to decompress than to copy. Kept in the cache under a key of everything that goes in.
+//! All hold the agent as first process and busybox, and the libraries that their programs need; daxhund's own need none. The
+//! host's has the kernel's modules and the tools for persistent memory as well. A guest's has the modules of its devices, which
+//! the agent loads by name, and there is a larger form with file systems. Not compressed: a processor that is emulated takes
+//! longer to decompress than to copy. Kept in the cache under a key of everything that goes in.
 
 mod load;
 mod modules;
@@ -26,14 +26,7 @@ pub use load::load;
 use tree::{Tree, TreeError};
 
 /// Counts changes of what an image holds that its inputs do not show.
-const FORM: &str = "3";
-/// What release binaries link.
-const RUNTIME: [&str; 4] = [
-    "libc.so.6",
-    "libm.so.6",
-    "libgcc_s.so.1",
-    "ld-linux-x86-64.so.2",
-];
+const FORM: &str = "4";
 /// Where libraries go; the dynamic linker looks there unasked.
 const LIBRARY_DIRECTORY: &str = "lib/x86_64-linux-gnu";
 /// Programs that make a guest's file systems. Busybox's own makes one without a journal.
@@ -194,13 +187,7 @@ fn base(
         tree.file(&format!("bin/{name}"), 0o755, read(&path)?);
         users.push(path);
     }
-    let mut libraries = libraries::closure(&users, &tools.roots)?;
-    if role == "host" {
-        for name in RUNTIME {
-            libraries.insert(name.to_owned(), libraries::of_this_machine(name)?);
-        }
-    }
-    for (name, path) in libraries {
+    for (name, path) in libraries::closure(&users, &tools.roots)? {
         tree.file(&format!("{LIBRARY_DIRECTORY}/{name}"), 0o755, read(&path)?);
     }
     // Programs name the dynamic linker by this path.

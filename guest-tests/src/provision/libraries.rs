@@ -68,20 +68,6 @@ pub fn needed_by(path: &Path) -> Result<Vec<String>, LibraryError> {
         .collect())
 }
 
-/// A library that this machine provides.
-pub fn of_this_machine(name: &str) -> Result<PathBuf, LibraryError> {
-    let places = SYSTEM.map(PathBuf::from).to_vec();
-    let path = places
-        .iter()
-        .map(|place| place.join(name))
-        .find(|path| path.is_file());
-    path.ok_or_else(|| LibraryError::Missing {
-        library: name.to_owned(),
-        user: PathBuf::from("the release binary"),
-        places,
-    })
-}
-
 /// What `LD_LIBRARY_PATH` has to be for this machine to run a program of the packages at `roots`.
 pub fn search_path(program: &Path, roots: &[PathBuf]) -> Result<OsString, LibraryError> {
     let libraries = closure(&[program.to_owned()], roots)?;

@@ -41,16 +41,13 @@ enum Aim {
 }
 
 /// A lab of its own, started as from a terminal. It does not outlive the test.
-struct OtherLab {
-    child: Child,
-    pid: Pid,
-}
+struct OtherLab(Child);
 
 impl Drop for OtherLab {
     fn drop(&mut self) {
         // Both fail where it has ended, which is as it should be.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        let _ = self.0.kill();
+        let _ = self.0.wait();
     }
 }
 
@@ -58,16 +55,17 @@ fn leaves_nothing(lab: &mut Lab, aim: Aim) -> Result<(), TestError> {
     let log = lab.setup.file(&lab.kernel, "interrupted");
     let failed = |what: &str, error: io::Error| TestError::Claim(format!("{what}: {error}"));
     let mut other = start(lab, &log).map_err(|error| failed("another lab", error))?;
+    let pid = Pid::from_child(&other.0);
     let said = || fs::read_to_string(&log).unwrap_or_default();
 
     let mut qemu = None;
     eventually("the other lab has started QEMU", || {
         let ended = other
-            .child
+            .0
             .try_wait()
             .map_err(|error| failed("another lab", error))?;
         claim(ended.is_none(), || format!("it has ended: {}", said()))?;
-        qemu = descendants(other.pid).into_iter().find(|pid| is_qemu(*pid));
+        qemu = descendants(pid).into_iter().find(|pid| is_qemu(*pid));
         Ok(qemu.is_some())
     })?;
     let Some(qemu) = qemu else {
@@ -75,18 +73,15 @@ fn leaves_nothing(lab: &mut Lab, aim: Aim) -> Result<(), TestError> {
     };
     let ended =
         pidfd_open(qemu, PidfdFlags::empty()).map_err(|error| failed("QEMU", error.into()))?;
-    let files = run_directory(lab, other.pid);
+    let files = run_directory(lab, pid);
     claim(files.is_dir(), || format!("no {}", files.display()))?;
 
     match aim {
-        Aim::Terminal => kill_process_group(other.pid, Signal::INT),
-        Aim::LabOnly => kill_process(other.pid, Signal::INT),
+        Aim::Terminal => kill_process_group(pid, Signal::INT),
+        Aim::LabOnly => kill_process(pid, Signal::INT),
     }
     .map_err(|error| failed("the signal", error.into()))?;
-    let status = other
-        .child
-        .wait()
-        .map_err(|error| failed("the lab", error))?;
+    let status = other.0.wait().map_err(|error| failed("the lab", error))?;
     claim(status.code() == Some(INTERRUPTED), || {
         let signal = status.signal();
         format!("the lab ended with {status}, signal {signal:?}: {}", said())
@@ -110,8 +105,7 @@ fn start(lab: &Lab, log: &Path) -> io::Result<OtherLab> {
         .stderr(output)
         .process_group(0)
         .spawn()?;
-    let pid = Pid::from_child(&child);
-    Ok(OtherLab { child, pid })
+    Ok(OtherLab(child))
 }
 
 /// Where a lab keeps what goes with it.

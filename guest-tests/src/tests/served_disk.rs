@@ -2,13 +2,16 @@
 //! go, and when the host takes the device away.
 
 use lab_agent::host_protocol::{ExitStatus, SpawnSpec};
+use serde_json::Value;
 
+use super::remote::Remote;
 use super::removal::{REMOVAL_DEADLINE, bind, unbind, with_device};
 use super::support::{MIB, eventually, no_complaints, power_off, scratch, spec_with};
 use super::{GuestTest, Lab, TestError, claim};
-use crate::guest::Guest;
+use crate::guest::{Guest, load_disk};
 use crate::host::DaxDevice;
 use crate::host::process::Process;
+use crate::share::Initramfs;
 use crate::suite::SCRATCH;
 
 pub(super) const TESTS: &[GuestTest] = &[
@@ -24,10 +27,20 @@ pub(super) const TESTS: &[GuestTest] = &[
         name: "served_disk_of_a_guest_outlives_its_daemon_and_not_its_device",
         run: served_disk_of_a_guest_outlives_its_daemon_and_not_its_device,
     },
+    GuestTest {
+        name: "a_disk_on_dax_outlives_daemons_that_are_killed_under_fio",
+        run: a_disk_on_dax_outlives_daemons_that_are_killed_under_fio,
+    },
 ];
 
 const DAEMON: &str = "daxhund-vhost-user-blk";
+const SIGKILL: i32 = 9;
 const SIGTERM: i32 = 15;
+const USUAL_KILLS: u32 = 4;
+const FULL_KILLS: u32 = 100;
+/// Small and larger blocks in the same places again and again, several at once, each verified soon after it was written.
+const FIO: &str = "--name=kill --filename=/dev/vdb --size=16M --bsrange=4k-64k --rw=randwrite --direct=1 --ioengine=libaio \
+                   --iodepth=8 --verify=crc32c --verify_backlog=32 --verify_fatal=1 --time_based --runtime=7d";
 /// What is on the disk. Scratch memory has another.
 const GENUINE: u8 = 0x5a;
 /// In sectors.
@@ -280,4 +293,60 @@ fn served_disk_of_a_guest_outlives_its_daemon_and_not_its_device(
             format!("{output:?}")
         })
     })
+}
+
+/// How often a backend of the guest's disk has connected.
+fn connections(remote: &Remote, lab: &Lab) -> Result<u64, TestError> {
+    let text = remote.ok(lab, &["counters"])?;
+    let counters: Value = serde_json::from_str(&text).unwrap_or_default();
+    Ok(counters["d0"]["backend_connections"].as_u64().unwrap_or(0))
+}
+
+/// Sectors that the guest's disk has written.
+fn written(guest: &mut Guest) -> Result<u64, TestError> {
+    let stat = guest.cat("/sys/block/vdb/stat")?;
+    let field = stat.split_whitespace().nth(6).unwrap_or_default();
+    Ok(field.parse().unwrap_or_default())
+}
+
+fn a_disk_on_dax_outlives_daemons_that_are_killed_under_fio(
+    lab: &mut Lab,
+) -> Result<(), TestError> {
+    scratch(lab)?;
+    let lab = &*lab;
+    let socket = format!("{SCRATCH}/blk.sock");
+    let disk = format!("{},size=64M", lab.host.dax()[1].path);
+    let mut daemon = serve(lab, &socket, &disk, &[])?;
+    let remote = Remote::new();
+    let mut spec = spec_with(lab, &["--api-socket", remote.socket()]);
+    spec.initramfs = Initramfs::Tools;
+    spec.arguments.extend(load_disk());
+    spec.arguments
+        .push(format!("vhost_user=on,socket={socket},id=d0"));
+    let mut guest = Guest::boot(&lab.host, &spec)?;
+    guest.mount_load()?;
+    guest.await_path("/dev/vdb")?;
+    guest.begin_fio(FIO)?;
+    let kills = if lab.full { FULL_KILLS } else { USUAL_KILLS };
+    for kill in 0..=kills {
+        let (before, connected) = (written(&mut guest)?, connections(&remote, lab)?);
+        eventually("fio goes on", || Ok(written(&mut guest)? > before))?;
+        let ended = guest.fio_has_ended()?;
+        claim(ended.is_none(), || format!("fio has ended: {ended:?}"))?;
+        if kill == kills {
+            break;
+        }
+        // At once, whatever it is at; then the next one.
+        daemon.signal(SIGKILL)?;
+        daemon.wait(REMOVAL_DEADLINE)?;
+        daemon = serve(lab, &socket, &disk, &[])?;
+        eventually("the next daemon is found", || {
+            Ok(connections(&remote, lab)? > connected)
+        })?;
+    }
+    let ended = guest.end_fio()?;
+    claim(ended.contains("err= 0"), || ended.clone())?;
+    no_complaints(&mut guest)?;
+    power_off(guest)?;
+    end(daemon)
 }

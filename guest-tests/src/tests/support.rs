@@ -1,6 +1,6 @@
 //! What several stories need: guests with RAM of some kind, the host's page statistics, starts that must fail.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use lab_agent::guest_protocol::PciFunction;
 use lab_agent::host_protocol::{ExitStatus, SpawnSpec};
@@ -10,6 +10,7 @@ use crate::guest::{Guest, GuestSpec};
 use crate::host::figures::{MappedPages, mapped_pages};
 use crate::share::{ImageForm, Initramfs, initramfs_path, kernel_path};
 use crate::suite::SCRATCH;
+use crate::wait;
 
 pub(super) const MIB: u64 = 1 << 20;
 pub(super) const GIB: u64 = 1 << 30;
@@ -18,7 +19,6 @@ const REFUSAL_DEADLINE: Duration = Duration::from_mins(1);
 
 /// What takes a few milliseconds on a real machine.
 const EVENTUALLY: Duration = Duration::from_secs(30);
-const LOOK_AGAIN: Duration = Duration::from_millis(50);
 
 /// What Linux says about the emulated processor, whoever the VMM is: mitigations that want microcode, and frequency
 /// scaling, for which a guest has no firmware.
@@ -110,22 +110,14 @@ pub(super) fn comes_back_to<T: PartialEq + std::fmt::Debug>(
     outcome.map_err(|error| TestError::Claim(format!("{error}: before {before:?}, now {now:?}")))
 }
 
-/// Looks until `is_so`, at least once. What is looked for is announced by nobody: the lab asks again, as a person would.
+/// Looks until `is_so`, at least once.
 pub(super) fn eventually(
     what: &str,
-    mut is_so: impl FnMut() -> Result<bool, TestError>,
+    is_so: impl FnMut() -> Result<bool, TestError>,
 ) -> Result<(), TestError> {
-    let end = Instant::now() + EVENTUALLY;
-    while !is_so()? {
-        if Instant::now() >= end {
-            return Err(TestError::Claim(format!(
-                "{what}: not within {} s",
-                EVENTUALLY.as_secs()
-            )));
-        }
-        std::thread::sleep(LOOK_AGAIN);
-    }
-    Ok(())
+    wait::until(EVENTUALLY, is_so, || {
+        TestError::Claim(format!("{what}: not within {} s", EVENTUALLY.as_secs()))
+    })
 }
 
 /// As [`spec_on`] for a guest with devices: its RAM is 512 MiB of the first dax device.

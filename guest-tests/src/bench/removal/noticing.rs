@@ -6,7 +6,7 @@
 //! ```
 //! The bare program has a drive of its own. Nobody watches from outside: what lands when is the other cases' affair.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::scene::{BYTES, PMEM, Scene};
 use super::{Noticing, PMEM_NOT_HELD, Sample, by_the_host, compare, log, of_bare};
@@ -15,6 +15,7 @@ use crate::bench::pin::tell;
 use crate::guest::Guest;
 use crate::host::cards::Card;
 use crate::progress::step;
+use crate::wait;
 
 /// What it is called.
 pub(super) const NAME: &str = "noticing";
@@ -22,7 +23,6 @@ const SOCKET: &str = "/tmp/noticing.sock";
 const ID: &str = "p0";
 /// What a VMM's log, and a guest that gives a device back, may take.
 const DEADLINE: Duration = Duration::from_secs(30);
-const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
 /// All rounds, on a host of their own.
 pub(super) fn run(scene: &mut Scene, release: &str, repeat: u32) -> Result<Noticing, MeasureError> {
@@ -62,16 +62,14 @@ fn lose(scene: &Scene, guest: &mut Guest) -> Result<Sample, MeasureError> {
     let before = guest.vmm().stderr().len();
     let taken = scene.unbind(guest)?;
     let mut told = log::Told::default();
-    eventually(
-        "it tells that devices do not reach the memory",
-        guest,
-        |guest| {
-            let said = guest.vmm().stderr();
-            let new = said.get(before..).unwrap_or_default();
-            told = log::told(new, taken.asked_ns);
-            Ok(told.noticed.is_some() && told.cut.is_some())
-        },
-    )?;
+    let tells = || {
+        let said = guest.vmm().stderr();
+        told = log::told(said.get(before..).unwrap_or_default(), taken.asked_ns);
+        Ok(told.noticed.is_some() && told.cut.is_some())
+    };
+    wait::until(DEADLINE, tells, || {
+        late("it tells that devices do not reach the memory")
+    })?;
     let teardown = log::teardown(&scene.host, taken.asked_monotonic_ns)?;
     Ok(by_the_host(&taken, told, teardown))
 }
@@ -79,31 +77,18 @@ fn lose(scene: &Scene, guest: &mut Guest) -> Result<Sample, MeasureError> {
 fn come_back(scene: &Scene, guest: &mut Guest) -> Result<(), MeasureError> {
     let remote = ["daxhund-remote", "--api-socket", SOCKET];
     let known = format!("\"{ID}\"");
-    eventually("the guest has given it back", guest, |_| {
-        let info = [&remote[..], &["info"]].concat();
-        Ok(!scene.host.check(&info)?.contains(&known))
-    })?;
+    let info = [&remote[..], &["info"]].concat();
+    let is_gone = || Ok(!scene.host.check(&info)?.contains(&known));
+    wait::until(DEADLINE, is_gone, || late("the guest has given it back"))?;
     let word = format!("file=/dev/{},size={BYTES},id={ID}", scene.victim());
     let add = [&remote[..], &["add-pmem", &word]].concat();
     scene.host.check(&add)?;
     Ok(guest.await_path(PMEM)?)
 }
 
-fn eventually(
-    what: &'static str,
-    guest: &mut Guest,
-    mut is_so: impl FnMut(&mut Guest) -> Result<bool, MeasureError>,
-) -> Result<(), MeasureError> {
-    let end = Instant::now() + DEADLINE;
-    while !is_so(guest)? {
-        if Instant::now() >= end {
-            return Err(MeasureError::Waited {
-                what,
-                seconds: DEADLINE.as_secs(),
-                text: guest.vmm().stderr(),
-            });
-        }
-        std::thread::sleep(LOOK_AGAIN);
+fn late(what: &'static str) -> MeasureError {
+    MeasureError::Late {
+        what,
+        within: DEADLINE,
     }
-    Ok(())
 }
