@@ -21,6 +21,21 @@ pub const PORT_COUNT: u16 = 8;
 /// Its interrupt line.
 pub const GSI: u32 = 4;
 
+/// Interrupt enable register; with [`LCR_DIVISOR`] a half of the divisor.
+const IER: u8 = 1;
+/// Received data.
+const IER_RECEIVED: u8 = 1;
+/// Interrupt identification register.
+const IIR: u8 = 2;
+/// Line control register.
+const LCR: u8 = 3;
+/// Divisor latch access.
+const LCR_DIVISOR: u8 = 1 << 7;
+/// Line status register.
+const LSR: u8 = 5;
+/// There is input.
+const LSR_DATA: u8 = 1;
+
 /// An eventfd that KVM turns into an interrupt.
 struct InterruptLine(EventFd);
 
@@ -50,6 +65,18 @@ type Uart = Serial<InterruptLine, Space, ConsoleOutput>;
 /// The serial port.
 pub struct SerialPort {
     uart: Mutex<Uart>,
+}
+
+/// A 16550 tells of input for as long as there is some. vm-superio forgets it with the first byte that is read, and a driver
+/// that asks whether it has read enough (Linux: after 256 bytes, `serial8250_rx_chars`) would leave the rest for good:
+/// a full FIFO takes nothing more that it could tell of. Enabling what is enabled reminds it.
+fn tell_of_the_rest(uart: &mut Uart) {
+    if uart.read(LSR) & LSR_DATA != 0 && uart.read(LCR) & LCR_DIVISOR == 0 {
+        let enabled = uart.read(IER);
+        if let Err(error) = uart.write(IER, enabled) {
+            tracing::trace!(?error, "serial: interrupt lost");
+        }
+    }
 }
 
 /// A serial port and the events it is wired with.
@@ -120,6 +147,9 @@ impl BusDevice for SerialPort {
         let mut uart = self.lock();
         // A repeated string instruction reads the same register again and again.
         for byte in data {
+            if offset == IIR {
+                tell_of_the_rest(&mut uart);
+            }
             *byte = uart.read(offset);
         }
     }
@@ -157,5 +187,35 @@ mod tests {
         }
         assert!(parts.space.read().is_ok());
         assert_eq!(parts.port.room(), room);
+    }
+
+    #[test]
+    fn input_that_is_left_in_the_fifo_is_still_told_of() {
+        let parts = SerialPort::create(ConsoleOutput::Null).unwrap();
+        let port = &parts.port;
+        let identification = || {
+            let mut byte = [0];
+            port.read(u64::from(IIR), &mut byte);
+            byte[0]
+        };
+        port.write(u64::from(IER), &[IER_RECEIVED]);
+        assert_eq!(identification() & 1, 1, "nothing is there");
+        port.input(b"xyz");
+        // Linux reads at most 256 bytes at an interrupt, then asks whether that was all.
+        let mut byte = [0];
+        for _ in b"xy" {
+            assert_eq!(identification() & 0b101, 0b100);
+            port.read(0, &mut byte);
+        }
+        assert_eq!(identification() & 0b101, 0b100, "z is there");
+        port.read(0, &mut byte);
+        assert_eq!(identification() & 1, 1, "all was read");
+        // Who does not want to be told is not, and a divisor is no interrupt's affair.
+        port.write(u64::from(IER), &[0]);
+        port.input(b"x");
+        assert_eq!(identification() & 1, 1);
+        port.write(u64::from(LCR), &[LCR_DIVISOR]);
+        port.write(u64::from(IER), &[IER_RECEIVED]);
+        assert_eq!(identification() & 1, 1);
     }
 }
