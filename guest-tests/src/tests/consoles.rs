@@ -4,9 +4,9 @@ use std::time::Duration;
 
 use lab_agent::host_protocol::{ExitStatus, SpawnSpec, TerminalSize};
 
-use super::support::{MIB, dax_zone, initramfs, refused};
+use super::support::{MIB, dax_zone, initramfs, power_off, refused, spec_with};
 use super::{GuestTest, Lab, TestError, claim};
-use crate::guest::READY_DEADLINE;
+use crate::guest::{Guest, READY_DEADLINE};
 use crate::host::process::Process;
 use crate::share::{ImageForm, kernel_path};
 use crate::suite::SCRATCH;
@@ -27,6 +27,10 @@ pub(super) const TESTS: &[GuestTest] = &[
     GuestTest {
         name: "serial_on_a_pseudo_terminal",
         run: serial_on_a_pseudo_terminal,
+    },
+    GuestTest {
+        name: "serial_input_of_any_length_arrives",
+        run: serial_input_of_any_length_arrives,
     },
     GuestTest {
         name: "a_guest_runs_without_anybody_listening",
@@ -123,6 +127,19 @@ fn serial_on_a_terminal_restores_its_mode(lab: &mut Lab) -> Result<(), TestError
         before.contains(" icanon") && !before.contains("-icanon"),
         || before.clone(),
     )
+}
+
+/// A driver takes 256 bytes at an interrupt, the port has room for 64, a line of a terminal is up to 4095 long.
+fn serial_input_of_any_length_arrives(lab: &mut Lab) -> Result<(), TestError> {
+    let mut guest = Guest::boot(&lab.host, &spec_with(lab, &["--cpus", "boot=2"]))?;
+    for round in 0..60 {
+        let sent = 240 + round * 60;
+        let counted = guest.sh(&format!("printf {} | wc -c", "x".repeat(sent)))?;
+        claim(counted.trim() == sent.to_string(), || {
+            format!("{sent} bytes sent, the guest had {}", counted.trim())
+        })?;
+    }
+    power_off(guest)
 }
 
 fn serial_to_a_file(lab: &mut Lab) -> Result<(), TestError> {

@@ -23,8 +23,6 @@ pub const GSI: u32 = 4;
 
 /// Interrupt enable register; with [`LCR_DIVISOR`] a half of the divisor.
 const IER: u8 = 1;
-/// Received data.
-const IER_RECEIVED: u8 = 1;
 /// Interrupt identification register.
 const IIR: u8 = 2;
 /// Line control register.
@@ -171,6 +169,9 @@ impl BusDevice for SerialPort {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Received data.
+    const IER_RECEIVED: u8 = 1;
 
     #[test]
     fn input_is_bounded_by_the_fifo_and_space_is_announced() {
