@@ -5,6 +5,9 @@
 //! leaves none behind. Such locks don't conflict within one open file description, so a device also keeps a list of
 //! the ranges it has handed out.
 //!
+//! A range that is lent to another process ([`Host::adopt`](crate::Host::adopt)) has one lock for both: it goes with the
+//! descriptor, whoever of them asks for it again has it, and neither takes it from the other.
+//!
 //! Locks hold only among those who take them, and only through one device node: a second node made with `mknod`
 //! for the same device has its own locks.
 
@@ -180,7 +183,10 @@ impl RangeLock {
     fn unlock(&mut self) -> io::Result<()> {
         let claims = &self.device.claims;
         let mut claims = claims.lock().unwrap_or_else(PoisonError::into_inner);
-        ofd::set(&self.device.file, Request::Unlock, self.range.span())?;
+        // In common with others the range is locked as long as one of them has the file: it ends with the last descriptor.
+        if !self.device.in_common {
+            ofd::set(&self.device.file, Request::Unlock, self.range.span())?;
+        }
         claims.retain(|claim| *claim != self.range);
         self.released = true;
         Ok(())
@@ -267,6 +273,26 @@ mod tests {
         let _b = b.lock(range(4, 8), LockKind::Shared).unwrap();
         c.lock(range(6, 1), LockKind::Exclusive).unwrap_err();
         let _c = c.lock(range(12, 1), LockKind::Exclusive).unwrap();
+    }
+
+    #[test]
+    fn what_is_lent_is_locked_until_the_last_who_has_it_has_closed_it() {
+        let file = DeviceFile::new(16 * PAGE);
+        let (lender, stranger) = (file.open(), file.open());
+        let lent = lender.lock(range(0, 8), LockKind::Exclusive).unwrap();
+        let borrower = DeviceFile::in_common_with(&lender);
+        let kept = borrower.lock(range(0, 8), LockKind::Exclusive).unwrap();
+        kept.release().unwrap();
+        stranger.lock(range(0, 8), LockKind::Shared).unwrap_err();
+        let kept = borrower.lock(range(0, 8), LockKind::Exclusive).unwrap();
+        let again = DeviceFile::in_common_with(&borrower);
+        drop((lent, lender));
+        // The one that is not in common unlocks; so a lender lends what is.
+        drop((kept, borrower));
+        let last = again.lock(range(0, 8), LockKind::Exclusive).unwrap();
+        stranger.lock(range(0, 8), LockKind::Shared).unwrap_err();
+        drop((last, again));
+        drop(stranger.lock(range(0, 8), LockKind::Shared).unwrap());
     }
 
     #[test]

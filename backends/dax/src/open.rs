@@ -9,6 +9,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
@@ -37,6 +38,8 @@ pub(crate) struct Shared {
     pub(crate) proc: PathBuf,
     /// The ranges handed out of this open file description, whose locks don't conflict with one another.
     pub(crate) claims: Mutex<Vec<DaxRange>>,
+    /// Others have this open file description, too: its locks are theirs as well and end with its last descriptor.
+    pub(crate) in_common: bool,
 }
 
 /// Why a path is not a usable dax device.
@@ -194,6 +197,26 @@ impl Host {
             facts,
             proc: self.proc().to_owned(),
             claims: Mutex::default(),
+            in_common: false,
+        }))
+    }
+
+    /// Takes what another process has opened for a device, or this one for another: a range that is lent. `path` is for
+    /// messages. What is locked of it stays locked until the last of those who have it has closed it.
+    pub fn adopt(&self, file: File, path: &Path) -> Result<DaxDevice, OpenError> {
+        let descriptor = self
+            .proc()
+            .join("self/fd")
+            .join(file.as_raw_fd().to_string());
+        let seen = usable(path, self.classify(&descriptor)?)?.number;
+        let facts = self.facts_of_opened(path, &file, seen)?;
+        Ok(DaxDevice::assemble(Shared {
+            path: path.to_owned(),
+            file: Arc::new(file),
+            facts,
+            proc: self.proc().to_owned(),
+            claims: Mutex::default(),
+            in_common: true,
         }))
     }
 
@@ -365,6 +388,29 @@ mod tests {
         let openers = fake.host().openers(device.facts());
         assert!(openers.iter().any(|o| o.pid == std::process::id()));
         mapping.unmap().unwrap().release().unwrap();
+    }
+
+    #[test]
+    fn a_descriptor_that_is_lent_is_a_device_and_nothing_else() {
+        let fake = FakeHost::new();
+        fake.add(&FakeDevice::pmem("dax0.0"));
+        let node = fake.dev().join("dax0.0");
+        let open = |path: &Path| File::options().read(true).write(true).open(path).unwrap();
+        let device = fake.host().adopt(open(&node), Path::new("lent")).unwrap();
+        let range = device.range(Some(2 << 20), Some(4 << 20)).unwrap();
+        let lock = device.lock(range, crate::LockKind::Shared).unwrap();
+        lock.release().unwrap();
+        let file = tempfile::NamedTempFile::new().unwrap();
+        for (path, expected) in [
+            (file.path(), "lent is a "),
+            (Path::new("/dev/null"), "another driver's character device"),
+        ] {
+            let error = fake
+                .host()
+                .adopt(open(path), Path::new("lent"))
+                .unwrap_err();
+            assert!(error.to_string().contains(expected), "{error}");
+        }
     }
 
     #[test]

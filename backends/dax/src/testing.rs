@@ -171,6 +171,20 @@ impl DeviceFile {
             facts: self.facts.clone(),
             proc: "/proc".into(),
             claims: Mutex::default(),
+            in_common: false,
+        })
+    }
+
+    /// As another process has it that was sent the descriptor.
+    pub(crate) fn in_common_with(device: &DaxDevice) -> DaxDevice {
+        let shared = device.shared();
+        DaxDevice::assemble(Shared {
+            path: shared.path.clone(),
+            file: Arc::new(shared.file.try_clone().unwrap()),
+            facts: shared.facts.clone(),
+            proc: shared.proc.clone(),
+            claims: Mutex::default(),
+            in_common: true,
         })
     }
 

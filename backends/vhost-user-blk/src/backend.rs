@@ -14,6 +14,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use daxhund_dax::loss::Epoch;
+use daxhund_vhost_user::session::Device;
 use daxhund_virtio_blk::{Chain, Status};
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost_user_backend::{VhostUserBackend, VringMutex, VringT};
@@ -86,17 +87,6 @@ impl Backend {
             lanes: (0..num_queues).map(|_| lane()).collect(),
             disk,
         }
-    }
-
-    /// Workers finish the request they are at and take no other.
-    pub fn stop(&self) {
-        self.stopping.store(true, Ordering::SeqCst);
-    }
-
-    /// The event that ends a worker. The crate's own way ([`VhostUserBackend::exit_event`]) leaves a descriptor of each
-    /// worker of each session behind.
-    pub fn exit_token(&self) -> u64 {
-        u64::from(self.num_queues) + 1
     }
 
     fn drain(&self, queue: usize, vring: &VringMutex) {
@@ -213,6 +203,16 @@ fn pop<'a>(
     chain.map_or(Err(virtio_queue::Error::InvalidAvailRingIndex), |chain| {
         Ok(Some(chain))
     })
+}
+
+impl Device for Backend {
+    fn stop(&self) {
+        self.stopping.store(true, Ordering::SeqCst);
+    }
+
+    fn exit_token(&self) -> u64 {
+        u64::from(self.num_queues) + 1
+    }
 }
 
 impl VhostUserBackend for Backend {

@@ -14,27 +14,23 @@
 #![forbid(unsafe_code)]
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::sync::Arc;
-use std::thread::JoinHandle;
 use std::time::Duration;
 
 use daxhund_dax::sigbus::{GuardError, Incidents};
 use daxhund_dax::{Host, Pace, Watch, WatchError};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use daxhund_vhost_user::events::{ready, signals};
+use daxhund_vhost_user::session::{self, FinishError, StartError};
 use thiserror::Error;
-use vhost::vhost_user::Error as MessageError;
-use vhost_user_backend::{Error as SessionError, ShutdownHandle, VhostUserDaemon};
-use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
-use vmm_sys_util::epoll::EventSet;
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::backend::Backend;
-use crate::config::{Config, DiskSource};
-use crate::disk::{Disk, OpenDisk, OpenDiskError};
+use crate::config::Config;
+use crate::disk::{OpenDisk, OpenDiskError};
 use crate::socket::{Socket, SocketError};
+
+type Session = session::Session<Backend>;
 
 /// How long a session has to finish its requests. Each is at most a copy of 64M; only storage that hangs, or a frontend that
 /// makes its doorbell block, needs longer, and then the end is an error.
@@ -128,13 +124,13 @@ impl Daemon {
             OpenDisk::File(_) => None,
         };
         let socket = Socket::open(config.socket_path.as_deref())?;
-        let (DiskSource::Dax { path, .. } | DiskSource::File(path)) = &config.disk;
+        let path = config.disk.path();
         tracing::info!(
             disk = %path.display(), bytes = disk.shared().len(), queues = config.num_queues,
             read_only = config.read_only, "listening"
         );
         Ok(Self {
-            path: path.clone(),
+            path: path.to_owned(),
             disk,
             num_queues: config.num_queues,
             socket,
@@ -152,7 +148,7 @@ impl Daemon {
                 match source {
                     Source::Signal => {
                         tracing::info!("ending by a signal");
-                        return session.map_or(Ok(()), Session::finish);
+                        return session.map_or(Ok(()), finish);
                     }
                     Source::Incident => {
                         self.incidents.take();
@@ -163,7 +159,7 @@ impl Daemon {
                     Source::Frontend => {
                         session = match session.take() {
                             // It has ended, so this does not wait.
-                            Some(session) => session.finish().map(|()| None)?,
+                            Some(session) => finish(session).map(|()| None)?,
                             None => self.accept()?,
                         };
                     }
@@ -175,7 +171,7 @@ impl Daemon {
 
     /// What there is to do, a signal first.
     fn wait(&self, session: Option<&Session>) -> Result<Vec<Source>, DaemonError> {
-        let frontend = session.map_or(self.socket.as_fd(), |session| session.ended.as_fd());
+        let frontend = session.map_or(self.socket.as_fd(), Session::as_fd);
         let mut sources = vec![
             (Source::Signal, self.signals.as_fd()),
             (Source::Incident, self.incidents.as_fd()),
@@ -221,7 +217,7 @@ impl Daemon {
     /// `None` when the frontend could not be served; the next one may.
     fn accept(&mut self) -> Result<Option<Session>, DaemonError> {
         let (disk, listener) = (self.disk.shared(), self.socket.accepting());
-        match Session::start(disk, self.num_queues, listener) {
+        match Session::start(Backend::new(disk, self.num_queues), listener) {
             Ok(session) => {
                 tracing::info!("a frontend has connected");
                 Ok(Some(session))
@@ -235,148 +231,14 @@ impl Daemon {
     }
 }
 
-/// A session did not come to be.
-#[derive(Debug)]
-enum StartError {
-    Crate(SessionError),
-    Host(io::Error),
-}
-
-/// One connection, driven by threads of its own.
-#[derive(Debug)]
-struct Session {
-    backend: Arc<Backend>,
-    connection: ShutdownHandleOf,
-    /// Its other end is closed when everything of the session is gone but the thread that saw to it.
-    ended: UnixStream,
-    thread: JoinHandle<()>,
-}
-
-/// Shuts a connection down.
-struct ShutdownHandleOf(Option<ShutdownHandle>);
-
-impl std::fmt::Debug for ShutdownHandleOf {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_tuple("ShutdownHandleOf").finish()
-    }
-}
-
-/// The crate's daemon, whose workers end before it is dropped: its drop waits for them.
-struct Serving {
-    backend: Arc<Backend>,
-    /// Dropped before the event: a worker that has not looked yet would not see one that is closed.
-    daemon: VhostUserDaemon<Arc<Backend>>,
-    exit: EventFd,
-}
-
-impl Serving {
-    fn new(disk: Arc<dyn Disk>, num_queues: u16) -> Result<Self, StartError> {
-        let exit = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(StartError::Host)?;
-        let backend = Arc::new(Backend::new(disk, num_queues));
-        let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
-        let daemon = VhostUserDaemon::new("messages".into(), Arc::clone(&backend), memory)
-            .map_err(StartError::Crate)?;
-        let serving = Self {
-            backend,
-            daemon,
-            exit,
-        };
-        for worker in serving.daemon.get_epoll_handlers() {
-            let token = serving.backend.exit_token();
-            worker
-                .register_listener(serving.exit.as_raw_fd(), EventSet::IN, token)
-                .map_err(StartError::Host)?;
-        }
-        Ok(serving)
-    }
-}
-
-impl Drop for Serving {
-    fn drop(&mut self) {
-        self.backend.stop();
-        // Nobody reads it, so one is enough for all workers; only a full counter gives an error.
-        let _ = self.exit.write(1);
-    }
-}
-
-impl Session {
-    /// Accepts the connection that waits.
-    fn start(
-        disk: Arc<dyn Disk>,
-        num_queues: u16,
-        listener: &mut vhost::vhost_user::Listener,
-    ) -> Result<Self, StartError> {
-        let (ended, end) = UnixStream::pair().map_err(StartError::Host)?;
-        let mut serving = Serving::new(disk, num_queues)?;
-        serving.daemon.start(listener).map_err(StartError::Crate)?;
-        let connection = ShutdownHandleOf(serving.daemon.shutdown_handle());
-        let backend = Arc::clone(&serving.backend);
-        let thread = std::thread::Builder::new()
-            .name("session".into())
-            .spawn(move || {
-                match serving.daemon.wait() {
-                    Ok(())
-                    | Err(SessionError::HandleRequest(
-                        MessageError::Disconnected | MessageError::PartialMessage,
-                    )) => tracing::info!("the frontend has gone"),
-                    Err(error) => tracing::warn!(%error, "the session has failed"),
-                }
-                drop(serving);
-                drop(end);
-            })
-            .map_err(StartError::Host)?;
-        Ok(Self {
-            backend,
-            connection,
-            ended,
-            thread,
-        })
-    }
-
-    /// Answers what was taken, takes no more, and waits until nothing of the session is left.
-    fn finish(self) -> Result<(), DaemonError> {
-        self.backend.stop();
-        if let Some(connection) = &self.connection.0 {
-            connection.shutdown();
-        }
-        let ready =
-            ready(&[self.ended.as_fd()], Some(FINISH)).map_err(failed("wait for events"))?;
-        if !ready.contains(&true) {
-            return Err(DaemonError::Unfinished { within: FINISH });
-        }
-        if self.thread.join().is_err() {
-            tracing::error!("the session's thread has panicked");
-        }
-        Ok(())
-    }
-}
-
 fn failed(what: &'static str) -> impl Fn(io::Error) -> DaemonError {
     move |source| DaemonError::Loop { what, source }
 }
 
-/// Which of them are readable or closed. A signal's handler may come first: then it is waited again.
-fn ready(fds: &[BorrowedFd<'_>], within: Option<Duration>) -> io::Result<Vec<bool>> {
-    let timeout = within.and_then(|within| Timespec::try_from(within).ok());
-    loop {
-        let mut polled: Vec<_> = fds
-            .iter()
-            .map(|fd| PollFd::new(fd, PollFlags::IN))
-            .collect();
-        match poll(&mut polled, timeout.as_ref()) {
-            Ok(_) => return Ok(polled.iter().map(|fd| !fd.revents().is_empty()).collect()),
-            Err(rustix::io::Errno::INTR) => {}
-            Err(error) => return Err(error.into()),
-        }
-    }
-}
-
-/// Readable when the daemon is to end.
-fn signals() -> io::Result<UnixStream> {
-    let (read, write) = UnixStream::pair()?;
-    read.set_nonblocking(true)?;
-    for signal in [signal_hook::consts::SIGTERM, signal_hook::consts::SIGINT] {
-        signal_hook::low_level::pipe::register(signal, write.try_clone()?)?;
-    }
-    Ok(read)
+/// Answers what was taken and waits until nothing of the session is left.
+fn finish(session: Session) -> Result<(), DaemonError> {
+    session.finish(FINISH).map_err(|error| match error {
+        FinishError::Unfinished => DaemonError::Unfinished { within: FINISH },
+        FinishError::Wait(source) => failed("wait for events")(source),
+    })
 }

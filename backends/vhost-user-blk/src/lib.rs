@@ -26,13 +26,13 @@
 
 #![deny(unsafe_code)]
 
+pub use daxhund_vhost_user::{guest, socket};
+
 pub mod args;
 pub mod backend;
 pub mod config;
 pub mod daemon;
 pub mod disk;
-pub mod guest;
 pub mod request;
 pub mod serve;
-pub mod socket;
 pub mod space;

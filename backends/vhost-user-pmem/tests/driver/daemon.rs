@@ -1,0 +1,93 @@
+//! The daemon's process, which is ended with the test.
+
+use std::io::{BufRead, BufReader, Read};
+use std::process::{Child, ChildStderr, Command, Stdio};
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_daxhund-vhost-user-pmem");
+
+pub(crate) struct Daemon {
+    child: Child,
+    stderr: BufReader<ChildStderr>,
+}
+
+/// A line of the daemon's.
+pub(crate) struct Said(String);
+
+impl Said {
+    pub(crate) fn and(self, more: &str) {
+        assert!(self.0.contains(more), "{}", self.0);
+    }
+}
+
+impl Daemon {
+    /// Started, and listening.
+    pub(crate) fn start(words: &[&str]) -> Self {
+        Self::spawn(Command::new(PROGRAM).args(words))
+    }
+
+    pub(crate) fn spawn(command: &mut Command) -> Self {
+        let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
+        let stderr = BufReader::new(child.stderr.take().unwrap());
+        let mut daemon = Self { child, stderr };
+        daemon.says("listening");
+        daemon
+    }
+
+    /// Waits for a line; that it never comes is seen when the daemon or the test's time ends.
+    pub(crate) fn says(&mut self, what: &str) -> Said {
+        let mut all = String::new();
+        loop {
+            let mut line = String::new();
+            let read = self.stderr.read_line(&mut line).unwrap();
+            assert!(read > 0, "it has ended without `{what}`: {all}");
+            if line.contains(what) {
+                return Said(line);
+            }
+            all.push_str(&line);
+        }
+    }
+
+    fn proc(&self, name: &str) -> String {
+        format!("/proc/{}/{name}", self.child.id())
+    }
+
+    pub(crate) fn descriptors(&self) -> usize {
+        std::fs::read_dir(self.proc("fd")).unwrap().count()
+    }
+
+    pub(crate) fn threads(&self) -> usize {
+        std::fs::read_dir(self.proc("task")).unwrap().count()
+    }
+
+    /// SIGTERM, and the exit status of an orderly end.
+    pub(crate) fn ends_well(mut self) {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+        let mut said = String::new();
+        self.stderr.read_to_string(&mut said).unwrap();
+        let status = self.child.wait().unwrap();
+        assert!(status.success(), "{status}: {said}");
+        assert!(said.contains("ending by a signal"), "{said}");
+    }
+
+    pub(crate) fn dies(mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        // Gone already, when the test went well.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// What it says when it ends by itself.
+pub(crate) fn refuses(words: &[&str]) -> String {
+    let output = Command::new(PROGRAM).args(words).output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    said
+}

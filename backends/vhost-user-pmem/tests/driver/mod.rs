@@ -1,0 +1,4 @@
+//! Both ends of the socket.
+
+pub(crate) mod daemon;
+pub(crate) mod frontend;

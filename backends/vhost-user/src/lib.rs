@@ -1,0 +1,15 @@
+//! What daemons have in common that serve a virtio device over vhost-user, one frontend after the other.
+//!
+//! - [`socket`]: where frontends connect; - [`session`]: one connection, with threads of its own, and its bounded end;
+//! - [`guest`]: the memory that a frontend shares, which can go away; - [`source`]: what is served, as it is typed;
+//! - [`events`]: what such a daemon waits for.
+//!
+//! What is a device's own, and the loop over all of it, is each daemon's.
+
+#![deny(unsafe_code)]
+
+pub mod events;
+pub mod guest;
+pub mod session;
+pub mod socket;
+pub mod source;
