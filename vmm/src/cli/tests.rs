@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::*;
-use crate::config::{Backing, ByteSize, CpusError, MemoryError, PayloadError};
+use crate::config::{Backing, ByteSize, CpusError, MemoryError, PayloadError, PmemSource};
 
 fn parse_line(line: &[&str]) -> Result<Command, CliError> {
     parse(line.iter().map(OsString::from))
@@ -106,7 +106,10 @@ fn every_word_reaches_the_configuration() {
     assert_eq!(console, Some(&ConsoleConfig::Null));
     let ids: Vec<&str> = config.disks().iter().map(|disk| disk.id.as_str()).collect();
     assert_eq!(ids, ["root", "_disk0", "_disk1"]);
-    assert_eq!(config.pmem()[0].file, Path::new("/dev/dax1.0"));
+    let PmemSource::File { file, .. } = &config.pmem()[0].source else {
+        panic!("{:?}", config.pmem())
+    };
+    assert_eq!(file, Path::new("/dev/dax1.0"));
     assert_eq!(config.pmem()[1].id, "_pmem2");
     assert_eq!(config.net().len(), 1);
     assert_eq!(config.vsock().map(|vsock| vsock.cid), Some(3));

@@ -5,9 +5,9 @@ use super::files::FileUse;
 use super::passthrough::check_functions;
 use super::{
     Backing, BalloonConfig, ConfigError, DeviceConfig, DiskConfig, DiskSource, Extent,
-    MemoryZoneConfig, NetConfig, PmemConfig, RngConfig, ValidBalloon, ValidConsole, ValidDevice,
-    ValidDisk, ValidNet, ValidPmem, ValidRng, ValidVsock, VirtioConsoleConfig, VmConfig,
-    VsockConfig, ZoneSpec,
+    MemoryZoneConfig, NetConfig, PmemConfig, PmemSource, RngConfig, ValidBalloon, ValidConsole,
+    ValidDevice, ValidDisk, ValidNet, ValidPmem, ValidRng, ValidVsock, VirtioConsoleConfig,
+    VmConfig, VsockConfig, ZoneSpec,
 };
 
 /// The devices a guest starts with.
@@ -166,10 +166,17 @@ impl Devices {
             }
         }
         for pmem in &self.pmem {
-            let (offset, size) = (pmem.offset, pmem.size);
-            let extent = Extent { offset, size };
-            let writes = !pmem.discard_writes;
-            add(PmemConfig::WORD.flag, &pmem.id, &pmem.file, extent, writes);
+            if let PmemSource::File {
+                file,
+                size,
+                offset,
+                discard_writes,
+            } = &pmem.source
+            {
+                let (offset, size) = (*offset, *size);
+                let (extent, writes) = (Extent { offset, size }, !discard_writes);
+                add(PmemConfig::WORD.flag, &pmem.id, file, extent, writes);
+            }
         }
         uses
     }

@@ -65,7 +65,7 @@ pub use numa::{MAX_NUMA_NODES, NumaConfig, NumaDistance, NumaError};
 pub use passthrough::{DeviceConfig, DeviceError, DeviceSource, ValidDevice};
 pub use payload::{PayloadConfig, PayloadError};
 pub use platform::{PlatformConfig, PlatformError};
-pub use pmem::{PmemConfig, PmemError, ValidPmem};
+pub use pmem::{PmemConfig, PmemError, PmemSource, ValidPmem};
 pub use queues::{MAX_QUEUE_SIZE, MAX_QUEUES, QueuesError};
 pub use removal::{
     DEFAULT_REMOVAL_TIMEOUT, LONGEST_REMOVAL_TIMEOUT, OnLoss, OnRemoval, RemovalGuard,

@@ -1,6 +1,6 @@
 //! `--pmem`: persistent memory of the guest and the file or device that is it.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -17,8 +17,12 @@ use super::{ByteSize, Key, PAGE_SIZE, Word, WordError};
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PmemConfig {
-    /// What the bytes are: a device-dax device or a file.
+    /// What the bytes are: a device-dax device or a file. Empty for memory that a backend lends.
+    #[serde(default, skip_serializing_if = "is_empty")]
     pub file: PathBuf,
+    /// Where a vhost-user backend listens that lends the memory.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub socket: Option<PathBuf>,
     /// Size in bytes; absent means from `offset` to the end of `file`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub size: Option<ByteSize>,
@@ -48,19 +52,38 @@ pub struct PmemConfig {
     pub pci_device_id: Option<u8>,
 }
 
+fn is_empty(path: &Path) -> bool {
+    path.as_os_str().is_empty()
+}
+
+/// What persistent memory is on the host, checked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PmemSource {
+    /// A device-dax device or a file.
+    File {
+        /// Which.
+        file: PathBuf,
+        /// Size in bytes, whole pages; `None` is up to the end.
+        size: Option<ByteSize>,
+        /// Where it begins in `file`, whole pages.
+        offset: ByteSize,
+        /// Whether what the guest writes is its own and forgotten in the end.
+        discard_writes: bool,
+    },
+    /// What a vhost-user backend lends.
+    Lent {
+        /// Where it listens.
+        socket: PathBuf,
+    },
+}
+
 /// A virtio-pmem device, checked.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ValidPmem {
     /// Its name.
     pub id: String,
     /// What the bytes are.
-    pub file: PathBuf,
-    /// Size in bytes, whole pages; `None` is up to the end.
-    pub size: Option<ByteSize>,
-    /// Where it begins in `file`, whole pages.
-    pub offset: ByteSize,
-    /// Whether what the guest writes is its own and forgotten in the end.
-    pub discard_writes: bool,
+    pub source: PmemSource,
     /// Whether passed-through devices can reach the memory; `None` is yes, unless it can't or shouldn't be pinned.
     pub dma: Option<bool>,
     /// Where it sits.
@@ -71,8 +94,21 @@ pub struct ValidPmem {
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum PmemError {
     /// The path is the empty text.
-    #[error("--pmem file= is empty: give file=PATH, a device such as /dev/dax1.0 or a file")]
+    #[error(
+        "--pmem has no file: give file=PATH, a device such as /dev/dax1.0 or a file, or socket=PATH for memory that a vhost-user \
+         backend lends"
+    )]
     EmptyFile,
+    /// A key that says something of a file.
+    #[error(
+        "{device}: {key}= says nothing of memory that a backend lends (socket=): leave it out, or give it to the backend"
+    )]
+    OfTheBackend {
+        /// The device.
+        device: String,
+        /// The key.
+        key: &'static str,
+    },
     /// `size=0`.
     #[error("{device}: size=0: it cannot be empty; give a size, or leave it out for all of file")]
     ZeroSize {
@@ -145,9 +181,18 @@ impl PmemConfig {
             Key::new(
                 "file",
                 "PATH",
-                "a device such as /dev/dax1.0, or a file (required)",
+                "a device such as /dev/dax1.0, or a file (required, unless socket= is given)",
                 |pmem, value| {
                     pmem.file = value.path()?;
+                    Ok(())
+                },
+            ),
+            Key::new(
+                "socket",
+                "PATH",
+                "where a vhost-user backend listens that lends the memory, instead of file",
+                |pmem, value| {
+                    pmem.socket = Some(value.path()?);
                     Ok(())
                 },
             ),
@@ -221,6 +266,7 @@ impl PmemConfig {
     pub fn new(file: impl Into<PathBuf>) -> Self {
         Self {
             file: file.into(),
+            socket: None,
             size: None,
             offset: None,
             discard_writes: false,
@@ -237,7 +283,7 @@ impl PmemConfig {
     pub fn parse(text: &str) -> Result<Self, WordError> {
         let mut pmem = Self::new("");
         Self::WORD.fill(text, &mut pmem)?;
-        if pmem.file.as_os_str().is_empty() {
+        if is_empty(&pmem.file) && pmem.socket.is_none() {
             // The setter refuses an empty path, so the key was not there.
             return Err(WordError::MissingKey {
                 flag: Self::WORD.flag,
@@ -249,27 +295,54 @@ impl PmemConfig {
 
     /// The device as errors name it.
     fn label(&self) -> String {
-        match &self.id {
-            Some(id) => format!("{} id={id}", Self::WORD.flag),
-            None => format!("{} file={}", Self::WORD.flag, self.file.display()),
+        match (&self.id, &self.socket) {
+            (Some(id), _) => format!("{} id={id}", Self::WORD.flag),
+            (None, Some(socket)) => format!("{} socket={}", Self::WORD.flag, socket.display()),
+            (None, None) => format!("{} file={}", Self::WORD.flag, self.file.display()),
         }
     }
 
     /// Checks what can be told of this device by itself in a guest with `segments` PCI segments, and takes its id.
     pub fn validate(&self, segments: u16, ids: &mut IdAllocator) -> Result<ValidPmem, PmemError> {
         let device = self.label();
-        if self.file.as_os_str().is_empty() {
-            return Err(PmemError::EmptyFile);
-        }
         if self.on_removal == Some(OnRemoval::Stop) {
             return Err(PmemError::NoStop { device });
         }
+        let source = self.source(&device)?;
+        let place = Place::check(&device, self.pci_segment, self.pci_device_id, segments)?;
+        Ok(ValidPmem {
+            id: ids.take(&device, self.id.as_deref(), Self::NAMING)?,
+            source,
+            dma: self.dma,
+            place,
+        })
+    }
+
+    fn source(&self, device: &str) -> Result<PmemSource, PmemError> {
+        let device = || device.to_owned();
+        if let Some(socket) = self.socket.clone() {
+            let of_a_file = [
+                ("file", !is_empty(&self.file)),
+                ("size", self.size.is_some()),
+                ("offset", self.offset.is_some()),
+                ("discard_writes", self.discard_writes),
+            ];
+            if let Some((key, _)) = of_a_file.into_iter().find(|(_, is_given)| *is_given) {
+                let device = device();
+                return Err(PmemError::OfTheBackend { device, key });
+            }
+            return Ok(PmemSource::Lent { socket });
+        }
+        if is_empty(&self.file) {
+            return Err(PmemError::EmptyFile);
+        }
         if self.size == Some(ByteSize::ZERO) {
-            return Err(PmemError::ZeroSize { device });
+            return Err(PmemError::ZeroSize { device: device() });
         }
         let offset = self.offset.unwrap_or_default();
         for (key, size) in [("size", self.size.unwrap_or_default()), ("offset", offset)] {
             if !size.bytes().is_multiple_of(PAGE_SIZE) {
+                let device = device();
                 return Err(PmemError::NotPages { device, key, size });
             }
         }
@@ -277,20 +350,16 @@ impl PmemConfig {
             && offset.bytes().checked_add(size.bytes()).is_none()
         {
             return Err(PmemError::RangeOverflow {
-                device,
+                device: device(),
                 offset,
                 size,
             });
         }
-        let place = Place::check(&device, self.pci_segment, self.pci_device_id, segments)?;
-        Ok(ValidPmem {
-            id: ids.take(&device, self.id.as_deref(), Self::NAMING)?,
+        Ok(PmemSource::File {
             file: self.file.clone(),
             size: self.size,
             offset,
             discard_writes: self.discard_writes,
-            dma: self.dma,
-            place,
         })
     }
 }
@@ -321,10 +390,12 @@ mod tests {
             validate(text),
             Ok(ValidPmem {
                 id: "p".into(),
-                file: "/dev/dax1.0".into(),
-                size: Some(ByteSize::from_mib(1024)),
-                offset: ByteSize::from_mib(512),
-                discard_writes: true,
+                source: PmemSource::File {
+                    file: "/dev/dax1.0".into(),
+                    size: Some(ByteSize::from_mib(1024)),
+                    offset: ByteSize::from_mib(512),
+                    discard_writes: true,
+                },
                 dma: Some(false),
                 place: Place {
                     segment: 1,
@@ -333,8 +404,14 @@ mod tests {
             })
         );
         let plain = validate("file=/f").unwrap();
-        assert_eq!((plain.id.as_str(), plain.size), ("_pmem0", None));
-        assert!(plain.dma.is_none() && !plain.discard_writes);
+        let source = PmemSource::File {
+            file: "/f".into(),
+            size: None,
+            offset: ByteSize::ZERO,
+            discard_writes: false,
+        };
+        assert_eq!((plain.id.as_str(), plain.source), ("_pmem0", source));
+        assert!(plain.dma.is_none());
         let json = serde_json::to_string(&PmemConfig::new("/f")).unwrap();
         assert_eq!(
             json,
@@ -357,8 +434,26 @@ mod tests {
                 format!("not supported by daxhund: {key}")
             );
         }
-        let error = from_json::<PmemConfig>(b"{}").unwrap_err();
-        assert!(error.to_string().contains("missing field `file`"));
+        let nothing: PmemConfig = from_json(b"{}").unwrap();
+        let error = nothing.validate(1, &mut IdAllocator::default());
+        assert_eq!(error, Err(PmemError::EmptyFile));
+    }
+
+    #[test]
+    fn memory_can_be_lent_by_a_backend_and_is_the_backends_to_cut() {
+        let text = "socket=/run/pmem.sock,id=p,dma=off";
+        let json = r#"{"socket":"/run/pmem.sock","dma":false,"id":"p"}"#;
+        let config = PmemConfig::parse(text).unwrap();
+        assert_eq!(config, from_json::<PmemConfig>(json.as_bytes()).unwrap());
+        let socket = "/run/pmem.sock".into();
+        assert_eq!(validate(text).unwrap().source, PmemSource::Lent { socket });
+        assert!(!serde_json::to_string(&config).unwrap().contains("file"));
+        for key in ["file=/f", "size=1G", "offset=1G", "discard_writes=on"] {
+            let error = validate(&format!("socket=/s,{key}")).unwrap_err();
+            let (name, _) = key.split_once('=').unwrap();
+            let expected = format!("--pmem socket=/s: {name}= says nothing");
+            assert!(error.to_string().contains(&expected), "{error}");
+        }
     }
 
     #[test]

@@ -166,10 +166,6 @@ fn fields_of_no_schema_and_of_the_wrong_kind_are_named() {
             "disks[1].redonly: unknown field `redonly`",
         ),
         (
-            r#"{"payload":{},"pmem":[{}]}"#,
-            "pmem[0]: missing field `file`",
-        ),
-        (
             r#"{"payload":{},"net":[{"mac":"52"}]}"#,
             "net[0].mac: \"52\" is not an Ethernet address",
         ),
@@ -431,14 +427,14 @@ fn at() -> impl Strategy<Value = At> {
 
 prop_compose! {
     fn any_pmem()(
-        file in path(), size in option::of(size()), offset in option::of(size()),
+        file in path(), socket in option::of(path()), size in option::of(size()), offset in option::of(size()),
         discard_writes: bool, dma: Option<bool>, timeout in option::of(0_u32..=3600), refuse: Option<bool>,
         (id, pci_segment, pci_device_id) in at(),
     ) -> PmemConfig {
         let removal_timeout = timeout.map(|seconds| RemovalTimeout::try_from(seconds).unwrap());
         let on_removal = refuse.map(|refuse| if refuse { OnRemoval::Refuse } else { OnRemoval::Eject });
         PmemConfig {
-            file, size, offset, discard_writes, dma, on_removal, removal_timeout, id, pci_segment, pci_device_id,
+            file, socket, size, offset, discard_writes, dma, on_removal, removal_timeout, id, pci_segment, pci_device_id,
         }
     }
 }
@@ -680,6 +676,7 @@ proptest! {
     fn a_pmem_is_the_same_in_words_and_in_json(config in any_pmem()) {
         let text = Text::new((&config.id, config.pci_segment, config.pci_device_id))
             .key("file", config.file.display())
+            .maybe("socket", config.socket.as_ref().map(|path| path.display()))
             .maybe("size", config.size)
             .maybe("offset", config.offset)
             .switch("discard_writes", config.discard_writes)

@@ -46,6 +46,8 @@ struct Served {
     backend: Arc<Backend>,
     /// Set while it is a consumer of guest memory.
     member: Option<ConsumerId>,
+    /// Whether the device's memory is its own.
+    lends: bool,
 }
 
 /// All of a machine's.
@@ -70,6 +72,11 @@ impl Backends {
 
     /// Finds a backend, and makes the device that it serves. It reaches no memory yet.
     pub(super) fn open(&mut self, spec: Spec) -> Result<VhostUserDevice, OpenError> {
+        self.find(spec).map(VhostUserDevice::new)
+    }
+
+    /// Finds a backend for a device.
+    pub(super) fn find(&mut self, spec: Spec) -> Result<Arc<Backend>, OpenError> {
         let (sender, event, id) = (
             self.sender.clone(),
             Arc::clone(&self.event),
@@ -81,12 +88,31 @@ impl Backends {
             // Only a full counter gives an error, and then the owner is awake anyway.
             let _ = event.write(1);
         };
+        let lends = spec.class.lends;
         let backend = Backend::open(spec, Box::new(on_change))?;
         self.served.push(Served {
             backend: Arc::clone(&backend),
             member: None,
+            lends,
         });
-        Ok(VhostUserDevice::new(backend))
+        Ok(backend)
+    }
+
+    /// The undo of [`Backends::find`], before anybody has joined.
+    pub(super) fn lose_sight_of(&mut self, id: &str) {
+        self.served.retain(|served| {
+            let stays = served.backend.id() != id;
+            if !stays {
+                served.backend.close();
+            }
+            stays
+        });
+    }
+
+    /// Whether a device's backend is there for its requests when the host has taken the memory away that it lent.
+    pub(super) fn answers_without_memory(&self, id: &str) -> bool {
+        let is_it = |served: &&Served| served.backend.id() == id;
+        self.served.iter().find(is_it).is_some_and(|it| it.lends)
     }
 
     /// Has those reach guest memory that don't yet.
@@ -115,7 +141,9 @@ impl Backends {
         else {
             return;
         };
-        let Served { backend, member } = self.served.remove(index);
+        let Served {
+            backend, member, ..
+        } = self.served.remove(index);
         if let Some(member) = member
             && let Err(error) = ram.leave(member)
         {

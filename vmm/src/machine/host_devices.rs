@@ -2,7 +2,8 @@
 //!
 //! What is opened here outlives resets of the guest: files, taps, sockets, terminals, and mapped memory.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::Path;
 use std::sync::Arc;
 
 use thiserror::Error;
@@ -13,8 +14,8 @@ use super::passthrough::OpenPassthroughError;
 use super::resources::HostResources;
 use super::vm::release_one;
 use crate::config::{
-    ByteSize, DiskSource, MacAddr, Place, Tap, ValidBalloon, ValidConsole, ValidDisk, ValidNet,
-    ValidPmem, ValidRng, ValidVsock,
+    ByteSize, DiskSource, MacAddr, Place, PmemSource, Tap, ValidBalloon, ValidConsole, ValidDisk,
+    ValidNet, ValidPmem, ValidRng, ValidVsock,
 };
 use crate::devices::console::{Console, OpenConsoleError};
 use crate::inherited::{self, InheritedError};
@@ -30,7 +31,7 @@ use crate::virtio::console::ConsoleDevice;
 use crate::virtio::net::{Mac, MacError, NetDevice, NetOpenError, NetSpec};
 use crate::virtio::pmem::PmemDevice;
 use crate::virtio::rng::{OpenRngError, RngDevice, RngSpec};
-use crate::virtio::vhost_user;
+use crate::virtio::vhost_user::{self, pmem::LentPmem};
 use crate::virtio::vsock::{VsockDevice, VsockOpenError, VsockSpec};
 
 /// What a device needs of the host can't be had.
@@ -124,24 +125,98 @@ impl OpenedDevice {
 }
 
 impl HostResources {
-    /// Opens, places and maps persistent memory.
+    /// Opens, places and maps persistent memory, or has it lent and maps that.
     pub(super) fn open_pmem(&mut self, valid: &ValidPmem) -> Result<OpenedDevice, OpenDeviceError> {
-        let spec = PmemSpec {
-            id: valid.id.clone(),
-            file: valid.file.clone(),
-            size: valid.size.map(ByteSize::bytes),
-            offset: valid.offset.bytes(),
-            discard_writes: valid.discard_writes,
-            dma: valid.dma,
+        let spec = match &valid.source {
+            PmemSource::Lent { socket } => return self.open_lent_pmem(valid, socket),
+            PmemSource::File {
+                file,
+                size,
+                offset,
+                discard_writes,
+            } => PmemSpec {
+                id: valid.id.clone(),
+                file: file.clone(),
+                size: size.map(ByteSize::bytes),
+                offset: offset.bytes(),
+                discard_writes: *discard_writes,
+                dma: valid.dma,
+            },
         };
         let backing = PmemBacking::open(&self.dax, &spec)?;
+        let region = self.map_pmem(&backing)?;
+        let device = PmemDevice::new(&valid.id, region.gpa(), region.size(), backing.flusher())
+            .with_mark(region.mark().clone());
+        let mut opened = OpenedDevice::new(&valid.id, valid.place, Arc::new(device));
+        opened.region = Some(region);
+        Ok(opened)
+    }
+
+    fn open_lent_pmem(
+        &mut self,
+        valid: &ValidPmem,
+        socket: &Path,
+    ) -> Result<OpenedDevice, OpenDeviceError> {
+        let backend = self.backends.find(vhost_user::Spec {
+            id: valid.id.clone(),
+            socket: socket.to_owned(),
+            class: vhost_user::pmem::PMEM,
+            shape: vhost_user::pmem::SHAPE,
+        })?;
+        match self.map_lent(valid, &backend) {
+            Ok(region) => {
+                let device = LentPmem::new(backend, region.gpa(), region.size());
+                let mut opened = OpenedDevice::new(&valid.id, valid.place, Arc::new(device));
+                opened.region = Some(region);
+                Ok(opened)
+            }
+            Err(error) => {
+                self.backends.lose_sight_of(&valid.id);
+                Err(error)
+            }
+        }
+    }
+
+    /// Maps what a backend lends, and tells it when that is so.
+    fn map_lent(
+        &mut self,
+        valid: &ValidPmem,
+        backend: &vhost_user::Backend,
+    ) -> Result<Region, OpenDeviceError> {
+        let id = || valid.id.clone();
+        let socket = || backend.socket().display().to_string();
+        let silent = || vhost_user::OpenError::Silent {
+            id: id(),
+            socket: socket(),
+        };
+        let loan = backend.take_loan().ok().flatten().ok_or_else(silent)?;
+        let number = loan.file.as_raw_fd();
+        let file = std::fs::read_link(format!("/proc/self/fd/{number}"));
+        let spec = PmemSpec {
+            id: id(),
+            file: file.unwrap_or_else(|_| "what is lent".into()),
+            size: Some(loan.size),
+            offset: loan.offset,
+            discard_writes: false,
+            dma: valid.dma,
+        };
+        let backing = PmemBacking::lent(&self.dax, &spec, loan.file)?;
+        let region = self.map_pmem(&backing)?;
+        if backend.loan_is_mapped().is_err() {
+            self.unmap_pmem(region);
+            return Err(silent().into());
+        }
+        Ok(region)
+    }
+
+    fn map_pmem(&mut self, backing: &PmemBacking) -> Result<Region, OpenDeviceError> {
         let (size, align) = (backing.size(), backing.placement_align());
         let gpa = self
             .device_memory
             .place(size, align)
             .map(Gpa)
             .map_err(|source| OpenDeviceError::Room {
-                id: valid.id.clone(),
+                id: backing.id().to_owned(),
                 source,
             })?;
         let region = match backing.map(gpa) {
@@ -153,14 +228,10 @@ impl HostResources {
         };
         self.tombstones.give_way(gpa, size);
         info!(
-            id = valid.id, gpa = %gpa, size = %format_args!("{size:#x}"),
+            id = backing.id(), gpa = %gpa, size = %format_args!("{size:#x}"),
             host = %format_args!("{:#x}", region.host_address()), "persistent memory mapped"
         );
-        let device = PmemDevice::new(&valid.id, gpa, size, backing.flusher())
-            .with_mark(region.mark().clone());
-        let mut opened = OpenedDevice::new(&valid.id, valid.place, Arc::new(device));
-        opened.region = Some(region);
-        Ok(opened)
+        Ok(region)
     }
 
     /// The undo of all that open a device here, but for its memory, which has a life of its own.

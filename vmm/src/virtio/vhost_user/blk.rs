@@ -30,6 +30,7 @@ pub const DISK: Class = Class {
         | 1 << VIRTIO_BLK_F_DISCARD
         | 1 << VIRTIO_BLK_F_WRITE_ZEROES,
     config_bytes: CONFIG_BYTES,
+    lends: false,
     fit,
 };
 

@@ -13,6 +13,8 @@ pub struct Class {
     pub features: u64,
     /// Length of the configuration space.
     pub config_bytes: u32,
+    /// Whether the backend lends the device memory: a shared memory region, which becomes the guest's.
+    pub lends: bool,
     /// Puts into it what this side decides.
     pub fit: fn(&mut [u8], Shape),
 }

@@ -21,6 +21,7 @@ use vhost::{VhostBackend, VringConfigData};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 
 use super::class::Class;
+use super::lending::{Channel, Lending, LoanError};
 use super::table::{SharedRegion, Table};
 use crate::virtio::queue::Ring;
 
@@ -30,6 +31,26 @@ const PROTOCOL: VhostUserProtocolFeatures = VhostUserProtocolFeatures::MQ
     .union(VhostUserProtocolFeatures::CONFIG)
     .union(VhostUserProtocolFeatures::INFLIGHT_SHMFD)
     .union(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS);
+
+/// What lends memory has to have besides: a channel of its own, by which it asks for it to be mapped, and is answered.
+const LENDING: [(VhostUserProtocolFeatures, &str); 4] = [
+    (
+        VhostUserProtocolFeatures::SHMEM,
+        "shared memory regions (VHOST_USER_PROTOCOL_F_SHMEM)",
+    ),
+    (
+        VhostUserProtocolFeatures::BACKEND_REQ,
+        "requests of its own (VHOST_USER_PROTOCOL_F_BACKEND_REQ)",
+    ),
+    (
+        VhostUserProtocolFeatures::BACKEND_SEND_FD,
+        "requests with descriptors (VHOST_USER_PROTOCOL_F_BACKEND_SEND_FD)",
+    ),
+    (
+        VhostUserProtocolFeatures::REPLY_ACK,
+        "answers to requests (VHOST_USER_PROTOCOL_F_REPLY_ACK)",
+    ),
+];
 
 /// As many regions as a backend without memory slots has to take (vhost-user specification, `VHOST_USER_SET_MEM_TABLE`).
 const TABLE_REGIONS: usize = 8;
@@ -94,6 +115,43 @@ pub enum ConnectError {
     /// Too much memory.
     #[error(transparent)]
     Regions(#[from] TooManyRegions),
+    /// It lends nothing.
+    #[error(
+        "the backend at {socket} lends no memory; its own messages say why (for one: another guest has it, or it serves somebody \
+         else already: a backend serves one guest at a time)"
+    )]
+    NothingLent {
+        /// Where it is.
+        socket: String,
+    },
+    /// What it lends is of no use.
+    #[error("what the backend at {socket} lends can't be the device's memory")]
+    Loan {
+        /// Where it is.
+        socket: String,
+        /// Why.
+        #[source]
+        source: LoanError,
+    },
+    /// Another one than before.
+    #[error(
+        "the backend that serves the socket {socket} now lends other memory ({lent:#x} bytes) than the guest has ({kept:#x} \
+         bytes); start it with the range that it had"
+    )]
+    OtherLoan {
+        /// Where it is.
+        socket: String,
+        /// What it lends, in bytes.
+        lent: u64,
+        /// What the guest has.
+        kept: u64,
+    },
+    /// The memory was taken away by the host.
+    #[error("the memory that the backend at {socket} lends was taken away from the guest")]
+    TakenAway {
+        /// Where it is.
+        socket: String,
+    },
 }
 
 /// A call that failed.
@@ -171,6 +229,8 @@ pub(super) struct Connection {
     /// The device's configuration space.
     pub(super) config: Vec<u8>,
     max_regions: usize,
+    /// Of a backend that lends memory.
+    pub(super) lending: Option<Lending>,
 }
 
 /// Connects to a socket, at once or not at all.
@@ -224,7 +284,17 @@ impl Connection {
         let protocol = frontend
             .get_protocol_features()
             .map_err(failed("GET_PROTOCOL_FEATURES"))?
-            & PROTOCOL;
+            & if class.lends {
+                LENDING.iter().fold(PROTOCOL, |all, (one, _)| all | *one)
+            } else {
+                PROTOCOL
+            };
+        let lending = LENDING.iter().filter(|_| class.lends);
+        for (feature, what) in lending {
+            if !protocol.contains(*feature) {
+                return Err(lacks(what));
+            }
+        }
         if !protocol.contains(VhostUserProtocolFeatures::CONFIG) {
             return Err(lacks(
                 "its configuration space (VHOST_USER_PROTOCOL_F_CONFIG)",
@@ -253,6 +323,25 @@ impl Connection {
         let (_, config) = frontend
             .get_config(0, class.config_bytes, flags, &empty)
             .map_err(failed("GET_CONFIG"))?;
+        let lending = if class.lends {
+            let (channel, theirs) = Channel::pair().map_err(|source| ConnectError::Socket {
+                socket: socket(),
+                source,
+            })?;
+            frontend
+                .set_backend_request_fd(&theirs)
+                .map_err(failed("SET_BACKEND_REQ_FD"))?;
+            let said = frontend
+                .get_shmem_config()
+                .map_err(failed("GET_SHMEM_CONFIG"))?;
+            let lending = Lending::new(channel, said.nregions, said.memory_sizes[0]);
+            Some(lending.map_err(|source| ConnectError::Loan {
+                socket: socket(),
+                source,
+            })?)
+        } else {
+            None
+        };
         let mut max_regions = TABLE_REGIONS;
         if protocol.contains(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS) {
             let slots = frontend
@@ -266,6 +355,7 @@ impl Connection {
             features,
             config,
             max_regions,
+            lending,
         })
     }
 

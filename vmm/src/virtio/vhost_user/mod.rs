@@ -5,7 +5,7 @@
 //!   Worker ──start, stop──▶├─ Backend ─call─▶ Session ─▶ Connection ─┤   maps guest memory, has doorbells (ioeventfd) and
 //!   watch ──lost, again ──▶┘   (deadlines)    (state)     (messages) └─  interrupts (irqfd): nothing in between
 //! ```
-//! What is a device type's own is a [`Class`] in a file of its own ([`blk`]); all else is here once.
+//! What is a device type's own is a [`Class`] in a file of its own ([`blk`], [`pmem`]); all else is here once.
 //!
 //! Invariants:
 //! - Whatever the backend does or leaves undone, every call here comes back in time. One that hangs, talks nonsense or goes
@@ -13,11 +13,14 @@
 //! - Memory reaches a backend before the guest hears of it, and is taken back, or the backend cut off, before it is given up.
 //! - A descriptor of guest memory is what a backend maps: it has the lock of a device-dax range as long as we do.
 //! - The backend is trusted with guest memory, and with nothing else: what it says is checked and never an address here.
+//! - Memory that a backend lends ([`lending`]) is this side's to map, to place and to take down: it stays when the backend goes.
 
 pub mod blk;
 mod caller;
 mod class;
 mod connection;
+mod lending;
+pub mod pmem;
 mod session;
 mod shared;
 mod table;
@@ -46,6 +49,7 @@ use super::{ActivateError, Activation, Device, Kind};
 pub use caller::NoAnswer;
 pub use class::{Class, Shape};
 pub use connection::{CallError, ConnectError, TooManyRegions};
+pub use lending::{Loan, LoanError};
 pub use session::{AttachError, Service};
 pub use shared::{Change, OnChange, Status};
 pub use table::SharedRegion;
@@ -142,6 +146,9 @@ impl Backend {
         let connected = caller.call(HANDSHAKE, Session::connect);
         match connected {
             Ok(Ok(())) => {}
+            Ok(Err(source @ ConnectError::NothingLent { .. })) => {
+                return Err(OpenError::Connect { id, source });
+            }
             Ok(Err(_)) | Err(NoAnswer) if shared.line.gave_up() => {
                 return Err(OpenError::Silent {
                     id,
@@ -194,6 +201,23 @@ impl Backend {
     /// The undo of [`Backend::start`].
     pub fn stop(&self) -> Result<(), NoAnswer> {
         self.caller.call(CALL, Session::stop)
+    }
+
+    /// What the backend lends, once: to be mapped, and then [`Backend::loan_is_mapped`].
+    pub fn take_loan(&self) -> Result<Option<Loan>, NoAnswer> {
+        self.caller.call(CALL, Session::take_loan)
+    }
+
+    /// The backend may count on its memory being the guest's.
+    pub fn loan_is_mapped(&self) -> Result<(), NoAnswer> {
+        self.caller.call(CALL, Session::loan_is_mapped)
+    }
+
+    /// The host has taken the memory away: no backend lends it again.
+    pub fn borrow_no_more(&self) {
+        if let Err(error) = self.caller.call(CALL, Session::borrow_no_more) {
+            tracing::warn!(device = self.id(), %error, "the backend may lend its memory again");
+        }
     }
 
     /// No backend is wanted any more.

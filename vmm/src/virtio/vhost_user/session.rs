@@ -10,6 +10,7 @@
 //! A backend that is lost is nobody's error: what was asked of it is what the next one is told.
 
 use std::fmt;
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -20,6 +21,7 @@ use vm_memory::{GuestAddress, GuestAddressSpace};
 use super::connection::{
     CallError, ConnectError, Connection, Inflight, StartError, TooManyRegions, dial,
 };
+use super::lending::{Known, Loan, Message};
 use super::shared::Shared;
 use super::table::{SharedRegion, Table};
 use crate::memory::ram::GuestView;
@@ -97,6 +99,21 @@ pub(super) struct Session {
     service: Option<Service>,
     /// Features that the guest was offered.
     promised: Option<u64>,
+    /// What the first backend has lent, until the owner takes it.
+    loan: Option<Loan>,
+    /// The memory that the guest has of a backend's.
+    borrowed: Borrowed,
+}
+
+/// How it stands with memory that is lent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Borrowed {
+    /// Nothing was, so far.
+    Not,
+    /// This, from now on.
+    This(Known),
+    /// The host took it away: nothing is lent again.
+    TakenAway,
 }
 
 impl Session {
@@ -107,6 +124,8 @@ impl Session {
             table: Table::default(),
             service: None,
             promised: None,
+            loan: None,
+            borrowed: Borrowed::Not,
         }
     }
 
@@ -124,12 +143,13 @@ impl Session {
     }
 
     fn try_connect(&mut self) -> Result<(), ConnectError> {
+        let shared = Arc::clone(&self.shared);
         let Shared {
             socket,
             class,
             shape,
             ..
-        } = self.shared.as_ref();
+        } = shared.as_ref();
         let stream = dial(socket)?;
         let own = stream.try_clone().map_err(|source| ConnectError::Socket {
             socket: socket.display().to_string(),
@@ -157,6 +177,7 @@ impl Session {
         connection
             .add(&self.table, self.table.regions())
             .map_err(failed)?;
+        self.borrow(&mut connection)?;
         let mut config = std::mem::take(&mut connection.config);
         (class.fit)(&mut config, *shape);
         let changed = self.shared.set_config(config, promised);
@@ -179,9 +200,106 @@ impl Session {
         Ok(())
     }
 
+    /// What a backend lends: the first one's is for the owner to map, a later one's has to be the same.
+    fn borrow(&mut self, connection: &mut Connection) -> Result<(), ConnectError> {
+        let Some(lending) = &mut connection.lending else {
+            return Ok(());
+        };
+        let socket = || self.shared.socket.display().to_string();
+        let failed = |source: io::Error| ConnectError::Socket {
+            socket: socket(),
+            source,
+        };
+        if self.borrowed == Borrowed::TakenAway {
+            return Err(ConnectError::TakenAway { socket: socket() });
+        }
+        let nothing = || ConnectError::NothingLent { socket: socket() };
+        let line = self.shared.line.get().ok_or_else(nothing)?;
+        let loan = lending.loan(&line).map_err(|error| {
+            debug!(device = self.shared.id, %error, "nothing is lent");
+            nothing()
+        })?;
+        let loan = loan.map_err(|source| ConnectError::Loan {
+            socket: socket(),
+            source,
+        })?;
+        let known = loan.known().map_err(failed)?;
+        match self.borrowed {
+            Borrowed::This(before) if before == known => {
+                lending.settle(true).map_err(failed)?;
+            }
+            Borrowed::This(before) => {
+                lending.settle(false).map_err(failed)?;
+                return Err(ConnectError::OtherLoan {
+                    socket: socket(),
+                    lent: known.size,
+                    kept: before.size,
+                });
+            }
+            Borrowed::Not | Borrowed::TakenAway => {
+                self.borrowed = Borrowed::This(known);
+                self.loan = Some(loan);
+            }
+        }
+        self.shared.set_channel(Some(lending.channel.stream()));
+        Ok(())
+    }
+
+    /// What was lent, for the one who maps it.
+    pub(super) fn take_loan(&mut self) -> Option<Loan> {
+        self.loan.take()
+    }
+
+    /// It is mapped: the guest's from now on. The backend hears of it.
+    pub(super) fn loan_is_mapped(&mut self) {
+        let lending = self.connection.as_mut().and_then(|it| it.lending.as_mut());
+        if let Some(Err(error)) = lending.map(|lending| lending.settle(true)) {
+            self.lose(&error);
+        }
+    }
+
+    /// The guest has it no more, and gets nothing instead.
+    pub(super) fn borrow_no_more(&mut self) {
+        self.borrowed = Borrowed::TakenAway;
+    }
+
+    /// A backend says something by itself. Memory stays where it is, whatever it wants.
+    pub(super) fn asked(&mut self) {
+        let Some(lending) = self.connection.as_mut().and_then(|it| it.lending.as_mut()) else {
+            return;
+        };
+        // As much as one look is good for; there is another when there is more.
+        for _ in 0..16 {
+            let error = match lending.channel.receive() {
+                Ok(None) => return,
+                Ok(Some(Message { asked, reply })) => {
+                    // Once: it may ask as often as it likes.
+                    if !std::mem::replace(&mut lending.is_told, true) {
+                        warn!(
+                            device = self.shared.id,
+                            ?asked,
+                            "the backend asks for what is not done while a guest has its memory"
+                        );
+                    }
+                    match lending.channel.answer(reply, false) {
+                        Ok(()) => continue,
+                        Err(error) => error.into(),
+                    }
+                }
+                Err(error) => error,
+            };
+            self.shared.set_channel(None);
+            if !error.is_end() {
+                self.lose(&error);
+            }
+            return;
+        }
+    }
+
     /// The backend can't be used any more.
     fn lose(&mut self, why: &dyn fmt::Display) {
         self.connection = None;
+        self.shared.set_channel(None);
         let gave_up = self.shared.line.hang_up();
         let why = if gave_up {
             format!("it did not answer in time ({why})")

@@ -1,8 +1,9 @@
 //! What is known of a backend by those who must not wait for it.
 
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::event::{EventfdFlags, eventfd};
 use std::io;
@@ -48,6 +49,8 @@ pub(super) struct Shared {
     closed: AtomicBool,
     status: Mutex<Status>,
     space: Mutex<Space>,
+    /// By which a backend that lends memory says something by itself.
+    channel: Mutex<Option<Arc<UnixStream>>>,
     on_change: OnChange,
 }
 
@@ -79,6 +82,7 @@ impl Shared {
             closed: AtomicBool::new(false),
             status: Mutex::default(),
             space: Mutex::default(),
+            channel: Mutex::default(),
             on_change,
         })
     }
@@ -113,6 +117,15 @@ impl Shared {
         let changed = !space.config.is_empty() && space.config != config;
         *space = Space { features, config };
         changed
+    }
+
+    pub(super) fn channel(&self) -> Option<Arc<UnixStream>> {
+        locked(&self.channel).clone()
+    }
+
+    /// Of the backend that is there; `None`: it says nothing by itself, or none is there.
+    pub(super) fn set_channel(&self, channel: Option<Arc<UnixStream>>) {
+        *locked(&self.channel) = channel;
     }
 
     pub(super) fn connected(&self) {

@@ -22,15 +22,22 @@ pub(super) fn run(shared: &Shared, caller: &Arc<Caller<Session>>) {
         if shared.status().lost.is_none() {
             pause = FIRST_PAUSE;
             let connections = shared.line.count();
-            let hung_up = wait(shared, shared.line.get().as_deref(), None);
+            let Signs { hung_up, asked } = wait(
+                shared,
+                shared.line.get().as_deref(),
+                shared.channel().as_deref(),
+                None,
+            );
             let lose = move |session: &mut Session| session.hung_up(connections);
-            if hung_up && caller.call(super::CALL, lose).is_err() {
+            if (hung_up && caller.call(super::CALL, lose).is_err())
+                || (asked && caller.call(super::CALL, Session::asked).is_err())
+            {
                 // A thread that does not answer is asked again, with a pause.
-                wait(shared, None, Some(LONGEST_PAUSE));
+                wait(shared, None, None, Some(LONGEST_PAUSE));
             }
             continue;
         }
-        wait(shared, None, Some(pause));
+        wait(shared, None, None, Some(pause));
         if shared.is_closed() {
             return;
         }
@@ -43,21 +50,42 @@ pub(super) fn run(shared: &Shared, caller: &Arc<Caller<Session>>) {
     }
 }
 
-/// Waits until the other side hangs up, which it tells, or somebody wants a look, or for so long.
-fn wait(shared: &Shared, stream: Option<&UnixStream>, at_most: Option<Duration>) -> bool {
-    let mut fds = vec![PollFd::new(&shared.wake, PollFlags::IN)];
-    if let Some(stream) = stream {
-        fds.push(PollFd::new(stream, PollFlags::RDHUP));
-    }
+/// What was noticed.
+#[derive(Debug, Default)]
+struct Signs {
+    /// The connection has ended.
+    hung_up: bool,
+    /// The backend says something by itself.
+    asked: bool,
+}
+
+/// Waits until the other side hangs up, which it tells, or says something by itself, or somebody wants a look, or for so long.
+fn wait(
+    shared: &Shared,
+    stream: Option<&UnixStream>,
+    channel: Option<&UnixStream>,
+    at_most: Option<Duration>,
+) -> Signs {
     let at_most = at_most.and_then(|time| Timespec::try_from(time).ok());
+    let mut fds = vec![PollFd::new(&shared.wake, PollFlags::IN)];
+    fds.extend(stream.map(|stream| PollFd::new(stream, PollFlags::RDHUP)));
+    fds.extend(channel.map(|channel| PollFd::new(channel, PollFlags::IN)));
     if poll(&mut fds, at_most.as_ref()).is_err() {
         // Interrupted: what there is to see is seen the next time.
-        return false;
+        return Signs::default();
     }
     let gone = PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR;
-    let hung_up = fds.get(1).is_some_and(|fd| fd.revents().intersects(gone));
+    let mut seen = fds[1..].iter().map(PollFd::revents);
+    let signs = Signs {
+        hung_up: stream
+            .and_then(|_| seen.next())
+            .is_some_and(|it| it.intersects(gone)),
+        asked: channel
+            .and_then(|_| seen.next())
+            .is_some_and(|it| !it.is_empty()),
+    };
     let mut count = [0; 8];
     // Nothing to read when nobody woke it.
     let _ = rustix::io::read(&shared.wake, &mut count);
-    hung_up
+    signs
 }

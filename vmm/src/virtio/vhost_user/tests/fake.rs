@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::Write;
 use std::net::Shutdown;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -27,18 +27,24 @@ pub(super) const GET_PROTOCOL_FEATURES: u32 = 15;
 pub(super) const SET_PROTOCOL_FEATURES: u32 = 16;
 pub(super) const GET_QUEUE_NUM: u32 = 17;
 pub(super) const SET_VRING_ENABLE: u32 = 18;
+pub(super) const SET_BACKEND_REQ_FD: u32 = 21;
 pub(super) const GET_CONFIG: u32 = 24;
 pub(super) const GET_INFLIGHT_FD: u32 = 31;
 pub(super) const SET_INFLIGHT_FD: u32 = 32;
 pub(super) const GET_MAX_MEM_SLOTS: u32 = 36;
 pub(super) const ADD_MEM_REG: u32 = 37;
 pub(super) const REM_MEM_REG: u32 = 38;
+pub(super) const GET_SHMEM_CONFIG: u32 = 44;
 
 pub(super) const PROTOCOL_MQ: u64 = 1;
 pub(super) const PROTOCOL_REPLY_ACK: u64 = 1 << 3;
+pub(super) const PROTOCOL_BACKEND_REQ: u64 = 1 << 5;
 pub(super) const PROTOCOL_CONFIG: u64 = 1 << 9;
+pub(super) const PROTOCOL_BACKEND_SEND_FD: u64 = 1 << 10;
 pub(super) const PROTOCOL_INFLIGHT: u64 = 1 << 12;
 pub(super) const PROTOCOL_MEM_SLOTS: u64 = 1 << 15;
+pub(super) const PROTOCOL_SHMEM: u64 = 1 << 22;
+pub(super) const LENDING: u64 = PROTOCOL_BACKEND_REQ | PROTOCOL_BACKEND_SEND_FD | PROTOCOL_SHMEM;
 pub(super) const ALL_PROTOCOL: u64 =
     PROTOCOL_MQ | PROTOCOL_REPLY_ACK | PROTOCOL_CONFIG | PROTOCOL_INFLIGHT | PROTOCOL_MEM_SLOTS;
 
@@ -68,6 +74,10 @@ pub(super) struct Manners {
     pub(super) slots: u64,
     /// At this message.
     pub(super) misdeed: Option<(u32, Misdeed)>,
+    /// Bytes of shared memory region 0.
+    pub(super) shared: u64,
+    /// What it says by itself once it can: bytes, and a file with them.
+    pub(super) asks: Option<(Vec<u8>, Option<Arc<File>>)>,
 }
 
 impl Default for Manners {
@@ -79,6 +89,8 @@ impl Default for Manners {
             queues: 4,
             slots: 8,
             misdeed: None,
+            shared: 0,
+            asks: None,
         }
     }
 }
@@ -90,6 +102,7 @@ pub(super) type Message = (u32, Vec<u8>, bool);
 struct Seen {
     messages: Vec<Message>,
     stream: Option<UnixStream>,
+    channel: Option<UnixStream>,
     dead: bool,
 }
 
@@ -150,6 +163,12 @@ impl Fake {
         // Wakes one that waits for a client.
         let _ = UnixStream::connect(self.socket());
         thread.join().unwrap();
+    }
+
+    /// By which it says something by itself.
+    pub(super) fn channel(&self) -> UnixStream {
+        let seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        seen.channel.as_ref().unwrap().try_clone().unwrap()
     }
 
     pub(super) fn messages(&self) -> Vec<Message> {
@@ -221,6 +240,12 @@ fn converse(mut stream: &UnixStream, manners: &Manners, seen: &Mutex<Seen>) {
                 }
                 Some(body)
             }
+            GET_SHMEM_CONFIG => {
+                let mut answer = vec![0; 8 + 256 * 8];
+                answer[0] = 1;
+                answer[8..16].copy_from_slice(&manners.shared.to_le_bytes());
+                Some(answer)
+            }
             GET_INFLIGHT_FD => {
                 let mut answer = 4096u64.to_le_bytes().to_vec();
                 answer.extend(&body[8..]);
@@ -258,6 +283,18 @@ fn converse(mut stream: &UnixStream, manners: &Manners, seen: &Mutex<Seen>) {
         };
         if !sent {
             return;
+        }
+        if let (SET_BACKEND_REQ_FD, Some(file)) = (request, file) {
+            let channel = UnixStream::from(OwnedFd::from(file));
+            match &manners.asks {
+                Some((bytes, Some(file))) if !bytes.is_empty() => {
+                    let sent = channel.send_with_fd(bytes.as_slice(), file.as_raw_fd());
+                    sent.unwrap();
+                }
+                Some((bytes, _)) => (&channel).write_all(bytes).unwrap(),
+                None => {}
+            }
+            seen.lock().unwrap().channel = Some(channel);
         }
     }
 }

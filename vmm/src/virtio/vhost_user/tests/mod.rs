@@ -1,6 +1,7 @@
 //! A frontend against a backend that keeps to the protocol, that breaks it at every message, and that goes and comes.
 
 mod fake;
+mod lending;
 
 use std::sync::Mutex;
 use std::time::Instant;

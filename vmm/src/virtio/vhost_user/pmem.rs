@@ -1,0 +1,94 @@
+//! Persistent memory that a vhost-user backend lends: what is its own.
+//!
+//! The memory is mapped here and is a region of guest memory like any other. The backend is left with the queue of flush
+//! requests: a guest whose backend is gone stores on, and its flushes wait for the next one. The guest is told where the
+//! memory is by the configuration space, which drivers of all ages read.
+
+use std::sync::Arc;
+
+use super::class::{Class, Shape};
+use super::{Backend, VhostUserDevice};
+use crate::memory::layout::Gpa;
+use crate::virtio::device::{Device, Kind, read_space};
+use crate::virtio::worker::Worker;
+use crate::virtio::{ActivateError, Activation};
+
+/// Start and size (virtio 1.2, 5.19.4).
+const CONFIG_BYTES: u32 = 16;
+
+/// The one queue.
+pub const SHAPE: Shape = Shape {
+    queues: 1,
+    queue_size: 64,
+};
+
+/// Persistent memory. Not among the features: `SHMEM_REGION`, by which a driver would look for the memory in a BAR.
+pub const PMEM: Class = Class {
+    name: "vhost-user pmem",
+    kind: Kind::Pmem,
+    features: 0,
+    config_bytes: CONFIG_BYTES,
+    lends: true,
+    // What the backend says of the place is not believed: it is this side's.
+    fit: |config, _| config.fill(0),
+};
+
+/// A range of persistent memory, and the backend that flushes it.
+pub struct LentPmem {
+    queue: VhostUserDevice,
+    backend: Arc<Backend>,
+    space: [u8; CONFIG_BYTES as usize],
+}
+
+impl LentPmem {
+    /// For memory that the guest has at `gpa`, `size` bytes long.
+    pub fn new(backend: Arc<Backend>, gpa: Gpa, size: u64) -> Self {
+        let mut space = [0; CONFIG_BYTES as usize];
+        space[..8].copy_from_slice(&gpa.0.to_le_bytes());
+        space[8..].copy_from_slice(&size.to_le_bytes());
+        Self {
+            queue: VhostUserDevice::new(Arc::clone(&backend)),
+            backend,
+            space,
+        }
+    }
+}
+
+impl Device for LentPmem {
+    fn kind(&self) -> Kind {
+        Kind::Pmem
+    }
+
+    fn features(&self) -> u64 {
+        0
+    }
+
+    fn ring_features(&self) -> u64 {
+        self.queue.ring_features()
+    }
+
+    fn queue_sizes(&self) -> Vec<u16> {
+        self.queue.queue_sizes()
+    }
+
+    fn config_read(&self, offset: u64, data: &mut [u8]) {
+        read_space(&self.space, offset, data);
+    }
+
+    fn activate(&self, activation: Activation) -> Result<Vec<Box<dyn Worker>>, ActivateError> {
+        self.queue.activate(activation)
+    }
+
+    /// Linux waits for the answer to a flush without a limit: the backend, which sees the loss as well, answers on.
+    fn outlives_host(&self) -> bool {
+        true
+    }
+
+    fn sever(&self) {
+        self.backend.borrow_no_more();
+    }
+
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        self.queue.counters()
+    }
+}
