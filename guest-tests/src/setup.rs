@@ -17,10 +17,11 @@ use crate::share::{self, Initramfs, PeerError, ShareError};
 use crate::signals;
 
 /// Packages whose binaries the lab runs.
-const PACKAGES: [&str; 4] = [
+const PACKAGES: [&str; 5] = [
     "daxhund",
     "daxhund-guard",
     "daxhund-vhost-user-blk",
+    "daxhund-vhost-user-pmem",
     "lab-agent",
 ];
 const AGENT: &str = "lab-agent";

@@ -84,6 +84,7 @@ fn daxhund_runs_on_a_bare_host(lab: &mut Lab) -> Result<(), TestError> {
         "daxhund-remote",
         "daxhund-guardd",
         "daxhund-vhost-user-blk",
+        "daxhund-vhost-user-pmem",
     ] {
         let program = format!("/lab/bin/{program}");
         let verified = lab.host.run(&[loader, "--verify", &program])?;

@@ -29,6 +29,7 @@ mod small_devices;
 pub mod soak;
 mod start_errors;
 mod support;
+mod vhost_pmem;
 mod vhost_user;
 
 use std::sync::Arc;
@@ -125,6 +126,7 @@ pub fn all(kernel: &str) -> Vec<GuestTest> {
         blk::TESTS.to_vec(),
         served_disk::TESTS.to_vec(),
         vhost_user::TESTS.to_vec(),
+        vhost_pmem::TESTS.to_vec(),
         net::TESTS.to_vec(),
         small_devices::TESTS.to_vec(),
         hotplug::TESTS.to_vec(),
