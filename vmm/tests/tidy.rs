@@ -12,6 +12,7 @@ const MAY_BE_UNSAFE: &[&str] = &[
     "backends/pin/src/pages.rs",
     "backends/pin/src/sys.rs",
     "backends/vhost-user-blk/src/disk/mapped.rs",
+    "backends/vhost-user-blk/src/seccomp/trap.rs",
     "backends/vhost-user/src/guest.rs",
     "vmm/src/inherited.rs",
     "vmm/src/kvm/interrupts.rs",

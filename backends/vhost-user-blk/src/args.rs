@@ -7,6 +7,8 @@ use std::path::PathBuf;
 use clap::{ArgAction, Parser};
 use tracing::Level;
 
+use crate::config::{RemovalGuard, Seccomp};
+
 /// Serves a range of device-dax memory, or a file, as a virtio disk over vhost-user.
 #[derive(Debug, Parser)]
 #[command(name = "daxhund-vhost-user-blk", version)]
@@ -15,11 +17,12 @@ pub struct Args {
     /// Where the VMM connects; made here and removed at the end. Not with a socket that systemd hands over
     #[arg(long, value_name = "PATH")]
     pub socket_path: Option<PathBuf>,
-    /// The disk is this part of a device-dax device; all of it without offset= and size= (K, M, G, T)
+    /// The disk is this part of a device-dax device; all of it without offset= and size= (K, M, G, T). When the host wants the
+    /// device back: serve no longer than its frontend or the timeout's 10 seconds (stop), or refuse
     #[arg(
         long,
         group = "disk",
-        value_name = "DEVICE[,offset=BYTES][,size=BYTES]"
+        value_name = "DEVICE[,offset=BYTES][,size=BYTES][,on_removal=stop|refuse][,removal_timeout=SECONDS]"
     )]
     pub dax: Option<String>,
     /// The disk is this image file or block device
@@ -31,6 +34,19 @@ pub struct Args {
     /// Queues that are offered, each served by a thread of its own
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub num_queues: u16,
+    /// Who holds removals of the device back until it is let go of: daxhund-guardd, or nobody; without the flag the daemon
+    /// when its socket is there
+    #[arg(long, value_enum, value_name = "WHO", conflicts_with = "file")]
+    pub removal_guard: Option<RemovalGuard>,
+    /// Tell what happens as JSON objects in this file or FIFO
+    #[arg(long, value_name = "path=PATH")]
+    pub event_monitor: Option<String>,
+    /// Give counts of what was served to whoever connects to this unix socket
+    #[arg(long, value_name = "PATH")]
+    pub metrics_socket: Option<PathBuf>,
+    /// System call filter: a call that is not on the list kills (true) or is logged by the kernel (log)
+    #[arg(long, value_enum, value_name = "MODE", default_value_t)]
+    pub seccomp: Seccomp,
     /// Say more of what is done; twice for everything
     #[arg(short, long, action = ArgAction::Count)]
     pub verbose: u8,

@@ -25,6 +25,7 @@ use vmm_sys_util::epoll::EventSet;
 
 use crate::disk::Disk;
 use crate::guest::GuestMemory;
+use crate::metrics::Metrics;
 use crate::request::{Request, Terms};
 use crate::serve::{Scratch, Target, serve};
 use crate::space;
@@ -38,6 +39,7 @@ const BYTES: u64 = 4 << 20;
 #[derive(Debug)]
 pub struct Backend {
     disk: Arc<dyn Disk>,
+    metrics: Arc<Metrics>,
     space: Vec<u8>,
     num_queues: u16,
     write_through: AtomicBool,
@@ -70,7 +72,7 @@ enum Batch {
 
 impl Backend {
     /// For a disk.
-    pub fn new(disk: Arc<dyn Disk>, num_queues: u16) -> Self {
+    pub fn new(disk: Arc<dyn Disk>, num_queues: u16, metrics: Arc<Metrics>) -> Self {
         let lane = || {
             Mutex::new(Lane {
                 chain: Chain::default(),
@@ -86,6 +88,7 @@ impl Backend {
             guest: RwLock::default(),
             lanes: (0..num_queues).map(|_| lane()).collect(),
             disk,
+            metrics,
         }
     }
 
@@ -135,6 +138,7 @@ impl Backend {
         let target = Target {
             disk: &*self.disk,
             write_through: self.write_through.load(Ordering::SeqCst),
+            metrics: &self.metrics,
         };
         let mut bytes = 0;
         while *requests < REQUESTS && bytes < BYTES {

@@ -6,7 +6,8 @@
 //!      ▲                               │       │ SIGTERM, SIGINT: no more requests are taken, those that were are
 //!      └───────── it goes away ────────┘       │ answered, the connection is shut ──▶ end
 //!                                              │
-//!                the disk's memory is gone: requests fail, the device is let go of; ends with the session ──▶ error
+//!                the disk's memory is gone, or is given to the host that wants it: requests fail, the device is let go of;
+//!                ends with the session ──▶ error
 //! ```
 //! Each connection gets a session of its own with rings, memory and threads; nothing of one reaches the next. A frontend
 //! that connects meanwhile waits in the socket's queue.
@@ -17,17 +18,23 @@ use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use daxhund_dax::sigbus::{GuardError, Incidents};
 use daxhund_dax::{Host, Pace, Watch, WatchError};
+use daxhund_guard::ConnectError;
+use daxhund_monitor::{EventMonitor, Monitor, OpenError};
 use daxhund_vhost_user::events::{ready, signals};
 use daxhund_vhost_user::session::{self, FinishError, StartError};
 use thiserror::Error;
 
 use crate::backend::Backend;
-use crate::config::Config;
+use crate::config::{Config, DiskSource};
 use crate::disk::{OpenDisk, OpenDiskError};
+use crate::event::Event;
+use crate::metrics::{Metrics, MetricsSocketError, Server};
+use crate::removal::Removals;
 use crate::socket::{Socket, SocketError};
 
 type Session = session::Session<Backend>;
@@ -51,6 +58,15 @@ pub enum DaemonError {
     /// Nothing would survive its going away.
     #[error(transparent)]
     Guard(#[from] GuardError),
+    /// Nobody holds removals although somebody was to.
+    #[error("--removal-guard daemon: leave the flag out to serve without where there is none")]
+    NoGuard(#[source] ConnectError),
+    /// Nobody can be told what happens.
+    #[error("--event-monitor")]
+    Events(#[source] OpenError),
+    /// Nobody can be told how much.
+    #[error(transparent)]
+    Metrics(#[from] MetricsSocketError),
     /// The host refuses what the loop needs.
     #[error("can't {what}")]
     Loop {
@@ -66,6 +82,16 @@ pub enum DaemonError {
         path.display()
     )]
     Lost {
+        /// The device.
+        path: PathBuf,
+    },
+    /// The device was given up.
+    #[error(
+        "the host wanted {} back and has it now, and with it the disk: start again when the device is back (`daxctl list`); \
+         on_removal=refuse keeps it",
+        path.display()
+    )]
+    GivenUp {
         /// The device.
         path: PathBuf,
     },
@@ -88,8 +114,17 @@ pub struct Daemon {
     socket: Socket,
     signals: UnixStream,
     incidents: Incidents,
+    events: Monitor,
+    metrics: Arc<Metrics>,
+    server: Option<Server>,
     /// `None` when there is nothing to watch, or not any more.
     watch: Option<Watch>,
+    /// `None` when there is nothing to remove, or not any more.
+    removals: Option<Removals>,
+    /// The host was given what it wanted.
+    is_given_up: bool,
+    /// Dropped last: it writes what was sent.
+    _event_monitor: Option<EventMonitor>,
 }
 
 /// A cause of work.
@@ -101,6 +136,10 @@ enum Source {
     Incident,
     /// A sign that the disk's device goes away, or time to look.
     Watch,
+    /// Somebody wants the metrics.
+    Metrics,
+    /// The guard has something to say.
+    Guard,
     /// One wants to connect, or the one that is served has gone.
     Frontend,
 }
@@ -109,9 +148,23 @@ impl Daemon {
     /// Opens and locks the disk, then listens. On an error nothing is left.
     pub fn new(config: &Config) -> Result<Self, DaemonError> {
         let host = Host::system();
+        let event_monitor = config.events.as_deref().map(EventMonitor::open);
+        let event_monitor = event_monitor.transpose().map_err(DaemonError::Events)?;
+        let events = event_monitor
+            .as_ref()
+            .map_or_else(Monitor::off, EventMonitor::monitor);
+        let metrics = Arc::new(Metrics::default());
         let incidents = Incidents::open()?;
         let signals = signals().map_err(failed("handle signals"))?;
         let disk = OpenDisk::open(&host, config)?;
+        let removals = match &config.disk {
+            DiskSource::Dax { .. } => {
+                let (guard, policy) = (config.removal_guard, config.removal);
+                let removals = Removals::new(guard, policy, events.clone());
+                Some(removals.map_err(DaemonError::NoGuard)?)
+            }
+            DiskSource::File(_) => None,
+        };
         let watch = match &disk {
             OpenDisk::Dax(dax) => {
                 let mut watch = Watch::new(&host, Pace::default())?;
@@ -125,6 +178,14 @@ impl Daemon {
         };
         let socket = Socket::open(config.socket_path.as_deref())?;
         let path = config.disk.path();
+        let server = config.metrics_socket.as_deref();
+        let server = server
+            .map(|path| Server::open(path, &metrics))
+            .transpose()?;
+        events.send(&Event::Listening {
+            disk: &path.to_string_lossy(),
+            bytes: &disk.shared().len().to_string(),
+        });
         tracing::info!(
             disk = %path.display(), bytes = disk.shared().len(), queues = config.num_queues,
             read_only = config.read_only, "listening"
@@ -136,19 +197,39 @@ impl Daemon {
             socket,
             signals,
             incidents,
+            events,
+            metrics,
+            server,
             watch,
+            removals,
+            is_given_up: false,
+            _event_monitor: event_monitor,
         })
     }
 
     /// Serves until a signal, which is an orderly end, or until the disk is gone.
     pub fn run(mut self) -> Result<(), DaemonError> {
+        let outcome = self.serve();
+        let why = match &outcome {
+            Ok(()) => "signal".to_owned(),
+            Err(error) => crate::chain(error),
+        };
+        self.events.send(&Event::Ending { why: &why });
+        outcome
+    }
+
+    fn serve(&mut self) -> Result<(), DaemonError> {
         let mut session: Option<Session> = None;
-        while session.is_some() || !self.is_lost() {
+        loop {
+            self.settle(session.is_some());
+            if session.is_none() && self.is_lost() {
+                return Err(self.end_of_the_disk());
+            }
             for source in self.wait(session.as_ref())? {
                 match source {
                     Source::Signal => {
                         tracing::info!("ending by a signal");
-                        return session.map_or(Ok(()), finish);
+                        return session.take().map_or(Ok(()), finish);
                     }
                     Source::Incident => {
                         self.incidents.take();
@@ -156,17 +237,66 @@ impl Daemon {
                         self.look_after_the_disk()?;
                     }
                     Source::Watch => self.look_after_the_disk()?,
+                    Source::Metrics => {
+                        if let Some(server) = &self.server {
+                            server.serve();
+                        }
+                    }
+                    Source::Guard => {
+                        if let Some(removals) = &mut self.removals {
+                            removals.read();
+                        }
+                    }
                     Source::Frontend => {
                         session = match session.take() {
                             // It has ended, so this does not wait.
-                            Some(session) => finish(session).map(|()| None)?,
+                            Some(session) => {
+                                finish(session)?;
+                                self.events.send(&Event::FrontendGone);
+                                None
+                            }
                             None => self.accept()?,
                         };
                     }
                 }
             }
         }
-        Err(DaemonError::Lost { path: self.path })
+    }
+
+    /// Has the device's removal held, and lets go of the device when that is due.
+    fn settle(&mut self, has_frontend: bool) {
+        let (OpenDisk::Dax(disk), Some(removals)) = (&self.disk, &mut self.removals) else {
+            return;
+        };
+        if removals.is_due(has_frontend) {
+            if !self.is_lost() {
+                tracing::warn!(
+                    device = %self.path.display(),
+                    "the disk's memory is given to the host: requests fail from now on"
+                );
+                self.is_given_up = true;
+                self.tell_of_loss("given");
+            }
+            self.let_go();
+        } else {
+            removals.follow(disk);
+        }
+    }
+
+    fn tell_of_loss(&self, how: &str) {
+        self.events.send(&Event::DiskLost {
+            disk: &self.path.to_string_lossy(),
+            how,
+        });
+    }
+
+    fn end_of_the_disk(&self) -> DaemonError {
+        let path = self.path.clone();
+        if self.is_given_up {
+            DaemonError::GivenUp { path }
+        } else {
+            DaemonError::Lost { path }
+        }
     }
 
     /// What there is to do, a signal first.
@@ -180,8 +310,17 @@ impl Daemon {
         if let Some(watch) = &self.watch {
             sources.push((Source::Watch, watch.as_fd()));
         }
+        if let Some(server) = &self.server {
+            sources.push((Source::Metrics, server.as_fd()));
+        }
+        let removals = self.removals.as_ref();
+        if let Some(fd) = removals.and_then(Removals::fd) {
+            sources.push((Source::Guard, fd));
+        }
+        let until = removals.and_then(Removals::wakes_at);
+        let within = until.map(|until| until.saturating_duration_since(Instant::now()));
         let fds: Vec<_> = sources.iter().map(|(_, fd)| *fd).collect();
-        let ready = ready(&fds, None).map_err(failed("wait for events"))?;
+        let ready = ready(&fds, within).map_err(failed("wait for events"))?;
         let awake = sources.iter().zip(ready).filter(|(_, ready)| *ready);
         Ok(awake.map(|((source, _), _)| *source).collect())
     }
@@ -196,29 +335,45 @@ impl Daemon {
         if let Some(watch) = &mut self.watch
             && (!watch.read()?.is_empty() || touched)
         {
+            tracing::error!(
+                device = %self.path.display(),
+                "the host takes the disk's memory away: requests fail from now on"
+            );
+            self.tell_of_loss("taken");
             self.let_go();
         }
         Ok(())
     }
 
-    /// Nothing of the device is kept: its memory may come back only when nobody has it mapped.
+    /// Nothing of the device is kept: its memory may come back only when nobody has it mapped. Who waits for it is answered then.
     fn let_go(&mut self) {
-        tracing::error!(
-            device = %self.path.display(),
-            "the host takes the disk's memory away: requests fail from now on"
-        );
         // Before the mapping: it looks at its address.
         self.watch = None;
-        if let OpenDisk::Dax(disk) = &self.disk {
-            disk.release();
+        let OpenDisk::Dax(disk) = &self.disk else {
+            return;
+        };
+        match disk.release() {
+            Ok(()) => {
+                if let Some(removals) = self.removals.take() {
+                    removals.let_go(disk.device());
+                }
+            }
+            Err(error) => {
+                tracing::error!(%error, "the disk's memory is kept by the kernel: it is tried again");
+                if let Some(removals) = &mut self.removals {
+                    removals.put_off();
+                }
+            }
         }
     }
 
     /// `None` when the frontend could not be served; the next one may.
     fn accept(&mut self) -> Result<Option<Session>, DaemonError> {
-        let (disk, listener) = (self.disk.shared(), self.socket.accepting());
-        match Session::start(Backend::new(disk, self.num_queues), listener) {
+        let backend = Backend::new(self.disk.shared(), self.num_queues, self.metrics.clone());
+        match Session::start(backend, self.socket.accepting()) {
             Ok(session) => {
+                self.metrics.sessions.inc();
+                self.events.send(&Event::FrontendConnected);
                 tracing::info!("a frontend has connected");
                 Ok(Some(session))
             }

@@ -20,9 +20,10 @@
 //! - Requests of one queue are done one after the other, and each is answered before the next is taken. A frontend that
 //!   connects again goes on at the used index, and nothing is lost or done twice.
 //! - A disk's range is locked before it is mapped and as long as it is served.
+//! - A removal that the guard holds is answered when nothing here maps the device or has it open ([`removal`]).
 //!
 //! # Not here
-//! In-flight tracking (there is nothing in flight when a queue stops), migration, a guard that holds removals back.
+//! In-flight tracking (there is nothing in flight when a queue stops), migration.
 
 #![deny(unsafe_code)]
 
@@ -33,6 +34,17 @@ pub mod backend;
 pub mod config;
 pub mod daemon;
 pub mod disk;
+pub mod event;
+pub mod metrics;
+pub mod removal;
 pub mod request;
+pub mod seccomp;
 pub mod serve;
 pub mod space;
+
+/// An error and what caused it, in one line.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(Some(error), |error| error.source());
+    let texts: Vec<String> = causes.map(ToString::to_string).collect();
+    texts.join(": ")
+}

@@ -10,6 +10,7 @@ use clap::Parser;
 use daxhund_vhost_user_blk::args::Args;
 use daxhund_vhost_user_blk::config::Config;
 use daxhund_vhost_user_blk::daemon::Daemon;
+use daxhund_vhost_user_blk::seccomp::confine;
 
 fn main() -> ExitCode {
     let args = Args::parse();
@@ -35,5 +36,7 @@ fn main() -> ExitCode {
 
 fn serve(args: Args) -> Result<(), Box<dyn Error>> {
     let config = Config::try_from(args)?;
-    Ok(Daemon::new(&config)?.run()?)
+    let daemon = Daemon::new(&config)?;
+    confine(config.seccomp)?;
+    Ok(daemon.run()?)
 }

@@ -8,6 +8,7 @@ use vm_memory::{Bytes, GuestMemoryBackend, VolatileSlice};
 
 use crate::disk::Disk;
 use crate::guest::GuestMemory;
+use crate::metrics::Metrics;
 use crate::request::{Range, Request};
 
 /// What a worker copies through, and keeps its lists in.
@@ -32,6 +33,8 @@ pub struct Target<'a> {
     pub disk: &'a dyn Disk,
     /// What is written is durable before it is answered: the driver knows of no flush.
     pub write_through: bool,
+    /// Where it is counted.
+    pub metrics: &'a Metrics,
 }
 
 /// Does what the chain asks and writes the answer. What the used ring is to say is returned.
@@ -51,9 +54,22 @@ pub fn serve(
         Ok(data) => (Status::Ok, data),
         Err(status) => (status, 0),
     };
+    count(target.metrics, asked, status);
     // The memory may have gone since: then nobody reads the answer.
     let _ = memory.write_obj(status as u8, at);
     chain.written(data)
+}
+
+fn count(metrics: &Metrics, asked: Result<Request, Status>, status: Status) {
+    metrics.requests.inc();
+    let (counter, by) = match asked {
+        _ if status != Status::Ok => (&metrics.errors, 1),
+        Ok(Request::Read(range)) => (&metrics.read_bytes, range.len),
+        Ok(Request::Write(range)) => (&metrics.written_bytes, range.len),
+        Ok(Request::Flush) => (&metrics.flushes, 1),
+        _ => return,
+    };
+    counter.inc_by(by);
 }
 
 /// Bytes that have gone back.

@@ -2,8 +2,8 @@
 
 mod driver;
 
-use std::fs::File;
-use std::io::Write;
+use std::fs::{self, File};
+use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -87,6 +87,64 @@ fn a_disk_is_read_and_written_by_several_queues() {
     drop(driver);
     daemon.ends_well();
     assert!(!scene.socket().exists(), "the socket goes with the daemon");
+}
+
+#[test]
+fn what_happens_is_told_and_counted() {
+    let scene = Scene::new();
+    let place = |name: &str| scene.directory.path().join(name);
+    let (events, metrics) = (place("events"), place("metrics"));
+    let word = format!("path={}", path(&events));
+    let daemon = scene.start(&["--event-monitor", &word, "--metrics-socket", path(&metrics)]);
+    let count = |name: &str| -> u64 {
+        let mut text = String::new();
+        let mut stream = UnixStream::connect(&metrics).unwrap();
+        stream.read_to_string(&mut text).unwrap();
+        let name = format!("daxhund_vhost_user_blk_{name}_total ");
+        let line = text.lines().find_map(|line| line.strip_prefix(&name));
+        line.unwrap().parse().unwrap()
+    };
+    assert_eq!((count("sessions"), count("requests")), (0, 0));
+    let mut driver = Driver::connect(&scene.socket(), 1);
+    assert_eq!(driver.write(0, 0, &[1; 4096]), OK);
+    assert_eq!(driver.read(0, 0, 1024).0, OK);
+    assert_eq!(driver.flush(0), OK);
+    assert_eq!(driver.write(0, 8 * MIB / 512, &[1; 512]), IO_ERROR);
+    let names = [
+        "requests",
+        "errors",
+        "read_bytes",
+        "written_bytes",
+        "flushes",
+    ];
+    assert_eq!(names.map(count), [4, 1, 1024, 4096, 1]);
+    assert_eq!(count("sessions"), 1);
+    drop(driver);
+    // The daemon serves one after the other: when the second one is served, the first has gone.
+    let mut driver = Driver::connect(&scene.socket(), 1);
+    assert_eq!(driver.read(0, 0, 512).0, OK);
+    assert_eq!((count("sessions"), count("requests")), (2, 5));
+    daemon.ends_well();
+    assert!(!metrics.exists(), "the socket goes with the daemon");
+    let told = fs::read_to_string(&events).unwrap();
+    let name = |line: &str| {
+        Some(
+            line.trim()
+                .strip_prefix("\"event\": \"")?
+                .trim_end_matches("\",")
+                .to_owned(),
+        )
+    };
+    let names: Vec<_> = told.lines().filter_map(name).collect();
+    let expected = [
+        "listening",
+        "frontend-connected",
+        "frontend-gone",
+        "frontend-connected",
+        "ending",
+    ];
+    assert_eq!(names, expected, "{told}");
+    assert!(told.contains("\"bytes\": \"8388608\"") && told.contains("\"why\": \"signal\""));
 }
 
 #[test]

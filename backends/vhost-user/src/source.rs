@@ -51,9 +51,22 @@ pub enum SourceError {
 impl Source {
     /// From the values of `--dax` and `--file`, of which there is one.
     pub fn new(dax: Option<&str>, file: Option<PathBuf>) -> Result<Self, SourceError> {
+        match Self::with_more(dax, file)? {
+            (source, more) if more.is_empty() => Ok(source),
+            (_, more) => Err(SourceError::Part {
+                part: more[0].to_owned(),
+            }),
+        }
+    }
+
+    /// The same for a daemon whose devices have more to say: what is neither the first `offset=` nor the first `size=`.
+    pub fn with_more(
+        dax: Option<&str>,
+        file: Option<PathBuf>,
+    ) -> Result<(Self, Vec<&str>), SourceError> {
         match (dax, file) {
             (Some(dax), None) => part_of_device(dax),
-            (None, Some(path)) => Ok(Self::File(path)),
+            (None, Some(path)) => Ok((Self::File(path), Vec::new())),
             _ => Err(SourceError::NotOne),
         }
     }
@@ -66,26 +79,30 @@ impl Source {
     }
 }
 
-fn part_of_device(text: &str) -> Result<Source, SourceError> {
+fn part_of_device(text: &str) -> Result<(Source, Vec<&str>), SourceError> {
     let mut parts = text.split(',');
     let path = parts.next().unwrap_or_default();
     if path.is_empty() || path.contains('=') {
         return Err(SourceError::NoDevice { text: text.into() });
     }
-    let (mut offset, mut size) = (None, None);
+    let (mut offset, mut size, mut more) = (None, None, Vec::new());
     for part in parts {
         let (place, value) = match part.split_once('=') {
             Some(("offset", value)) if offset.is_none() => (&mut offset, value),
             Some(("size", value)) if size.is_none() => (&mut size, value),
-            _ => return Err(SourceError::Part { part: part.into() }),
+            _ => {
+                more.push(part);
+                continue;
+            }
         };
         *place = Some(bytes(value).ok_or_else(|| SourceError::Bytes { part: part.into() })?);
     }
-    Ok(Source::Dax {
+    let source = Source::Dax {
         path: path.into(),
         offset,
         size,
-    })
+    };
+    Ok((source, more))
 }
 
 /// `4096`, `4K`, `512M`, `4G`, `1T`.
@@ -95,10 +112,13 @@ fn bytes(text: &str) -> Option<u64> {
         .iter()
         .find(|(letter, _)| text.ends_with(*letter) || text.ends_with(letter.to_ascii_lowercase()));
     let (digits, shift) = unit.map_or((text, 0), |(_, shift)| (&text[..text.len() - 1], *shift));
-    // `u64::from_str` would take a leading plus sign.
+    number(digits)?.checked_mul(1 << shift)
+}
+
+/// A number without a sign: `u64::from_str` would take a plus.
+pub fn number(digits: &str) -> Option<u64> {
     let is_number = !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_digit());
-    let number: u64 = is_number.then(|| digits.parse().ok())??;
-    number.checked_mul(1 << shift)
+    is_number.then(|| digits.parse().ok())?
 }
 
 #[cfg(test)]
@@ -137,5 +157,12 @@ mod tests {
             assert!(error.contains(expected), "{dax}: {error}");
         }
         assert_eq!(Source::new(None, None), Err(SourceError::NotOne));
+    }
+
+    #[test]
+    fn what_a_daemon_has_to_say_besides_is_its_own() {
+        let (source, more) = Source::with_more(Some("/d,a=1,size=4K,size=8K,b"), None).unwrap();
+        assert!(matches!(source, Source::Dax { size: Some(4096), .. }));
+        assert_eq!(more, ["a=1", "size=8K", "b"]);
     }
 }

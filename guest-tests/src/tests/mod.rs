@@ -25,6 +25,7 @@ mod power;
 mod remote;
 mod removal;
 mod served_disk;
+mod shared_range;
 mod small_devices;
 pub mod soak;
 mod start_errors;
@@ -125,6 +126,7 @@ pub fn all(kernel: &str) -> Vec<GuestTest> {
         persistence::TESTS.to_vec(),
         blk::TESTS.to_vec(),
         served_disk::TESTS.to_vec(),
+        shared_range::TESTS.to_vec(),
         vhost_user::TESTS.to_vec(),
         vhost_pmem::TESTS.to_vec(),
         net::TESTS.to_vec(),

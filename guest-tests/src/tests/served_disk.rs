@@ -46,7 +46,7 @@ const GENUINE: u8 = 0x5a;
 /// In sectors.
 const RANGE: u64 = 64 << 11;
 
-fn start(lab: &Lab, words: &[&str], stdin: bool) -> Result<Process, TestError> {
+pub(super) fn start(lab: &Lab, words: &[&str], stdin: bool) -> Result<Process, TestError> {
     Ok(lab.host.spawn(SpawnSpec {
         argv: words.iter().map(|word| (*word).to_owned()).collect(),
         stdin,
@@ -55,14 +55,19 @@ fn start(lab: &Lab, words: &[&str], stdin: bool) -> Result<Process, TestError> {
 }
 
 /// A daemon that listens on this socket.
-fn serve(lab: &Lab, socket: &str, disk: &str, more: &[&str]) -> Result<Process, TestError> {
+pub(super) fn serve(
+    lab: &Lab,
+    socket: &str,
+    disk: &str,
+    more: &[&str],
+) -> Result<Process, TestError> {
     let words = [DAEMON, "--socket-path", socket, "--dax", disk];
     let daemon = start(lab, &[&words[..], more].concat(), false)?;
     daemon.wait_for_error("listening", REMOVAL_DEADLINE)?;
     Ok(daemon)
 }
 
-fn end(daemon: Process) -> Result<(), TestError> {
+pub(super) fn end(daemon: Process) -> Result<(), TestError> {
     daemon.signal(SIGTERM)?;
     let output = daemon.finish(REMOVAL_DEADLINE)?;
     claim(output.status == ExitStatus::Code(0), || {
@@ -71,10 +76,10 @@ fn end(daemon: Process) -> Result<(), TestError> {
 }
 
 /// What connects to a daemon and asks requests of it.
-struct Frontend(Process);
+pub(super) struct Frontend(Process);
 
 impl Frontend {
-    fn connect(lab: &Lab, socket: &str) -> Result<Self, TestError> {
+    pub(super) fn connect(lab: &Lab, socket: &str) -> Result<Self, TestError> {
         let mut process = start(lab, &["lab-agent", "disk", socket], true)?;
         process.wait_for("connected", REMOVAL_DEADLINE)?;
         Ok(Self(process))
@@ -96,13 +101,13 @@ impl Frontend {
         })
     }
 
-    fn ask(&mut self, request: &str, expected: &str) -> Result<(), TestError> {
+    pub(super) fn ask(&mut self, request: &str, expected: &str) -> Result<(), TestError> {
         self.begin(request)?;
         self.answers(request, expected)
     }
 
     /// An I/O error, whatever is in the buffer then.
-    fn fails(&mut self, request: &str) -> Result<(), TestError> {
+    pub(super) fn fails(&mut self, request: &str) -> Result<(), TestError> {
         self.begin(request)?;
         let answer = self.answer(request)?;
         claim(answer.starts_with('1'), || {
@@ -110,7 +115,7 @@ impl Frontend {
         })
     }
 
-    fn go(self) -> Result<(), TestError> {
+    pub(super) fn go(self) -> Result<(), TestError> {
         self.0.close_stdin()?;
         let output = self.0.finish(REMOVAL_DEADLINE)?;
         claim(output.status.success(), || format!("{output:?}"))

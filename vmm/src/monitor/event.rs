@@ -1,8 +1,4 @@
-//! The events there are, and how one is written.
-
-use std::time::Duration;
-
-use serde::ser::{Serialize, SerializeMap, Serializer};
+//! The events there are.
 
 /// Something that happened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -157,9 +153,8 @@ pub enum Event<'a> {
     },
 }
 
-impl Event<'_> {
-    /// What it happened to.
-    pub fn source(&self) -> &'static str {
+impl daxhund_monitor::Event for Event<'_> {
+    fn source(&self) -> &'static str {
         match self {
             Self::VmmStarting | Self::VmmShutdown => "vmm",
             Self::GuestPanic { .. } => "guest",
@@ -168,8 +163,7 @@ impl Event<'_> {
         }
     }
 
-    /// What happened.
-    pub fn name(&self) -> &'static str {
+    fn name(&self) -> &'static str {
         match self {
             Self::VmmStarting => "starting",
             Self::VmmShutdown | Self::Shutdown => "shutdown",
@@ -269,44 +263,25 @@ impl Event<'_> {
             _ => Vec::new(),
         }
     }
+}
 
-    /// The object as it is written, with what follows it.
-    pub(super) fn text(&self, since_start: Duration) -> String {
-        let object = Object {
-            event: self,
-            since_start,
+#[cfg(test)]
+mod tests {
+    use daxhund_monitor::Event as _;
+
+    use super::*;
+
+    #[test]
+    fn an_event_says_what_happened_to_whom() {
+        let removed = Event::DeviceRemoved {
+            id: "d0",
+            bdf: "0000:00:05.0",
         };
-        // A map of texts and numbers always has a JSON form.
-        let mut text = serde_json::to_string_pretty(&object).unwrap_or_default();
-        text.push_str("\n\n");
-        text
-    }
-}
-
-struct Object<'a> {
-    event: &'a Event<'a>,
-    since_start: Duration,
-}
-
-impl Serialize for Object<'_> {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let properties = self.event.properties();
-        let properties = (!properties.is_empty()).then_some(Properties(properties));
-        let mut object = serializer.serialize_map(Some(4))?;
-        // A `Duration` is an object of `secs` and `nanos`.
-        object.serialize_entry("timestamp", &self.since_start)?;
-        object.serialize_entry("source", self.event.source())?;
-        object.serialize_entry("event", self.event.name())?;
-        object.serialize_entry("properties", &properties)?;
-        object.end()
-    }
-}
-
-struct Properties<'a>(Vec<(&'static str, &'a str)>);
-
-impl Serialize for Properties<'_> {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let unbraced = |text: &str| text.replace('{', "(").replace('}', ")");
-        serializer.collect_map(self.0.iter().map(|(key, text)| (key, unbraced(text))))
+        assert_eq!((removed.source(), removed.name()), ("vm", "device-removed"));
+        let expected = [("id", "d0"), ("bdf", "0000:00:05.0")];
+        assert_eq!(removed.properties(), expected);
+        let starting = Event::VmmStarting;
+        assert_eq!((starting.source(), starting.name()), ("vmm", "starting"));
+        assert!(starting.properties().is_empty());
     }
 }

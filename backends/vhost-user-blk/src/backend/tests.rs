@@ -33,7 +33,7 @@ type Piece = (u64, u32, u16);
 impl Driver {
     fn new(disk: MemoryDisk) -> Self {
         let disk = Arc::new(disk);
-        let backend = Backend::new(disk.clone(), 1);
+        let backend = Backend::new(disk.clone(), 1, Arc::default());
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY)]).unwrap();
         let shared = GuestMemoryAtomic::new(memory.clone());
         backend.update_memory(shared.clone()).unwrap();

@@ -4,6 +4,7 @@
 //!   DaxDisk::open ──▶ served ──touch of what is gone──▶ marked: every request fails
 //!                       │                                  │
 //!                       └──────── release ◀────────────────┘   unmapped, unlocked, closed: nothing of the device is kept
+//!                                    └── munmap fails: kept, not used, and tried again by the next release
 //! ```
 //! The host may take the device away at any time, and does not wait for whoever has it mapped. Until the mapping and the
 //! descriptor are gone the memory can't safely come back, so they go as soon as it is known ([`DaxDisk::release`]).
@@ -11,15 +12,18 @@
 #![forbid(unsafe_code)]
 
 use std::io;
+use std::os::fd::AsFd;
 use std::path::Path;
 use std::sync::{PoisonError, RwLock};
+use std::time::Duration;
 
 use daxhund_dax::loss::{LossMark, Lost};
 use daxhund_dax::sigbus::GuardError;
 use daxhund_dax::{
-    DaxDevice, Flusher, FlusherError, Host, LockError, LockKind, MapError, OpenError, RangeError,
-    Watch, WatchError, WatchId,
+    DaxDevice, DaxMapping, Flusher, FlusherError, Host, LockError, LockKind, MapError, OpenError,
+    RangeError, UnmapError, Watch, WatchError, WatchId,
 };
+use daxhund_guard::{Guard, HoldError};
 use thiserror::Error;
 use vm_memory::VolatileSlice;
 
@@ -57,13 +61,35 @@ pub enum OpenDaxError {
 /// A disk.
 #[derive(Debug)]
 pub struct DaxDisk {
+    /// As in `dax1.0`.
+    device: String,
     len: u64,
     read_only: bool,
     serial: [u8; ID_LEN],
     mark: LossMark,
-    /// `None` when it is gone. Held for reading by a worker for one copy.
-    mapped: RwLock<Option<Mapped>>,
+    /// Held for reading by a worker for one copy.
+    memory: RwLock<Memory>,
     flusher: Flusher,
+}
+
+/// What there is of the device.
+#[derive(Debug)]
+enum Memory {
+    /// It can be used.
+    There(Mapped),
+    /// Not used any more, and the kernel does not unmap it.
+    Stuck(DaxMapping),
+    /// Nothing.
+    Gone,
+}
+
+impl Memory {
+    fn usable(&self) -> Option<&Mapped> {
+        match self {
+            Self::There(mapped) => Some(mapped),
+            Self::Stuck(_) | Self::Gone => None,
+        }
+    }
 }
 
 impl DaxDisk {
@@ -86,10 +112,11 @@ impl DaxDisk {
         let mark = LossMark::new();
         let name = format!("{}@{:x}", device.facts().name, range.offset());
         Ok(Self {
+            device: device.facts().name.to_string(),
             len: range.len(),
             read_only,
             serial: serial(&name),
-            mapped: RwLock::new(Some(Mapped::new(mapping, mark.clone())?)),
+            memory: RwLock::new(Memory::There(Mapped::new(mapping, mark.clone())?)),
             mark,
             flusher,
         })
@@ -97,11 +124,21 @@ impl DaxDisk {
 
     /// Has the device watched; `None` when it is gone already.
     pub fn watch(&self, by: &mut Watch) -> Result<Option<WatchId>, WatchError> {
-        let mapped = self.mapped.read().unwrap_or_else(PoisonError::into_inner);
-        match &*mapped {
-            Some(mapped) => by.add(mapped.mapping()).map(Some),
-            None => Ok(None),
-        }
+        let memory = self.memory.read().unwrap_or_else(PoisonError::into_inner);
+        let mapped = memory.usable();
+        mapped.map(|mapped| by.add(mapped.mapping())).transpose()
+    }
+
+    /// Has removals of the device held; `None` when it is gone already.
+    pub fn hold(&self, by: &mut Guard, answer_within: Duration) -> Option<Result<(), HoldError>> {
+        let memory = self.memory.read().unwrap_or_else(PoisonError::into_inner);
+        let node = memory.usable()?.mapping().file().as_fd();
+        Some(by.hold(&self.device, node, answer_within))
+    }
+
+    /// The device's name, as in `dax1.0`.
+    pub fn device(&self) -> &str {
+        &self.device
     }
 
     /// Whether a touch has found out that the memory is gone.
@@ -109,17 +146,31 @@ impl DaxDisk {
         self.mark.is_lost()
     }
 
-    /// Lets go of the device: requests fail from now on. Waits for copies that are under way, each of at most a request.
-    pub fn release(&self) {
+    /// Lets go of the device: requests fail from now on. Waits for copies that are under way, each of at most a request. When it
+    /// returns `Ok` nothing maps the device or has it open here; when not, it can be tried again.
+    pub fn release(&self) -> Result<(), UnmapError> {
         self.mark.lose();
-        let mut mapped = self.mapped.write().unwrap_or_else(PoisonError::into_inner);
-        drop(mapped.take());
+        let mut memory = self.memory.write().unwrap_or_else(PoisonError::into_inner);
+        let mapping = match std::mem::replace(&mut *memory, Memory::Gone) {
+            Memory::There(mapped) => mapped.into_mapping(),
+            Memory::Stuck(mapping) => mapping,
+            Memory::Gone => return Ok(()),
+        };
+        match mapping.unmap() {
+            // The lock ends with the descriptor, whose last user it is.
+            Ok(lock) => drop(lock),
+            Err((mapping, error)) => {
+                *memory = Memory::Stuck(mapping);
+                return Err(error);
+            }
+        }
+        Ok(())
     }
 
     /// Does something with the memory, if it is there before and after.
     fn with(&self, copy: impl FnOnce(&Mapped) -> Result<(), Lost>) -> io::Result<()> {
-        let mapped = self.mapped.read().unwrap_or_else(PoisonError::into_inner);
-        let there = mapped.as_ref().filter(|_| !self.mark.is_lost());
+        let memory = self.memory.read().unwrap_or_else(PoisonError::into_inner);
+        let there = memory.usable().filter(|_| !self.mark.is_lost());
         there.ok_or(Lost).and_then(copy).map_err(io::Error::other)
     }
 }
@@ -221,7 +272,8 @@ mod tests {
         let fake = FakeDax::new();
         let disk = fake.disk((None, Some(2 * MIB)), false).unwrap();
         disk.write(0, &[1; 512]).unwrap();
-        disk.release();
+        disk.release().unwrap();
+        disk.release().unwrap();
         assert!(disk.is_lost());
         let mut memory = [0; 512];
         let parts = slices(&mut memory, &[]);

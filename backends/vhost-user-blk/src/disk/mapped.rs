@@ -45,6 +45,11 @@ impl Mapped {
         &self.mapping
     }
 
+    /// The mapping, guarded no more: nobody touches it from here on.
+    pub(super) fn into_mapping(self) -> DaxMapping {
+        self.mapping
+    }
+
     /// Copies to the slices, in order. An error when not all of it was there.
     pub(super) fn read(&self, offset: u64, into: &[VolatileSlice<'_>]) -> Result<(), Lost> {
         let len = into.iter().map(VolatileSlice::len).sum();

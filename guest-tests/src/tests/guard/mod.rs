@@ -3,7 +3,7 @@
 //! What is tested is the kernel's part as much as the guard's: which file each tool opens, that the opening waits, and
 //! what becomes of those who are killed meanwhile.
 
-mod parties;
+pub(super) mod parties;
 mod removals;
 mod troubles;
 

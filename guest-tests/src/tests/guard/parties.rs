@@ -11,30 +11,30 @@ use crate::host::process::Process;
 use crate::suite::SCRATCH;
 
 /// What takes milliseconds on a real machine.
-pub(super) const SOON: Duration = Duration::from_mins(1);
+pub(in crate::tests) const SOON: Duration = Duration::from_mins(1);
 /// A holder that is to answer in time: far more than any step of a story takes.
-pub(super) const PATIENT_MS: u64 = 300_000;
-pub(super) const SIGTERM: i32 = 15;
-pub(super) const SIGKILL: i32 = 9;
-pub(super) const SIGSTOP: i32 = 19;
-pub(super) const SIGCONT: i32 = 18;
+pub(in crate::tests) const PATIENT_MS: u64 = 300_000;
+pub(in crate::tests) const SIGTERM: i32 = 15;
+pub(in crate::tests) const SIGKILL: i32 = 9;
+pub(in crate::tests) const SIGSTOP: i32 = 19;
+pub(in crate::tests) const SIGCONT: i32 = 18;
 
 /// The device that is held: the lab's second.
-pub(super) struct Device {
+pub(in crate::tests) struct Device {
     /// As in `dax1.0`.
-    pub(super) name: String,
+    pub(in crate::tests) name: String,
     /// X in daxX.Y.
-    pub(super) region: String,
-    pub(super) align_bytes: u64,
+    pub(in crate::tests) region: String,
+    pub(in crate::tests) align_bytes: u64,
 }
 
 impl Device {
-    pub(super) fn held(lab: &Lab) -> Result<Self, TestError> {
+    pub(in crate::tests) fn held(lab: &Lab) -> Result<Self, TestError> {
         Self::at(lab, 1)
     }
 
     /// One that nobody holds: the lab's third.
-    pub(super) fn other(lab: &Lab) -> Result<Self, TestError> {
+    pub(in crate::tests) fn other(lab: &Lab) -> Result<Self, TestError> {
         Self::at(lab, 2)
     }
 
@@ -50,12 +50,12 @@ impl Device {
         })
     }
 
-    pub(super) fn namespace(&self) -> String {
+    pub(in crate::tests) fn namespace(&self) -> String {
         format!("namespace{}.0", self.region)
     }
 
     /// The driver that has it; nothing without a driver or a device.
-    pub(super) fn driver(&self, lab: &Lab) -> Result<Option<String>, TestError> {
+    pub(in crate::tests) fn driver(&self, lab: &Lab) -> Result<Option<String>, TestError> {
         let link = format!("/sys/bus/dax/devices/{}/driver", self.name);
         let output = lab.host.run(&["readlink", "-f", &link])?;
         let name = output
@@ -68,14 +68,14 @@ impl Device {
         Ok((output.status.success() && name != "driver").then_some(name))
     }
 
-    pub(super) fn is_usable(&self, lab: &Lab) -> Result<bool, TestError> {
+    pub(in crate::tests) fn is_usable(&self, lab: &Lab) -> Result<bool, TestError> {
         Ok(self.driver(lab)?.as_deref() == Some("device_dax"))
     }
 }
 
 /// A way to take a device away.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Way {
+pub(in crate::tests) enum Way {
     Unbind,
     DisableDevice,
     SystemRam,
@@ -86,7 +86,7 @@ pub(super) enum Way {
 }
 
 impl Way {
-    pub(super) const ALL: [Self; 7] = [
+    pub(in crate::tests) const ALL: [Self; 7] = [
         Self::Unbind,
         Self::DisableDevice,
         Self::SystemRam,
@@ -97,7 +97,7 @@ impl Way {
     ];
 
     /// The command that does it.
-    pub(super) fn command(self, device: &Device) -> Vec<String> {
+    pub(in crate::tests) fn command(self, device: &Device) -> Vec<String> {
         let (name, namespace) = (&device.name, device.namespace());
         let words = |text: String| text.split(' ').map(str::to_owned).collect();
         match self {
@@ -116,7 +116,7 @@ impl Way {
     }
 
     /// The `unbind` that it opens first. (Disabling a region disables its namespaces first.)
-    pub(super) fn caught_at(self) -> &'static str {
+    pub(in crate::tests) fn caught_at(self) -> &'static str {
         match self {
             Self::Unbind | Self::DisableDevice | Self::SystemRam => "dax/drivers/device_dax/unbind",
             Self::DisableNamespace | Self::DestroyNamespace | Self::DisableRegion => {
@@ -127,7 +127,7 @@ impl Way {
     }
 
     /// Gives the device back to those who use it.
-    pub(super) fn undo(self, lab: &Lab, device: &Device) -> Result<(), TestError> {
+    pub(in crate::tests) fn undo(self, lab: &Lab, device: &Device) -> Result<(), TestError> {
         let (name, region) = (&device.name, &device.region);
         match self {
             Self::Unbind | Self::DisableDevice => bind(lab, device)?,
@@ -172,7 +172,7 @@ impl Way {
 }
 
 /// Leaves new memory offline for as long as `story` takes: onlined memory may never be given back.
-pub(super) fn with_memory_offline(
+pub(in crate::tests) fn with_memory_offline(
     lab: &Lab,
     story: impl FnOnce() -> Result<(), TestError>,
 ) -> Result<(), TestError> {
@@ -185,7 +185,7 @@ pub(super) fn with_memory_offline(
 }
 
 /// Gives a device without a driver to `device_dax`.
-pub(super) fn bind(lab: &Lab, device: &Device) -> Result<(), TestError> {
+pub(in crate::tests) fn bind(lab: &Lab, device: &Device) -> Result<(), TestError> {
     let script = format!(
         "echo {} > /sys/bus/dax/drivers/device_dax/bind",
         device.name
@@ -194,11 +194,11 @@ pub(super) fn bind(lab: &Lab, device: &Device) -> Result<(), TestError> {
     Ok(())
 }
 
-pub(super) fn shell(script: &str) -> Vec<String> {
+pub(in crate::tests) fn shell(script: &str) -> Vec<String> {
     ["sh", "-c", script].map(str::to_owned).to_vec()
 }
 
-pub(super) fn spawn(lab: &Lab, argv: Vec<String>) -> Result<Process, TestError> {
+pub(in crate::tests) fn spawn(lab: &Lab, argv: Vec<String>) -> Result<Process, TestError> {
     Ok(lab.host.spawn(SpawnSpec {
         argv,
         ..SpawnSpec::default()
@@ -206,18 +206,22 @@ pub(super) fn spawn(lab: &Lab, argv: Vec<String>) -> Result<Process, TestError> 
 }
 
 /// The daemon.
-pub(super) struct Daemon {
+pub(in crate::tests) struct Daemon {
     process: Process,
 }
 
 impl Daemon {
-    pub(super) fn start(lab: &Lab) -> Result<Self, TestError> {
+    pub(in crate::tests) fn start(lab: &Lab) -> Result<Self, TestError> {
         Self::with(lab, &[])
     }
 
-    pub(super) fn with(lab: &Lab, words: &[&str]) -> Result<Self, TestError> {
-        let socket = Self::socket();
-        let argv = ["daxhund-guardd", "--socket", &socket];
+    pub(in crate::tests) fn with(lab: &Lab, words: &[&str]) -> Result<Self, TestError> {
+        Self::at(lab, &Self::socket(), words)
+    }
+
+    /// One that listens at a socket.
+    pub(in crate::tests) fn at(lab: &Lab, socket: &str, words: &[&str]) -> Result<Self, TestError> {
+        let argv = ["daxhund-guardd", "--socket", socket];
         let argv = argv
             .iter()
             .chain(words)
@@ -225,29 +229,29 @@ impl Daemon {
             .collect();
         let process = spawn(lab, argv)?;
         lab.host
-            .check(&["lab-agent", "await-socket", &socket, "30"])?;
+            .check(&["lab-agent", "await-socket", socket, "30"])?;
         Ok(Self { process })
     }
 
-    pub(super) fn socket() -> String {
+    pub(in crate::tests) fn socket() -> String {
         format!("{SCRATCH}/guard.sock")
     }
 
     /// Its log has a line with this text.
-    pub(super) fn says(&self, text: &str) -> Result<String, TestError> {
+    pub(in crate::tests) fn says(&self, text: &str) -> Result<String, TestError> {
         Ok(self.process.wait_for_error(text, SOON)?)
     }
 
-    pub(super) fn signal(&self, signal: i32) -> Result<(), TestError> {
+    pub(in crate::tests) fn signal(&self, signal: i32) -> Result<(), TestError> {
         Ok(self.process.signal(signal)?)
     }
 
-    pub(super) fn wait(&self) -> Result<ExitStatus, TestError> {
+    pub(in crate::tests) fn wait(&self) -> Result<ExitStatus, TestError> {
         Ok(self.process.wait(SOON)?)
     }
 
     /// Ends it; it has nothing to complain about.
-    pub(super) fn end(self) -> Result<(), TestError> {
+    pub(in crate::tests) fn end(self) -> Result<(), TestError> {
         self.signal(SIGTERM)?;
         let status = self.wait()?;
         claim(status.success(), || {
@@ -257,18 +261,18 @@ impl Daemon {
 }
 
 /// A program that holds a device.
-pub(super) struct Holder {
+pub(in crate::tests) struct Holder {
     process: Process,
     device: String,
 }
 
 impl Holder {
-    pub(super) fn start(lab: &Lab, device: &Device) -> Result<Self, TestError> {
+    pub(in crate::tests) fn start(lab: &Lab, device: &Device) -> Result<Self, TestError> {
         Self::at(lab, device, &Daemon::socket(), PATIENT_MS)
     }
 
     /// One that uses the daemon at a socket, or a `helper`.
-    pub(super) fn at(
+    pub(in crate::tests) fn at(
         lab: &Lab,
         device: &Device,
         place: &str,
@@ -277,7 +281,7 @@ impl Holder {
         Self::of(lab, device, place, answer_ms, None)
     }
 
-    pub(super) fn of(
+    pub(in crate::tests) fn of(
         lab: &Lab,
         device: &Device,
         place: &str,
@@ -308,48 +312,52 @@ impl Holder {
         Ok(holder)
     }
 
-    pub(super) fn says(&mut self, text: &str) -> Result<String, TestError> {
+    pub(in crate::tests) fn says(&mut self, text: &str) -> Result<String, TestError> {
         Ok(self.process.wait_for(text, SOON)?)
     }
 
-    pub(super) fn said(&self) -> String {
+    pub(in crate::tests) fn said(&self) -> String {
         self.process.stdout()
     }
 
-    pub(super) fn has_said(&self, text: &str) -> bool {
+    pub(in crate::tests) fn has_said(&self, text: &str) -> bool {
         self.process.stdout().contains(text)
     }
 
     /// It is asked for the device on behalf of a process. Gives what it says.
-    pub(super) fn is_asked(&mut self) -> Result<String, TestError> {
+    pub(in crate::tests) fn is_asked(&mut self) -> Result<String, TestError> {
         let text = format!("wanted {}", self.device);
         self.says(&text)
     }
 
-    pub(super) fn tell(&self, line: &str) -> Result<(), TestError> {
+    pub(in crate::tests) fn tell(&self, line: &str) -> Result<(), TestError> {
         Ok(self.process.send(format!("{line}\n").as_bytes())?)
     }
 
     /// Tells it something that it confirms.
-    pub(super) fn told(&mut self, line: &str, confirmation: &str) -> Result<String, TestError> {
+    pub(in crate::tests) fn told(
+        &mut self,
+        line: &str,
+        confirmation: &str,
+    ) -> Result<String, TestError> {
         self.tell(line)?;
         self.says(confirmation)
     }
 
-    pub(super) fn signal(&self, signal: i32) -> Result<(), TestError> {
+    pub(in crate::tests) fn signal(&self, signal: i32) -> Result<(), TestError> {
         Ok(self.process.signal(signal)?)
     }
 
-    pub(super) fn wait(&self) -> Result<ExitStatus, TestError> {
+    pub(in crate::tests) fn wait(&self) -> Result<ExitStatus, TestError> {
         Ok(self.process.wait(SOON)?)
     }
 
-    pub(super) fn pid(&self) -> u32 {
+    pub(in crate::tests) fn pid(&self) -> u32 {
         self.process.pid()
     }
 
     /// Ends it as a VMM ends.
-    pub(super) fn end(self) -> Result<(), TestError> {
+    pub(in crate::tests) fn end(self) -> Result<(), TestError> {
         self.process.close_stdin()?;
         let status = self.process.wait(SOON)?;
         claim(status.success(), || {
@@ -359,7 +367,11 @@ impl Holder {
 }
 
 /// The removal waits: it has not ended, and the device is what it was. (The holder has been asked by then.)
-pub(super) fn still_waits(lab: &Lab, removal: &Process, device: &Device) -> Result<(), TestError> {
+pub(in crate::tests) fn still_waits(
+    lab: &Lab,
+    removal: &Process,
+    device: &Device,
+) -> Result<(), TestError> {
     let usable = device.is_usable(lab)?;
     claim(usable && !removal.has_ended(), || {
         format!("`{}` should wait: {}", removal.command(), removal.stderr())
@@ -367,7 +379,11 @@ pub(super) fn still_waits(lab: &Lab, removal: &Process, device: &Device) -> Resu
 }
 
 /// The removal has ended well and the device is nobody's.
-pub(super) fn has_passed(lab: &Lab, removal: Process, device: &Device) -> Result<(), TestError> {
+pub(in crate::tests) fn has_passed(
+    lab: &Lab,
+    removal: Process,
+    device: &Device,
+) -> Result<(), TestError> {
     let command = removal.command().to_owned();
     let output = removal.finish(SOON)?;
     claim(output.status.success(), || {
@@ -384,7 +400,7 @@ pub(super) fn has_passed(lab: &Lab, removal: Process, device: &Device) -> Result
 
 /// The removal was refused by the kernel in the guard's name, and the device is what it was. The tool's own word is of
 /// little use: ndctl says "disabled 1 namespace" and ends with 0 when its `open` got EPERM, daxctl says "busy".
-pub(super) fn was_refused(
+pub(in crate::tests) fn was_refused(
     lab: &Lab,
     removal: Process,
     device: &Device,
