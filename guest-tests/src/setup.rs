@@ -112,6 +112,8 @@ impl Setup {
         let daemon = self.provisioned.storage_daemon()?;
         let roots = &self.provisioned.peers.roots;
         share::add_peer(&self.share(), "storage-daemon", &daemon, roots)?;
+        let daemon = self.provisioned.fs_daemon()?;
+        share::add_peer(&self.share(), "virtiofsd", &daemon, roots)?;
         Ok(())
     }
 

@@ -162,7 +162,13 @@ mod tests {
     #[test]
     fn what_a_daemon_has_to_say_besides_is_its_own() {
         let (source, more) = Source::with_more(Some("/d,a=1,size=4K,size=8K,b"), None).unwrap();
-        assert!(matches!(source, Source::Dax { size: Some(4096), .. }));
+        assert!(matches!(
+            source,
+            Source::Dax {
+                size: Some(4096),
+                ..
+            }
+        ));
         assert_eq!(more, ["a=1", "size=8K", "b"]);
     }
 }

@@ -41,7 +41,7 @@ const HOST_AT_HAND: [&str; 7] = [
 /// Modules that a kernel may lack: a debugging aid, what later kernels have as plain functions, and what the lab's own leaves out.
 const OPTIONAL: [&str; 4] = ["hwpoison_inject", "crc32c_generic", "ahci", "sd_mod"];
 /// Drivers of a guest's devices.
-const GUEST_DEVICES: [&str; 8] = [
+const GUEST_DEVICES: [&str; 9] = [
     "virtio_pci",
     "virtio_pmem",
     "nd_pmem",
@@ -50,6 +50,7 @@ const GUEST_DEVICES: [&str; 8] = [
     "virtio_console",
     "virtio_rng",
     "virtio_balloon",
+    "virtiofs",
 ];
 /// More of them, whose names say less.
 const GUEST_SOCKETS: [&str; 1] = ["vmw_vsock_virtio_transport"];

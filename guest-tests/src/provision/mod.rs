@@ -39,6 +39,8 @@ const TOOLS: [&str; 6] = [
 const LOADS: [&str; 2] = ["fio", "stress-ng"];
 /// Packages of QEMU's with its storage daemon: Debian 12 has it in the first one, 13 in the second.
 const PEERS: [&str; 2] = ["qemu-system-common", "qemu-utils"];
+/// Debian 13 has the file system daemon in this one, 12 in the first of [`PEERS`].
+const FS_DAEMON_PACKAGE: &str = "virtiofsd";
 /// Written last, so that their presence says that all is there.
 const TOOLS_LIST: &str = "tools.json";
 const LOADS_LIST: &str = "loads.json";
@@ -64,6 +66,9 @@ pub enum ProvisionError {
     /// In neither of QEMU's packages that it is in.
     #[error("the packages {PEERS:?} have no {STORAGE_DAEMON}")]
     NoStorageDaemon,
+    /// In none of the packages that it could be in.
+    #[error("neither {PEERS:?} nor {FS_DAEMON_PACKAGE} of the package sources has {FS_DAEMON}")]
+    NoFsDaemon,
     /// Asked for a series that is in neither the cache nor the sources.
     #[error(
         "no kernel {series} in {sources}: this distribution's package sources offer {offered:?}; choose one of those or give a path"
@@ -80,6 +85,9 @@ pub enum ProvisionError {
 
 /// Serves disks to VMMs; it comes with QEMU.
 const STORAGE_DAEMON: &str = "qemu-storage-daemon";
+
+/// Serves directories to VMMs.
+const FS_DAEMON: &str = "virtiofsd";
 
 /// Everything that the lab runs on.
 #[derive(Debug)]
@@ -121,7 +129,14 @@ impl Tools {
 
     /// Finds a program in whichever directory its package puts it.
     pub fn program(&self, name: &str) -> Option<PathBuf> {
-        let places = ["bin", "usr/bin", "sbin", "usr/sbin"];
+        let places = [
+            "bin",
+            "usr/bin",
+            "sbin",
+            "usr/sbin",
+            "usr/lib/qemu",
+            "usr/libexec",
+        ];
         let candidates = self
             .roots
             .iter()
@@ -149,7 +164,7 @@ pub fn provide(wanted: &[String], freshness: Freshness) -> Result<Provisioned, P
     provide_qemu()?;
     let tools = provide_tools(&cache, &TOOLS, TOOLS_LIST, freshness)?;
     let loads = provide_tools(&cache, &LOADS, LOADS_LIST, freshness)?;
-    let peers = provide_tools(&cache, &PEERS, PEERS_LIST, freshness)?;
+    let peers = provide_peers(&cache, freshness)?;
     let kernels = provide_kernels(&cache, wanted, freshness)?;
     Ok(Provisioned {
         cache,
@@ -165,6 +180,12 @@ impl Provisioned {
     pub fn storage_daemon(&self) -> Result<PathBuf, ProvisionError> {
         let found = self.peers.program(STORAGE_DAEMON);
         found.ok_or(ProvisionError::NoStorageDaemon)
+    }
+
+    /// The daemon of virtio-fs.
+    pub fn fs_daemon(&self) -> Result<PathBuf, ProvisionError> {
+        let found = self.peers.program(FS_DAEMON);
+        found.ok_or(ProvisionError::NoFsDaemon)
     }
 }
 
@@ -211,6 +232,16 @@ fn provide_tools(
         cache.write_json(&list, &tools)?;
         Ok(tools)
     })
+}
+
+/// The package of the file system daemon is asked for where there is one.
+fn provide_peers(cache: &Cache, freshness: Freshness) -> Result<Tools, ProvisionError> {
+    let peers = provide_tools(cache, &PEERS, PEERS_LIST, freshness)?;
+    if peers.program(FS_DAEMON).is_some() {
+        return Ok(peers);
+    }
+    let names = [&PEERS[..], &[FS_DAEMON_PACKAGE]].concat();
+    provide_tools(cache, &names, PEERS_LIST, freshness)
 }
 
 fn provide_kernels(

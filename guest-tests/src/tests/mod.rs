@@ -30,6 +30,7 @@ mod small_devices;
 pub mod soak;
 mod start_errors;
 mod support;
+mod vhost_fs;
 mod vhost_pmem;
 mod vhost_user;
 
@@ -128,6 +129,7 @@ pub fn all(kernel: &str) -> Vec<GuestTest> {
         served_disk::TESTS.to_vec(),
         shared_range::TESTS.to_vec(),
         vhost_user::TESTS.to_vec(),
+        vhost_fs::TESTS.to_vec(),
         vhost_pmem::TESTS.to_vec(),
         net::TESTS.to_vec(),
         small_devices::TESTS.to_vec(),

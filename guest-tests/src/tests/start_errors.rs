@@ -388,7 +388,7 @@ fn numbers_of_vcpus_that_cannot_be_are_refused(lab: &mut Lab) -> Result<(), Test
 }
 
 fn what_is_not_built_is_refused_by_name(lab: &mut Lab) -> Result<(), TestError> {
-    for flag in ["--fs", "--user-device", "--vdpa", "--tpm"] {
+    for flag in ["--pvpanic", "--user-device", "--vdpa", "--tpm"] {
         let message = format!("not supported by daxhund: {flag}");
         refused(
             lab,
@@ -405,9 +405,9 @@ fn what_is_not_built_is_refused_by_name(lab: &mut Lab) -> Result<(), TestError> 
     )?;
     refused(
         lab,
-        &["--memory", "size=512M", "--net", "vhost_user=on"],
+        &["--memory", "size=512M", "--net", "vhost_mode=server"],
         2,
-        &["not supported by daxhund", "vhost_user"],
+        &["not supported by daxhund", "vhost_mode"],
     )?;
     refused(lab, &["--no-such-flag"], 2, &["--no-such-flag"])
 }

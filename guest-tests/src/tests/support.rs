@@ -221,6 +221,7 @@ pub(super) enum VirtioKind {
     Rng = 0x1044,
     Balloon = 0x1045,
     Vsock = 0x1053,
+    FileSystem = 0x105a,
     Pmem = 0x105b,
 }
 

@@ -55,6 +55,10 @@ pub(super) fn add_net(mut received: Received<'_>) -> Result<Request, ApiError> {
     Ok(Request::AddNet(Box::new(config), descriptors))
 }
 
+pub(super) fn add_fs(received: Received<'_>) -> Result<Request, ApiError> {
+    received.read().map(Box::new).map(Request::AddFs)
+}
+
 pub(super) fn add_vsock(received: Received<'_>) -> Result<Request, ApiError> {
     received.read().map(Box::new).map(Request::AddVsock)
 }

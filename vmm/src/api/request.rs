@@ -18,7 +18,9 @@ use serde_json::Value;
 use thiserror::Error;
 use tokio::sync::oneshot;
 
-use crate::config::{DeviceConfig, DiskConfig, NetConfig, PmemConfig, VmConfig, VsockConfig};
+use crate::config::{
+    DeviceConfig, DiskConfig, FsConfig, NetConfig, PmemConfig, VmConfig, VsockConfig,
+};
 
 /// Everything that reaches the owner.
 #[derive(Debug)]
@@ -51,6 +53,8 @@ pub enum Request {
     AddDisk(Box<DiskConfig>),
     /// Add a network device, with the tap descriptors that came beside the request.
     AddNet(Box<NetConfig>, Vec<OwnedFd>),
+    /// Add a directory of the host.
+    AddFs(Box<FsConfig>),
     /// Add a vsock device.
     AddVsock(Box<VsockConfig>),
     /// Add a PCI function of the host.

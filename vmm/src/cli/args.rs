@@ -10,7 +10,7 @@ use super::endpoint::{ApiSocket, EventMonitor};
 use super::exit::ExitStatus;
 use super::unsupported;
 use crate::config::{
-    BalloonConfig, ConsoleConfig, CpusConfig, DeviceConfig, DiskConfig, MemoryConfig,
+    BalloonConfig, ConsoleConfig, CpusConfig, DeviceConfig, DiskConfig, FsConfig, MemoryConfig,
     MemoryZoneConfig, NetConfig, NumaConfig, PlatformConfig, PmemConfig, RngConfig,
     VirtioConsoleConfig, VsockConfig,
 };
@@ -78,6 +78,11 @@ pub(super) struct Args {
     #[arg(long, value_name = "KEY=VALUE,..", help_heading = DEVICES, num_args = 1..,
         action = ArgAction::Append)]
     pub(super) net: Vec<String>,
+
+    /// A directory of the host; repeat for more
+    #[arg(long, value_name = "KEY=VALUE,..", help_heading = DEVICES, num_args = 1..,
+        action = ArgAction::Append)]
+    pub(super) fs: Vec<String>,
 
     /// Sockets between guest and host
     #[arg(long, value_name = "KEY=VALUE,..", help_heading = DEVICES)]
@@ -196,6 +201,7 @@ pub(super) fn explained(command: clap::Command) -> clap::Command {
             "device" => DeviceConfig::WORD.help(),
             "disk" => DiskConfig::WORD.help(),
             "net" => NetConfig::WORD.help(),
+            "fs" => FsConfig::WORD.help(),
             "vsock" => VsockConfig::WORD.help(),
             "balloon" => BalloonConfig::WORD.help(),
             "rng" => RngConfig::WORD.help(),

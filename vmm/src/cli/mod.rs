@@ -27,8 +27,8 @@ pub use endpoint::{ApiSocket, EventMonitor};
 pub use exit::ExitStatus;
 
 use crate::config::{
-    BalloonConfig, ConfigError, ConsoleConfig, CpusConfig, DeviceConfig, DiskConfig, MemoryConfig,
-    NetConfig, NumaConfig, PayloadConfig, PlatformConfig, PmemConfig, RemovalGuard,
+    BalloonConfig, ConfigError, ConsoleConfig, CpusConfig, DeviceConfig, DiskConfig, FsConfig,
+    MemoryConfig, NetConfig, NumaConfig, PayloadConfig, PlatformConfig, PmemConfig, RemovalGuard,
     RemovalGuardError, RngConfig, ValidConfig, VirtioConsoleConfig, VmConfig, VsockConfig,
     WordError,
 };
@@ -254,6 +254,7 @@ fn guest(args: Args) -> Result<VmConfig, WordError> {
         disks: each(&args.disk, DiskConfig::parse)?,
         net: each(&args.net, NetConfig::parse)?,
         rng: one(args.rng.as_deref(), RngConfig::parse)?.unwrap_or_default(),
+        fs: each(&args.fs, FsConfig::parse)?,
         pmem: each(&args.pmem, PmemConfig::parse)?,
         vsock: one(args.vsock.as_deref(), VsockConfig::parse)?,
         balloon: one(args.balloon.as_deref(), BalloonConfig::parse)?,

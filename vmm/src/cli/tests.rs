@@ -76,6 +76,9 @@ fn every_word_reaches_the_configuration() {
         "file=/dev/dax1.0,id=p",
         "--pmem",
         "file=/p",
+        "--fs",
+        "tag=share,socket=/f",
+        "tag=more,socket=/g,num_queues=2",
         "--vsock",
         "cid=3,socket=/v,id=v",
         "--balloon",
@@ -110,7 +113,10 @@ fn every_word_reaches_the_configuration() {
         panic!("{:?}", config.pmem())
     };
     assert_eq!(file, Path::new("/dev/dax1.0"));
-    assert_eq!(config.pmem()[1].id, "_pmem2");
+    let ids: Vec<&str> = config.fs().iter().map(|fs| fs.id.as_str()).collect();
+    assert_eq!(ids, ["_fs2", "_fs3"]);
+    assert_eq!(config.fs()[1].num_queues, 2);
+    assert_eq!(config.pmem()[1].id, "_pmem4");
     assert_eq!(config.net().len(), 1);
     assert_eq!(config.vsock().map(|vsock| vsock.cid), Some(3));
     assert_eq!(
@@ -162,14 +168,14 @@ fn words_not_built_are_refused_with_the_exact_text() {
     for (line, words) in [
         (&["--seccomp", "true"][..], "--seccomp true"),
         (&["--seccomp", "log"], "--seccomp log"),
-        (&["--net", "socket=/s"], "--net socket"),
+        (&["--net", "bw_size=1"], "--net bw_size"),
         (&["--platform", "iommufd_fd=5"], "--platform iommufd_fd"),
         (
             &["--memory-zone", "id=a,size=1G,align=2M"],
             "--memory-zone align",
         ),
         (&["--memory", "mergeable=on"], "--memory mergeable=on"),
-        (&["--fs", "tag=t", "--device", "path=d"], "--fs"),
+        (&["--vdpa", "path=v", "--device", "path=d"], "--vdpa"),
     ] {
         let error = with_kernel(line).unwrap_err();
         assert_eq!(

@@ -13,7 +13,6 @@ pub(super) const FLAGS: &[&str] = &[
     "dbus-system-bus",
     "debug-console",
     "firmware",
-    "fs",
     "fw-cfg-config",
     "gdb",
     "generic-vhost-user",

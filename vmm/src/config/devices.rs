@@ -4,10 +4,10 @@ use super::device::{IdAllocator, Place};
 use super::files::FileUse;
 use super::passthrough::check_functions;
 use super::{
-    Backing, BalloonConfig, ConfigError, DeviceConfig, DiskConfig, DiskSource, Extent,
+    Backing, BalloonConfig, ConfigError, DeviceConfig, DiskConfig, DiskSource, Extent, FsConfig,
     MemoryZoneConfig, NetConfig, PmemConfig, PmemSource, RngConfig, ValidBalloon, ValidConsole,
-    ValidDevice, ValidDisk, ValidNet, ValidPmem, ValidRng, ValidVsock, VirtioConsoleConfig,
-    VmConfig, VsockConfig, ZoneSpec,
+    ValidDevice, ValidDisk, ValidFs, ValidNet, ValidPmem, ValidRng, ValidVsock,
+    VirtioConsoleConfig, VmConfig, VsockConfig, ZoneSpec,
 };
 
 /// The devices a guest starts with.
@@ -17,6 +17,7 @@ pub(super) struct Devices {
     pub(super) disks: Vec<ValidDisk>,
     pub(super) net: Vec<ValidNet>,
     pub(super) rng: ValidRng,
+    pub(super) fs: Vec<ValidFs>,
     pub(super) pmem: Vec<ValidPmem>,
     pub(super) vsock: Option<ValidVsock>,
     pub(super) balloon: Option<ValidBalloon>,
@@ -32,6 +33,7 @@ impl VmConfig {
         let balloon = self.balloon.iter().flat_map(|balloon| &balloon.id);
         let disks = self.disks.iter().flat_map(|disk| &disk.id);
         let net = self.net.iter().flat_map(|net| &net.id);
+        let fs = self.fs.iter().flat_map(|fs| &fs.id);
         let pmem = self.pmem.iter().flat_map(|pmem| &pmem.id);
         let passthrough = self.devices.iter().flat_map(|device| &device.id);
         let devices = rng
@@ -40,7 +42,7 @@ impl VmConfig {
             .chain(balloon)
             .chain(disks)
             .chain(net);
-        let devices = devices.chain(pmem).chain(passthrough);
+        let devices = devices.chain(fs).chain(pmem).chain(passthrough);
         zones.chain(devices.map(String::as_str))
     }
 
@@ -56,6 +58,8 @@ impl VmConfig {
         let net = self.net.iter().map(|net| net.validate(segments, ids));
         let net = net.collect::<Result<_, _>>()?;
         let rng = self.rng.validate(segments, ids)?;
+        let fs = self.fs.iter().map(|fs| fs.validate(segments, ids));
+        let fs = fs.collect::<Result<_, _>>()?;
         let pmem = self.pmem.iter().map(|pmem| pmem.validate(segments, ids));
         let pmem = pmem.collect::<Result<_, _>>()?;
         let vsock = self.vsock.as_ref();
@@ -73,6 +77,7 @@ impl VmConfig {
             disks,
             net,
             rng,
+            fs,
             pmem,
             vsock,
             balloon,
@@ -91,6 +96,9 @@ impl VmConfig {
         }
         for (net, valid) in self.net.iter_mut().zip(&devices.net) {
             net.id = Some(valid.id.clone());
+        }
+        for (fs, valid) in self.fs.iter_mut().zip(&devices.fs) {
+            fs.id = Some(valid.id.clone());
         }
         for (pmem, valid) in self.pmem.iter_mut().zip(&devices.pmem) {
             pmem.id = Some(valid.id.clone());
@@ -122,6 +130,9 @@ impl Devices {
             add(NetConfig::WORD.flag, &net.id, net.place);
         }
         add(RngConfig::WORD.flag, &self.rng.id, self.rng.place);
+        for fs in &self.fs {
+            add(FsConfig::WORD.flag, &fs.id, fs.place);
+        }
         for pmem in &self.pmem {
             add(PmemConfig::WORD.flag, &pmem.id, pmem.place);
         }

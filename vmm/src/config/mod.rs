@@ -25,6 +25,7 @@ mod device;
 mod devices;
 mod disk;
 mod files;
+mod fs;
 mod json;
 mod keyvalue;
 mod mac;
@@ -55,12 +56,15 @@ pub use disk::{
     DiskConfig, DiskError, DiskSource, ImageType, MAX_DISK_SERIAL, ValidDisk, ValidImage,
 };
 pub use files::{Extent, FileError};
+pub use fs::{FsConfig, FsError, MAX_FS_TAG, ValidFs};
 pub use json::{JsonError, JsonObject, Shape, from_json};
 pub use keyvalue::WordError;
 pub(crate) use keyvalue::{Key, Value, Word};
 pub use mac::{MacAddr, MacAddrError};
 pub use memory::{DEFAULT_MEMORY_SIZE, HotplugMethod, MemoryConfig, MemoryError};
-pub use net::{MAX_INTERFACE_NAME, MIN_MTU, NetConfig, NetError, Offloads, Tap, ValidNet};
+pub use net::{
+    MAX_INTERFACE_NAME, MIN_MTU, NetConfig, NetError, NetSource, Offloads, Tap, ValidNet,
+};
 pub use numa::{MAX_NUMA_NODES, NumaConfig, NumaDistance, NumaError};
 pub use passthrough::{DeviceConfig, DeviceError, DeviceSource, ValidDevice};
 pub use payload::{PayloadConfig, PayloadError};
@@ -110,6 +114,9 @@ pub struct VmConfig {
     /// The random number generator (`--rng`).
     #[serde(default)]
     pub rng: RngConfig,
+    /// Directories of the host (`--fs`).
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub fs: Vec<FsConfig>,
     /// Persistent memory (`--pmem`).
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub pmem: Vec<PmemConfig>,
@@ -134,7 +141,6 @@ impl JsonObject for VmConfig {
     const SHAPE: Shape = Shape {
         not_built: &[
             NotBuilt::empty("rate_limit_groups"),
-            NotBuilt::empty("fs"),
             NotBuilt::empty("generic_vhost_user"),
             NotBuilt::object(
                 "debug_console",
@@ -167,6 +173,7 @@ impl JsonObject for VmConfig {
             ("disks", DiskConfig::SHAPE),
             ("net", NetConfig::SHAPE),
             ("rng", RngConfig::SHAPE),
+            ("fs", FsConfig::SHAPE),
             ("pmem", PmemConfig::SHAPE),
             ("vsock", VsockConfig::SHAPE),
             ("balloon", BalloonConfig::SHAPE),
@@ -182,11 +189,14 @@ impl VmConfig {
     /// Takes a device out that can come and go; `false` when there is none of that name.
     pub fn remove_device(&mut self, id: &str) -> bool {
         let is = |other: &Option<String>| other.as_deref() == Some(id);
-        let count =
-            |this: &Self| this.disks.len() + this.net.len() + this.pmem.len() + this.devices.len();
+        let count = |this: &Self| {
+            let served = this.disks.len() + this.net.len() + this.fs.len();
+            served + this.pmem.len() + this.devices.len()
+        };
         let before = count(self);
         self.disks.retain(|disk| !is(&disk.id));
         self.net.retain(|net| !is(&net.id));
+        self.fs.retain(|fs| !is(&fs.id));
         self.pmem.retain(|pmem| !is(&pmem.id));
         self.devices.retain(|device| !is(&device.id));
         let gone = before != count(self);
@@ -207,6 +217,7 @@ impl Default for VmConfig {
             disks: Vec::new(),
             net: Vec::new(),
             rng: RngConfig::default(),
+            fs: Vec::new(),
             pmem: Vec::new(),
             vsock: None,
             balloon: None,

@@ -1,10 +1,11 @@
-//! `--net`: a network interface of the guest and the tap that is its other end.
+//! `--net`: a network interface of the guest and its other end, a tap or a vhost-user backend.
 //!
 //! File descriptors never come by JSON: a number there would name any file of the VMM that a client likes. They come
 //! from the command line, or beside an API request (`SCM_RIGHTS`), and whoever received them fills
 //! [`NetConfig::fds`].
 
 use std::net::{IpAddr, Ipv4Addr};
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -14,6 +15,7 @@ use super::device::{
     segment_key,
 };
 use super::json::{JsonObject, NotBuilt, Shape};
+use super::keyvalue::Expected;
 use super::queues::{self, QueuesError};
 use super::{Key, MacAddr, Word, WordError, on};
 
@@ -35,6 +37,10 @@ const SCHEMA_ADDRESS: (IpAddr, IpAddr) = (
 /// One virtio-net device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "each is a switch of the contract's schema"
+)]
 pub struct NetConfig {
     /// The tap by name; it is made when it is not there. Absent, together with `fds`, means a new one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -54,6 +60,12 @@ pub struct NetConfig {
     /// Longest packet; left to both ends when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mtu: Option<u16>,
+    /// Whether another process serves the network.
+    #[serde(default, skip_serializing_if = "is_off")]
+    pub vhost_user: bool,
+    /// Where that process listens.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vhost_socket: Option<PathBuf>,
     /// Open descriptors of the tap, one for each pair of queues.
     #[serde(skip)]
     pub fds: Vec<i32>,
@@ -83,6 +95,11 @@ pub struct NetConfig {
     pub pci_device_id: Option<u8>,
 }
 
+#[allow(clippy::trivially_copy_pass_by_ref)] // As serde calls it.
+fn is_off(switch: &bool) -> bool {
+    !switch
+}
+
 fn default_num_queues() -> u32 {
     DEFAULT_NUM_QUEUES
 }
@@ -100,6 +117,8 @@ impl Default for NetConfig {
             mac: None,
             host_mac: None,
             mtu: None,
+            vhost_user: false,
+            vhost_socket: None,
             fds: Vec::new(),
             num_queues: DEFAULT_NUM_QUEUES,
             queue_size: DEFAULT_QUEUE_SIZE,
@@ -119,7 +138,7 @@ pub struct ValidNet {
     /// Its name.
     pub id: String,
     /// The host's end.
-    pub tap: Tap,
+    pub source: NetSource,
     /// Ethernet address of the guest's end, unicast; `None` is a random one.
     pub mac: Option<MacAddr>,
     /// Longest packet, at least [`MIN_MTU`].
@@ -135,6 +154,18 @@ pub struct ValidNet {
 }
 
 /// The host's end of a network interface.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NetSource {
+    /// A tap, which this process reads and writes.
+    Tap(Tap),
+    /// A process that serves the one pair of queues.
+    VhostUser {
+        /// Where that listens.
+        socket: PathBuf,
+    },
+}
+
+/// A tap.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Tap {
     /// A tap that the VMM opens, or makes.
@@ -266,6 +297,40 @@ pub enum NetError {
         /// The descriptor given.
         fd: i32,
     },
+    /// A backend without a place to find it.
+    #[error("{device}: vhost_user=on has no socket: give socket=PATH, where the backend listens")]
+    NoSocket {
+        /// The device.
+        device: String,
+    },
+    /// A socket that is for nothing.
+    #[error("{device}: socket={} is where a vhost-user backend listens; give vhost_user=on as well, or leave it out", socket.display())]
+    SocketAlone {
+        /// The device.
+        device: String,
+        /// The socket given.
+        socket: PathBuf,
+    },
+    /// What the backend has to be told, not this process.
+    #[error(
+        "{device}: {key}= says nothing about a network that a vhost-user backend serves; tell the backend, and leave it out"
+    )]
+    NotOfBackend {
+        /// The device.
+        device: String,
+        /// What was given.
+        key: &'static str,
+    },
+    /// More queues than a backend is given.
+    #[error(
+        "{device}: num_queues={queues}, but a network that a vhost-user backend serves has one pair of queues; give num_queues=2"
+    )]
+    OnePair {
+        /// The device.
+        device: String,
+        /// How many were asked for.
+        queues: u32,
+    },
     /// Its queues.
     #[error(transparent)]
     Queues(#[from] QueuesError),
@@ -281,8 +346,6 @@ impl JsonObject for NetConfig {
     const SHAPE: Shape = Shape {
         not_built: &[
             NotBuilt::switch("iommu", false),
-            NotBuilt::switch("vhost_user", false),
-            NotBuilt::empty("vhost_socket"),
             NotBuilt::text("vhost_mode", "Client"),
             NotBuilt::empty("fds"),
             NotBuilt::object(
@@ -416,13 +479,39 @@ impl NetConfig {
                     Ok(())
                 },
             ),
+            Key::new(
+                "vhost_user",
+                "on|off",
+                "a backend at socket= serves the network [default: off]",
+                |net, value| {
+                    net.vhost_user = value.switch()?;
+                    Ok(())
+                },
+            ),
+            Key::new(
+                "socket",
+                "PATH",
+                "where the vhost-user backend listens",
+                |net, value| {
+                    net.vhost_socket = Some(value.path()?);
+                    Ok(())
+                },
+            ),
+            Key::new(
+                "vhost_mode",
+                "client",
+                "who connects to the socket; only client, this side, is built",
+                |_, value| match value.text()?.as_str() {
+                    "client" => Ok(()),
+                    _ => Err(Expected(
+                        "client; a backend that connects to the VMM is not supported by daxhund: have it listen",
+                    )),
+                },
+            ),
             id_key(),
             segment_key(),
             number_key(),
             Key::not_built("iommu"),
-            Key::not_built("vhost_user"),
-            Key::not_built("socket"),
-            Key::not_built("vhost_mode"),
             Key::not_built("bw_size"),
             Key::not_built("bw_one_time_burst"),
             Key::not_built("bw_refill_time"),
@@ -472,15 +561,17 @@ impl NetConfig {
         }
         let queue_pairs = queues::pairs(&device, self.num_queues)?;
         let queue_size = queues::size(&device, self.queue_size)?;
-        let tap = if self.fds.is_empty() {
-            self.interface(&device)?
+        let source = if let Some(socket) = self.backend(&device)? {
+            NetSource::VhostUser { socket }
+        } else if self.fds.is_empty() {
+            NetSource::Tap(self.interface(&device)?)
         } else {
-            self.descriptors(&device, queue_pairs)?
+            NetSource::Tap(self.descriptors(&device, queue_pairs)?)
         };
         let place = Place::check(&device, self.pci_segment, self.pci_device_id, segments)?;
         Ok(ValidNet {
             id: ids.take(&device, self.id.as_deref(), Self::NAMING)?,
-            tap,
+            source,
             mac: self.mac,
             mtu: self.mtu,
             queue_pairs,
@@ -492,6 +583,43 @@ impl NetConfig {
             },
             place,
         })
+    }
+
+    /// Where a backend listens, if one serves the network.
+    fn backend(&self, device: &str) -> Result<Option<PathBuf>, NetError> {
+        let device = device.to_owned();
+        let socket = self.vhost_socket.clone();
+        let socket = socket.filter(|socket| !socket.as_os_str().is_empty());
+        let Some(socket) = socket else {
+            if self.vhost_user {
+                return Err(NetError::NoSocket { device });
+            }
+            return Ok(None);
+        };
+        if !self.vhost_user {
+            return Err(NetError::SocketAlone { device, socket });
+        }
+        let fd = ("fd", !self.fds.is_empty());
+        let told = self.of_a_tap().into_iter().chain([fd]);
+        if let Some((key, _)) = told.into_iter().find(|(_, told)| *told) {
+            return Err(NetError::NotOfBackend { device, key });
+        }
+        if self.num_queues != 2 {
+            let queues = self.num_queues;
+            return Err(NetError::OnePair { device, queues });
+        }
+        Ok(Some(socket))
+    }
+
+    /// What only a tap that the VMM opens can be told, and whether it is. At the schema's defaults nobody asked for an address.
+    fn of_a_tap(&self) -> [(&'static str, bool); 4] {
+        let (ip, mask) = SCHEMA_ADDRESS;
+        [
+            ("tap", self.tap.is_some()),
+            ("ip", self.ip.is_some_and(|given| given != ip)),
+            ("mask", self.mask.is_some_and(|given| given != mask)),
+            ("host_mac", self.host_mac.is_some()),
+        ]
     }
 
     fn interface(&self, device: &str) -> Result<Tap, NetError> {
@@ -529,15 +657,7 @@ impl NetConfig {
 
     fn descriptors(&self, device: &str, queue_pairs: u16) -> Result<Tap, NetError> {
         let device = device.to_owned();
-        // At the schema's defaults nobody asked for an address.
-        let (ip, mask) = SCHEMA_ADDRESS;
-        let misplaced = [
-            ("tap", self.tap.is_some()),
-            ("ip", self.ip.is_some_and(|given| given != ip)),
-            ("mask", self.mask.is_some_and(|given| given != mask)),
-            ("host_mac", self.host_mac.is_some()),
-        ];
-        if let Some((key, _)) = misplaced.into_iter().find(|(_, given)| *given) {
+        if let Some((key, _)) = self.of_a_tap().into_iter().find(|(_, given)| *given) {
             return Err(NetError::KeyWithDescriptors { device, key });
         }
         if self.fds.len() != usize::from(queue_pairs) {
@@ -582,150 +702,4 @@ fn is_mask_for(mask: IpAddr, ip: IpAddr) -> bool {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::config::from_json;
-
-    fn validate(text: &str) -> Result<ValidNet, NetError> {
-        NetConfig::parse(text)
-            .unwrap()
-            .validate(2, &mut IdAllocator::default())
-    }
-
-    #[test]
-    fn every_key_is_stored_and_reaches_the_checked_form() {
-        let text = "tap=tap0,ip=10.0.0.1,mask=255.0.0.0,mac=52:54:00:12:34:56,\
-                    host_mac=52:54:00:12:34:57,mtu=9000,num_queues=4,queue_size=512,\
-                    offload_tso=off,offload_ufo=off,offload_csum=off,id=n,pci_segment=1,pci_device_id=7";
-        let json = r#"{"tap":"tap0","ip":"10.0.0.1","mask":"255.0.0.0",
-            "mac":"52:54:00:12:34:56","host_mac":"52:54:00:12:34:57","mtu":9000,"num_queues":4,
-            "queue_size":512,"offload_tso":false,"offload_ufo":false,"offload_csum":false,
-            "id":"n","pci_segment":1,"pci_device_id":7}"#;
-        assert_eq!(
-            NetConfig::parse(text).unwrap(),
-            from_json::<NetConfig>(json.as_bytes()).unwrap()
-        );
-        assert_eq!(
-            validate(text),
-            Ok(ValidNet {
-                id: "n".into(),
-                tap: Tap::Interface {
-                    name: Some("tap0".into()),
-                    address: Some((
-                        Ipv4Addr::new(10, 0, 0, 1).into(),
-                        Ipv4Addr::new(255, 0, 0, 0).into()
-                    )),
-                    mac: Some(MacAddr([0x52, 0x54, 0, 0x12, 0x34, 0x57])),
-                },
-                mac: Some(MacAddr([0x52, 0x54, 0, 0x12, 0x34, 0x56])),
-                mtu: Some(9000),
-                queue_pairs: 2,
-                queue_size: 512,
-                offloads: Offloads {
-                    tso: false,
-                    ufo: false,
-                    csum: false
-                },
-                place: Place {
-                    segment: 1,
-                    device: Some(7)
-                },
-            })
-        );
-        let plain = from_json::<NetConfig>(b"{}").unwrap();
-        assert_eq!(plain, NetConfig::default());
-        let plain = plain.validate(1, &mut IdAllocator::default()).unwrap();
-        assert_eq!((plain.queue_pairs, plain.queue_size), (1, 256));
-        assert_eq!(plain.id, "_net0");
-    }
-
-    #[test]
-    fn descriptors_come_from_the_command_line_only() {
-        let net = validate("fd=[5,6],num_queues=4").unwrap();
-        assert_eq!(net.tap, Tap::Descriptors(vec![5, 6]));
-        assert_eq!(validate("fd=7").unwrap().tap, Tap::Descriptors(vec![7]));
-        let error = from_json::<NetConfig>(br#"{"fds":[5]}"#).unwrap_err();
-        assert_eq!(error.to_string(), "not supported by daxhund: fds");
-        let json = serde_json::to_string(&NetConfig::parse("fd=[5]").unwrap()).unwrap();
-        assert!(!json.contains("fd"), "{json}");
-    }
-
-    #[test]
-    fn what_client_libraries_fill_in_goes_with_descriptors() {
-        let json = r#"{"ip":"192.168.249.1","mask":"255.255.255.0","iommu":false,
-            "mac":"52:54:00:12:34:56","num_queues":2,"queue_size":256,"vhost_user":false,
-            "vhost_mode":"Client","offload_tso":true,"offload_ufo":true,"offload_csum":true}"#;
-        let mut net: NetConfig = from_json(json.as_bytes()).unwrap();
-        net.fds = vec![9];
-        let valid = net.validate(1, &mut IdAllocator::default()).unwrap();
-        assert_eq!(valid.tap, Tap::Descriptors(vec![9]));
-    }
-
-    #[test]
-    fn malformed_words_are_named() {
-        for (text, words) in [
-            ("mac=52", "mac=52 is not an Ethernet address"),
-            ("ip=10.0.0", "ip=10.0.0 is not an IPv4 or IPv6 address"),
-            ("mask=x", "a network mask such as"),
-            ("fd=[x]", "an open file descriptor"),
-            ("fd=[1]", "an open file descriptor"),
-            ("mtu=70000", "a whole number in range"),
-            (
-                "vhost_user=on",
-                "not supported by daxhund: --net vhost_user",
-            ),
-            ("socket=/s", "not supported by daxhund: --net socket"),
-            ("bw_size=1", "not supported by daxhund: --net bw_size"),
-        ] {
-            let error = NetConfig::parse(text).unwrap_err();
-            assert!(error.to_string().contains(words), "{text}: {error}");
-        }
-    }
-
-    #[test]
-    fn what_no_guest_can_have_is_refused() {
-        for (text, words) in [
-            ("tap=0123456789abcdef", "can't be the name of an interface"),
-            ("tap=a/b", "--net tap=a/b: tap=\"a/b\" can't be"),
-            ("tap=..", "can't be the name"),
-            ("ip=10.0.0.1", "has ip= but no mask=; give both or neither"),
-            ("mask=255.0.0.0", "has mask= but no ip="),
-            ("ip=10.0.0.1,mask=255.0.255.0", "is no network mask for ip="),
-            ("ip=10.0.0.1,mask=ffff::", "mask=ffff:: is no network mask"),
-            ("mac=01:00:5e:00:00:01", "mac=01:00:5e:00:00:01 is not the"),
-            ("host_mac=00:00:00:00:00:00", "host_mac="),
-            ("mtu=1279", "mtu=1279 is too small: give 1280 or more"),
-            ("offload_csum=off", "add offload_tso=off,offload_ufo=off"),
-            ("num_queues=3", "give an even number from 2 to 256"),
-            ("num_queues=0", "give an even number"),
-            ("queue_size=300", "queue size out of range"),
-            ("fd=[5],tap=t", "tap= together with fd="),
-            ("fd=[5],ip=10.0.0.1", "ip= together with fd="),
-            ("fd=[5],host_mac=52:54:00:12:34:56", "host_mac= together"),
-            (
-                "fd=[5,6]",
-                "2 file descriptors for num_queues=2; each pair of queues has one: give num_queues=4",
-            ),
-            ("fd=[5,5],num_queues=4", "fd=5 is given twice"),
-            ("pci_segment=2", "--net: pci_segment=2"),
-            ("id=__n", "two underscores"),
-        ] {
-            let error = validate(text).unwrap_err();
-            assert!(error.to_string().contains(words), "{text}: {error}");
-        }
-        let net = NetConfig {
-            fds: vec![-1],
-            ..NetConfig::default()
-        };
-        let error = net.validate(1, &mut IdAllocator::default()).unwrap_err();
-        assert!(error.to_string().contains("fd=-1 is"), "{error}");
-        for text in [
-            "ip=10.0.0.1,mask=0.0.0.0",
-            "ip=10.0.0.1,mask=255.255.255.255",
-            "ip=fd00::1,mask=ffff:ffff:ffff:ffff::",
-            "tap=vmtap%d",
-        ] {
-            assert!(validate(text).is_ok(), "{text}");
-        }
-    }
-}
+mod tests;

@@ -37,6 +37,10 @@ fn pmem(text: &str) -> PmemConfig {
     PmemConfig::parse(text).unwrap()
 }
 
+fn fs(text: &str) -> FsConfig {
+    FsConfig::parse(text).unwrap()
+}
+
 #[test]
 fn json_has_the_defaults_of_the_contract() {
     let config = read(r#"{"payload":{"kernel":"/k"}}"#);
@@ -81,7 +85,7 @@ const WHOLE_SCHEMA: &str = r#"{
         "rate_limiter_config": null, "pci_segment": 0}],
     "rng": {"src": "/dev/urandom", "iommu": false},
     "balloon": {"size": 0, "deflate_on_oom": false, "free_page_reporting": true, "iommu": false},
-    "fs": [], "generic_vhost_user": null,
+    "fs": [{"tag": "t", "socket": "/f", "num_queues": 1, "queue_size": 1024}], "generic_vhost_user": null,
     "pmem": [{"file": "/p", "iommu": false, "discard_writes": true}],
     "serial": {"mode": "Null", "file": null, "socket": null, "iommu": false},
     "console": {"mode": "Pty", "iommu": false, "pci_segment": 1, "pci_device_id": 5},
@@ -102,8 +106,13 @@ fn a_client_that_sends_the_whole_schema_is_understood() {
     assert_eq!(config.memory.hotplug_size, Some(ByteSize::from_mib(4096)));
     let valid = config.validate().unwrap();
     assert_eq!(
-        (valid.disks().len(), valid.net().len(), valid.pmem().len()),
-        (1, 1, 1)
+        [
+            valid.disks().len(),
+            valid.net().len(),
+            valid.fs().len(),
+            valid.pmem().len(),
+        ],
+        [1; 4]
     );
     assert_eq!(valid.segments(), 2);
     assert_eq!(valid.console().unwrap().place.segment, 1);
@@ -114,7 +123,10 @@ fn a_client_that_sends_the_whole_schema_is_understood() {
 #[test]
 fn fields_that_ask_for_more_are_refused_with_the_way_to_them() {
     for (members, field) in [
-        (r#""fs":[{"tag":"t","socket":"/s"}]"#, "fs"),
+        (
+            r#""generic_vhost_user":[{"socket":"/s"}]"#,
+            "generic_vhost_user",
+        ),
         (
             r#""disks":[{"path":"/d"},{"path":"/e","image_type":"Qcow2"}]"#,
             "disks[1].image_type=Qcow2",
@@ -202,6 +214,7 @@ fn ids_are_unique_over_zones_and_all_kinds_of_devices() {
         config.memory = MemoryConfig::parse(None, &[zone]).unwrap();
         config.disks = vec![disk("path=/d"), disk("path=/e,id=_net1")];
         config.net = vec![NetConfig::default(), NetConfig::default()];
+        config.fs = vec![fs("tag=s,socket=/s"), fs("tag=t,socket=/t,id=f")];
         config.pmem = vec![pmem("file=/p,id=b"), pmem("file=/q")];
         config.vsock = Some(VsockConfig::parse("cid=3,socket=/v").unwrap());
         config.balloon = Some(BalloonConfig::parse("size=0").unwrap());
@@ -214,8 +227,10 @@ fn ids_are_unique_over_zones_and_all_kinds_of_devices() {
     let net: Vec<_> = valid.net().iter().map(|net| net.id.as_str()).collect();
     assert_eq!(net, ["_net2", "_net3"]);
     let pmem_ids: Vec<_> = valid.pmem().iter().map(|pmem| pmem.id.as_str()).collect();
-    assert_eq!(pmem_ids, ["b", "_pmem4"]);
-    assert_eq!(valid.vsock().unwrap().id, "_vsock5");
+    assert_eq!(pmem_ids, ["b", "_pmem5"]);
+    let fs_ids: Vec<_> = config.fs.iter().map(|fs| fs.id.as_deref()).collect();
+    assert_eq!(fs_ids, [Some("_fs4"), Some("f")]);
+    assert_eq!(valid.vsock().unwrap().id, "_vsock6");
     assert_eq!(
         config.balloon.as_ref().unwrap().id.as_deref(),
         Some("_balloon")
@@ -228,7 +243,7 @@ fn ids_are_unique_over_zones_and_all_kinds_of_devices() {
     // A device that is added later.
     let mut ids = valid.ids().clone();
     let added = disk("path=/f").validate(1, &mut ids).unwrap();
-    assert_eq!(added.id, "_disk6");
+    assert_eq!(added.id, "_disk7");
     let error = disk("path=/g,id=a").validate(1, &mut ids).unwrap_err();
     assert!(
         error
@@ -475,7 +490,7 @@ prop_compose! {
     ) -> NetConfig {
         let [offload_tso, offload_ufo, offload_csum] = offloads;
         NetConfig {
-            tap, ip, mask, mac, host_mac, mtu, fds: Vec::new(), num_queues, queue_size, offload_tso,
+            tap, ip, mask, mac, host_mac, mtu, vhost_user: false, vhost_socket: None, fds: Vec::new(), num_queues, queue_size, offload_tso,
             offload_ufo, offload_csum, id, pci_segment, pci_device_id,
         }
     }
@@ -487,6 +502,16 @@ prop_compose! {
         (id, pci_segment, pci_device_id) in at(),
     ) -> VsockConfig {
         VsockConfig { cid, socket, id, pci_segment, pci_device_id }
+    }
+}
+
+prop_compose! {
+    fn any_fs()(
+        tag in "[^\"]{1,40}", socket in path(), num_queues in 0_u32..300,
+        queue_size in prop_oneof![Just(1024_u32), any::<u32>()],
+        (id, pci_segment, pci_device_id) in at(),
+    ) -> FsConfig {
+        FsConfig { tag, socket, num_queues, queue_size, id, pci_segment, pci_device_id }
     }
 }
 
@@ -557,7 +582,7 @@ prop_compose! {
         (boot_vcpus, max_vcpus) in (0_u32..4, 0_u32..300), memory in any_memory(),
         kernel in option::of(path()), serial in any_serial(), console in option::of(any_console()),
         disks in vec(any_disk(), 0..3), net in vec(any_net(), 0..3), rng in any_rng(),
-        pmem in vec(any_pmem(), 0..3), vsock in option::of(any_vsock()),
+        fs in vec(any_fs(), 0..3), pmem in vec(any_pmem(), 0..3), vsock in option::of(any_vsock()),
         balloon in option::of(any_balloon()), devices in vec(any_device(), 0..3),
         num_pci_segments in 0_u16..20, iommufd: Option<bool>, vfio_p2p_dma: bool,
     ) -> VmConfig {
@@ -565,7 +590,7 @@ prop_compose! {
             cpus: CpusConfig { boot_vcpus, max_vcpus },
             memory,
             payload: PayloadConfig { kernel, ..Default::default() },
-            serial, console, disks, net, rng, pmem, vsock, balloon, devices,
+            serial, console, disks, net, rng, fs, pmem, vsock, balloon, devices,
             platform: PlatformConfig { num_pci_segments, iommufd, vfio_p2p_dma },
             numa: Vec::new(),
         }
@@ -658,6 +683,7 @@ proptest! {
         let mut names: Vec<&str> = asked.memory.zones.iter().map(|zone| zone.id.as_str()).collect();
         names.extend(valid.disks().iter().map(|disk| disk.id.as_str()));
         names.extend(valid.net().iter().map(|net| net.id.as_str()));
+        names.extend(valid.fs().iter().map(|fs| fs.id.as_str()));
         names.extend(valid.pmem().iter().map(|pmem| pmem.id.as_str()));
         names.extend(valid.passthrough().iter().map(|device| device.id.as_str()));
         names.extend(valid.vsock().map(|vsock| vsock.id.as_str()));
@@ -720,7 +746,14 @@ proptest! {
     #[test]
     fn the_other_devices_are_the_same_in_words_and_in_json(
         vsock in any_vsock(), balloon in any_balloon(), rng in any_rng(), console in any_console(),
+        fs in any_fs(),
     ) {
+        let text = Text::new((&fs.id, fs.pci_segment, fs.pci_device_id))
+            .key("tag", &fs.tag)
+            .key("socket", fs.socket.display())
+            .key("num_queues", fs.num_queues)
+            .key("queue_size", fs.queue_size);
+        prop_assert_eq!(FsConfig::parse(&text.end()).unwrap(), json(&fs));
         let text = Text::new((&vsock.id, vsock.pci_segment, vsock.pci_device_id))
             .key("cid", vsock.cid)
             .key("socket", vsock.socket.display());

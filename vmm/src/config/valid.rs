@@ -14,10 +14,10 @@ use super::files;
 use super::memory::{check_pages, huge_pages};
 use super::{
     BalloonError, ByteSize, ConsoleConfig, ConsoleError, CpusConfig, CpusError, DeviceError,
-    DiskError, FileError, IdAllocator, IdError, MemoryConfig, MemoryError, MemoryZoneConfig,
-    NetError, NumaConfig, NumaError, PayloadError, PlaceError, PlatformError, PmemError, RngError,
-    ValidBalloon, ValidConsole, ValidDevice, ValidDisk, ValidNet, ValidPmem, ValidRng, ValidVsock,
-    VirtioConsoleConfig, VmConfig, VsockError, ZoneError, numa,
+    DiskError, FileError, FsError, IdAllocator, IdError, MemoryConfig, MemoryError,
+    MemoryZoneConfig, NetError, NumaConfig, NumaError, PayloadError, PlaceError, PlatformError,
+    PmemError, RngError, ValidBalloon, ValidConsole, ValidDevice, ValidDisk, ValidFs, ValidNet,
+    ValidPmem, ValidRng, ValidVsock, VirtioConsoleConfig, VmConfig, VsockError, ZoneError, numa,
 };
 
 /// Name of the zone that `--memory size=` stands for.
@@ -56,6 +56,9 @@ pub enum ConfigError {
     /// The random number generator.
     #[error(transparent)]
     Rng(#[from] RngError),
+    /// A directory of the host.
+    #[error(transparent)]
+    Fs(#[from] FsError),
     /// Persistent memory.
     #[error(transparent)]
     Pmem(#[from] PmemError),
@@ -284,6 +287,11 @@ impl ValidConfig {
     /// The random number generator; every guest has it.
     pub fn rng(&self) -> &ValidRng {
         &self.devices.rng
+    }
+
+    /// Directories of the host.
+    pub fn fs(&self) -> &[ValidFs] {
+        &self.devices.fs
     }
 
     /// Persistent memory.

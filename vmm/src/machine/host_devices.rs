@@ -14,8 +14,8 @@ use super::passthrough::OpenPassthroughError;
 use super::resources::HostResources;
 use super::vm::release_one;
 use crate::config::{
-    ByteSize, DiskSource, MacAddr, Place, PmemSource, Tap, ValidBalloon, ValidConsole, ValidDisk,
-    ValidNet, ValidPmem, ValidRng, ValidVsock,
+    ByteSize, DiskSource, MacAddr, NetSource, Place, PmemSource, Tap, ValidBalloon, ValidConsole,
+    ValidDisk, ValidFs, ValidNet, ValidPmem, ValidRng, ValidVsock,
 };
 use crate::devices::console::{Console, OpenConsoleError};
 use crate::inherited::{self, InheritedError};
@@ -28,7 +28,7 @@ use crate::virtio::Device;
 use crate::virtio::balloon::{BalloonDevice, BalloonSizeError, BalloonSpec};
 use crate::virtio::blk::{Disk, DiskOpenError, DiskSpec};
 use crate::virtio::console::ConsoleDevice;
-use crate::virtio::net::{Mac, MacError, NetDevice, NetOpenError, NetSpec};
+use crate::virtio::net::{Mac, MacError, NetDevice, NetOpenError, NetSpec, Offers};
 use crate::virtio::pmem::PmemDevice;
 use crate::virtio::rng::{OpenRngError, RngDevice, RngSpec};
 use crate::virtio::vhost_user::{self, pmem::LentPmem};
@@ -273,6 +273,50 @@ impl HostResources {
         Ok(OpenedDevice::new(&valid.id, valid.place, device))
     }
 
+    /// Opens or takes a tap, or finds the backend that serves the network. `fds` came with the request.
+    pub(super) fn open_net(
+        &mut self,
+        valid: &ValidNet,
+        fds: Vec<OwnedFd>,
+    ) -> Result<OpenedDevice, OpenDeviceError> {
+        let device: Arc<dyn Device> = match &valid.source {
+            NetSource::VhostUser { socket } => Arc::new(self.backends.open(vhost_user::Spec {
+                id: valid.id.clone(),
+                socket: socket.clone(),
+                class: vhost_user::net::interface(
+                    mac_of(valid, valid.mac)?.unwrap_or_else(Mac::random),
+                    valid.mtu,
+                    Offers {
+                        tso: valid.offloads.tso,
+                        ufo: valid.offloads.ufo,
+                        csum: valid.offloads.csum,
+                    },
+                ),
+                shape: vhost_user::Shape {
+                    queues: vhost_user::net::QUEUES,
+                    queue_size: valid.queue_size,
+                },
+            })?),
+            NetSource::Tap(tap) => Arc::new(NetDevice::open(net_spec(valid, tap, fds)?)?),
+        };
+        Ok(OpenedDevice::new(&valid.id, valid.place, device))
+    }
+
+    /// Finds the backend that serves a directory.
+    pub(super) fn open_fs(&mut self, valid: &ValidFs) -> Result<OpenedDevice, OpenDeviceError> {
+        let shape = vhost_user::Shape {
+            queues: valid.num_queues + vhost_user::fs::HIGH_PRIORITY_QUEUES,
+            queue_size: valid.queue_size,
+        };
+        let device = self.backends.open(vhost_user::Spec {
+            id: valid.id.clone(),
+            socket: valid.socket.clone(),
+            class: vhost_user::fs::file_system(&valid.tag, shape),
+            shape,
+        })?;
+        Ok(OpenedDevice::new(&valid.id, valid.place, Arc::new(device)))
+    }
+
     /// A balloon takes nothing from the host: it gives.
     pub(super) fn open_balloon(
         &mut self,
@@ -288,15 +332,6 @@ impl HostResources {
         self.balloon = Some(Arc::clone(&device));
         Ok(OpenedDevice::new(&valid.id, valid.place, device))
     }
-}
-
-/// Opens or takes a tap. `fds` came with the request.
-pub(super) fn open_net(
-    valid: &ValidNet,
-    fds: Vec<OwnedFd>,
-) -> Result<OpenedDevice, OpenDeviceError> {
-    let device = NetDevice::open(net_spec(valid, fds)?)?;
-    Ok(OpenedDevice::new(&valid.id, valid.place, Arc::new(device)))
 }
 
 /// Makes the socket that the host's programs connect to.
@@ -331,17 +366,21 @@ pub(super) fn open_console(valid: &ValidConsole) -> Result<OpenedDevice, OpenDev
     Ok(OpenedDevice::new(&valid.id, valid.place, Arc::new(device)))
 }
 
+/// An Ethernet address as the device has it.
+fn mac_of(valid: &ValidNet, mac: Option<MacAddr>) -> Result<Option<Mac>, OpenDeviceError> {
+    let mac = mac.map(|mac| Mac::new(mac.0)).transpose();
+    mac.map_err(|source| OpenDeviceError::Mac {
+        id: valid.id.clone(),
+        source,
+    })
+}
+
 /// The configuration's words for a network device as the device has them.
-fn net_spec(valid: &ValidNet, fds: Vec<OwnedFd>) -> Result<NetSpec, OpenDeviceError> {
+fn net_spec(valid: &ValidNet, tap: &Tap, fds: Vec<OwnedFd>) -> Result<NetSpec, OpenDeviceError> {
     let id = || valid.id.clone();
-    let mac = |mac: Option<MacAddr>| {
-        mac.map(|mac| Mac::new(mac.0))
-            .transpose()
-            .map_err(|source| OpenDeviceError::Mac { id: id(), source })
-    };
     let mut spec = NetSpec {
         id: id(),
-        mac: mac(valid.mac)?,
+        mac: mac_of(valid, valid.mac)?,
         mtu: valid.mtu,
         num_queues: valid.queue_pairs * 2,
         queue_size: valid.queue_size,
@@ -350,7 +389,7 @@ fn net_spec(valid: &ValidNet, fds: Vec<OwnedFd>) -> Result<NetSpec, OpenDeviceEr
         offload_csum: valid.offloads.csum,
         ..NetSpec::default()
     };
-    match &valid.tap {
+    match tap {
         Tap::Interface {
             name,
             address,
@@ -359,7 +398,7 @@ fn net_spec(valid: &ValidNet, fds: Vec<OwnedFd>) -> Result<NetSpec, OpenDeviceEr
             spec.tap.clone_from(name);
             (spec.ip, spec.mask) =
                 address.map_or((None, None), |(ip, mask)| (Some(ip), Some(mask)));
-            spec.host_mac = mac(*host_mac)?;
+            spec.host_mac = mac_of(valid, *host_mac)?;
         }
         // They came beside the request.
         Tap::Descriptors(_) if !fds.is_empty() => spec.fds = fds,

@@ -230,7 +230,11 @@ impl HostResources {
             take(self, opened);
         }
         for net in config.net() {
-            let opened = host_devices::open_net(net, Vec::new())?;
+            let opened = self.open_net(net, Vec::new())?;
+            take(self, opened);
+        }
+        for fs in config.fs() {
+            let opened = self.open_fs(fs)?;
             take(self, opened);
         }
         for pmem in config.pmem() {

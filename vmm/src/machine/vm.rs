@@ -17,7 +17,7 @@ use super::removal::{LostRam, User};
 use super::resources::{HostResources, PrepareError};
 use crate::api::{ApiError, ErrorKind};
 use crate::config::{
-    ByteSize, ConfigError, DeviceConfig, DiskConfig, IdAllocator, NetConfig, PmemConfig,
+    ByteSize, ConfigError, DeviceConfig, DiskConfig, FsConfig, IdAllocator, NetConfig, PmemConfig,
     ValidConfig, VmConfig, VsockConfig,
 };
 use crate::lifecycle::region::RegionEvent;
@@ -140,6 +140,7 @@ pub(super) enum NewDevice {
     Pmem(PmemConfig),
     Disk(DiskConfig),
     Net(NetConfig, Vec<OwnedFd>),
+    Fs(FsConfig),
     Vsock(VsockConfig),
     Passthrough(DeviceConfig),
 }
@@ -150,6 +151,7 @@ impl NewDevice {
         match self {
             Self::Pmem(word) => config.pmem.push(word),
             Self::Disk(word) => config.disks.push(word),
+            Self::Fs(word) => config.fs.push(word),
             Self::Passthrough(word) => config.devices.push(word),
             Self::Net(word, fds) if fds.is_empty() => config.net.push(word),
             Self::Net(..) => {
@@ -441,7 +443,17 @@ impl RunningVm {
                     fds: Vec::new(),
                     ..word
                 });
-                host_devices::open_net(&valid, fds)?
+                self.host.open_net(&valid, fds)?
+            }
+            NewDevice::Fs(word) => {
+                let valid = word
+                    .validate(segments, &mut ids)
+                    .map_err(ConfigError::from)?;
+                config.fs.push(FsConfig {
+                    id: Some(valid.id.clone()),
+                    ..word
+                });
+                self.host.open_fs(&valid)?
             }
             NewDevice::Vsock(word) => {
                 if let Some(vsock) = &config.vsock {

@@ -4,11 +4,10 @@ use std::path::PathBuf;
 
 use clap::{Arg, Command, Parser, Subcommand};
 
-use crate::config::{DeviceConfig, DiskConfig, NetConfig, PmemConfig, VsockConfig};
+use crate::config::{DeviceConfig, DiskConfig, FsConfig, NetConfig, PmemConfig, VsockConfig};
 
 /// Subcommands of `ch-remote` that daxhund does not build, so that they are refused by name.
 pub(super) const UNSUPPORTED: &[&str] = &[
-    "add-fs",
     "add-generic-vhost-user",
     "add-user-device",
     "add-vdpa",
@@ -56,6 +55,13 @@ pub(super) enum Sub {
     /// Add a disk
     #[command(long_about = DiskConfig::WORD.help())]
     AddDisk {
+        /// Its keys and values
+        #[arg(value_name = "KEY=VALUE,..")]
+        word: String,
+    },
+    /// Add a directory of the host
+    #[command(long_about = FsConfig::WORD.help())]
+    AddFs {
         /// Its keys and values
         #[arg(value_name = "KEY=VALUE,..")]
         word: String,

@@ -133,6 +133,12 @@ fn words_are_sent_as_they_are_read_on_the_command_line() {
         daxhund.asks(&["add-vsock", word], ""),
         format!("{:?}", Request::AddVsock(config))
     );
+    let word = "tag=t,socket=/run/f";
+    let config = Box::new(FsConfig::parse(word).unwrap());
+    assert_eq!(
+        daxhund.asks(&["add-fs", word], ""),
+        format!("{:?}", Request::AddFs(config))
+    );
     let word = "tap=tap3,num_queues=4,mac=52:54:00:02:d9:01";
     let config = Box::new(NetConfig::parse(word).unwrap());
     assert_eq!(

@@ -24,6 +24,8 @@ pub enum Kind {
     Balloon = 5,
     /// Sockets to the host.
     Vsock = 19,
+    /// Directory of the host.
+    FileSystem = 26,
     /// Persistent memory.
     Pmem = 27,
 }

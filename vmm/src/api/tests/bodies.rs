@@ -52,6 +52,11 @@ fn devices_are_added_and_removed() {
     };
     assert_eq!(net.tap.as_deref(), Some("tap0"));
     assert!(descriptors.is_empty());
+    let body = json!({"tag": "t", "socket": "/run/fs", "num_queues": 1, "queue_size": 1024});
+    let Request::AddFs(fs) = becomes("vm.add-fs", &body) else {
+        panic!("another request");
+    };
+    assert_eq!(fs.tag, "t");
     let body = json!({"cid": 3, "socket": "/run/vsock"});
     let Request::AddVsock(vsock) = becomes("vm.add-vsock", &body) else {
         panic!("another request");
@@ -88,6 +93,7 @@ fn a_body_that_can_not_be_used_says_why() {
         ("vm.add-disk", "{\"path\":\"/a\",\"paht\":\"/b\"}", "paht"),
         ("vm.add-disk", "{\"path\":\"/a\",\"path\":\"/b\"}", "path"),
         ("vm.add-net", "{\"num_queues\":-1}", "num_queues"),
+        ("vm.add-fs", "{\"tag\":\"t\"}", "socket"),
         ("vm.add-vsock", "{\"cid\":3}", "socket"),
         ("vm.add-pmem", "\u{fffd}", "not usable as JSON"),
         ("vm.remove-device", "{}", "id"),

@@ -326,7 +326,7 @@ fn a_ping_needs_no_owner() {
 #[test]
 fn what_is_not_built_says_so() {
     let api = Api::start(Limits::default());
-    for name in ["vm.snapshot", "vm.nmi", "vm.resize-zone", "vm.add-fs"] {
+    for name in ["vm.snapshot", "vm.nmi", "vm.resize-zone", "vm.add-vdpa"] {
         for answer in [
             put(&api.client(), name),
             put_json(&api.client(), name, &json!({"id": "x"})),

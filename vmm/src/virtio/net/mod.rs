@@ -15,6 +15,7 @@ mod control;
 mod counters;
 mod link;
 mod mac;
+mod offers;
 mod pairs;
 mod rx;
 #[allow(unsafe_code, reason = "wraps the ioctls of taps")]
@@ -35,16 +36,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use thiserror::Error;
 use virtio_bindings::virtio_net::{
-    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_CTRL_GUEST_OFFLOADS, VIRTIO_NET_F_CTRL_VQ,
-    VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_TSO4,
-    VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_GUEST_UFO, VIRTIO_NET_F_HOST_ECN, VIRTIO_NET_F_HOST_TSO4,
-    VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_HOST_UFO, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MQ,
+    VIRTIO_NET_F_CTRL_GUEST_OFFLOADS, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_TSO4,
+    VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_GUEST_UFO, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MQ,
     VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS, VIRTIO_NET_S_LINK_UP,
 };
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 pub use self::link::{Link, Offloads};
 pub use self::mac::{Mac, MacError};
+pub use self::offers::Offers;
 pub use self::tap::{HostSide, Tap, TapError};
 pub use self::vectors::Vectors;
 
@@ -308,24 +308,7 @@ impl NetSpec {
             VIRTIO_NET_F_CTRL_VQ,
         ];
         if self.offload_csum {
-            bits.extend([
-                VIRTIO_NET_F_CSUM,
-                VIRTIO_NET_F_GUEST_CSUM,
-                VIRTIO_NET_F_CTRL_GUEST_OFFLOADS,
-            ]);
-            if self.offload_tso {
-                bits.extend([
-                    VIRTIO_NET_F_HOST_TSO4,
-                    VIRTIO_NET_F_HOST_TSO6,
-                    VIRTIO_NET_F_HOST_ECN,
-                    VIRTIO_NET_F_GUEST_TSO4,
-                    VIRTIO_NET_F_GUEST_TSO6,
-                    VIRTIO_NET_F_GUEST_ECN,
-                ]);
-            }
-            if self.offload_ufo {
-                bits.extend([VIRTIO_NET_F_HOST_UFO, VIRTIO_NET_F_GUEST_UFO]);
-            }
+            bits.push(VIRTIO_NET_F_CTRL_GUEST_OFFLOADS);
         }
         if self.num_queues > 2 {
             bits.push(VIRTIO_NET_F_MQ);
@@ -333,8 +316,13 @@ impl NetSpec {
         if self.mtu.is_some() {
             bits.push(VIRTIO_NET_F_MTU);
         }
+        let offers = Offers {
+            tso: self.offload_tso,
+            ufo: self.offload_ufo,
+            csum: self.offload_csum,
+        };
         bits.into_iter()
-            .fold(0, |features, bit| features | 1 << bit)
+            .fold(offers.features(), |features, bit| features | 1 << bit)
     }
 
     fn check(&self) -> Result<(), NetOpenError> {

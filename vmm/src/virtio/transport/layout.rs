@@ -105,7 +105,7 @@ impl Configuration {
 fn class(kind: Kind) -> Class {
     let (base, sub) = match kind {
         Kind::Net => (0x02, 0x00),
-        Kind::Block => (0x01, 0x80),
+        Kind::Block | Kind::FileSystem => (0x01, 0x80),
         Kind::Console => (0x07, 0x80),
         Kind::Pmem => (0x05, 0x80),
         Kind::Entropy | Kind::Balloon | Kind::Vsock => (0xff, 0x00),

@@ -6,7 +6,7 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
 };
 
-use super::class::{Class, Shape};
+use super::class::{Class, Config, Shape};
 use crate::virtio::device::Kind;
 
 /// `struct virtio_blk_config` up to what discarding and zeroing need (virtio 1.2, 5.2.4).
@@ -18,6 +18,7 @@ const NUM_QUEUES: usize = 34;
 /// configuration space; with `FLUSH` alone it takes the cache for write-back and flushes.
 pub const DISK: Class = Class {
     name: "vhost-user disk",
+    example: "qemu-storage-daemon --export type=vhost-user-blk,...",
     kind: Kind::Block,
     features: 1 << VIRTIO_BLK_F_SIZE_MAX
         | 1 << VIRTIO_BLK_F_SEG_MAX
@@ -29,9 +30,14 @@ pub const DISK: Class = Class {
         | 1 << VIRTIO_BLK_F_MQ
         | 1 << VIRTIO_BLK_F_DISCARD
         | 1 << VIRTIO_BLK_F_WRITE_ZEROES,
-    config_bytes: CONFIG_BYTES,
+    own_features: 0,
+    config: Config::Backend {
+        bytes: CONFIG_BYTES,
+        fit,
+    },
+    uncounted: 0,
+    always: 0,
     lends: false,
-    fit,
 };
 
 /// The number of queues is this side's; a request with its header and its status fits into one of them.

@@ -3,20 +3,59 @@
 use crate::virtio::device::Kind;
 
 /// A kind of device.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Class {
     /// What it is in messages.
     pub name: &'static str,
+    /// A command line that starts a backend of the kind.
+    pub example: &'static str,
     /// What it is to the guest.
     pub kind: Kind,
     /// Features of the device type that a guest is offered where the backend has them.
     pub features: u64,
-    /// Length of the configuration space.
-    pub config_bytes: u32,
+    /// Features that this side alone sees to: a guest is offered them whatever the backend has, which hears of those only that it
+    /// has itself.
+    pub own_features: u64,
+    /// Its configuration space.
+    pub config: Config,
+    /// How many of its queues `num_queues=` does not count.
+    pub uncounted: u16,
+    /// As many queues every backend of the kind has: it is asked only when there are to be more.
+    pub always: u16,
     /// Whether the backend lends the device memory: a shared memory region, which becomes the guest's.
     pub lends: bool,
-    /// Puts into it what this side decides.
-    pub fit: fn(&mut [u8], Shape),
+}
+
+/// Whose a configuration space is.
+#[derive(Debug, Clone)]
+pub enum Config {
+    /// The backend's, which has to be able to say it (`VHOST_USER_PROTOCOL_F_CONFIG`).
+    Backend {
+        /// Its length.
+        bytes: u32,
+        /// Puts into it what this side decides.
+        fit: fn(&mut [u8], Shape),
+    },
+    /// This side's. The backend is not asked.
+    Own(Vec<u8>),
+}
+
+impl Class {
+    /// As many queues a backend has to have that says no number.
+    pub(super) fn least(&self) -> u16 {
+        self.always.max(1)
+    }
+
+    /// The configuration space, of what a backend says that it is.
+    pub(super) fn config(&self, mut theirs: Vec<u8>, shape: Shape) -> Vec<u8> {
+        match &self.config {
+            Config::Backend { fit, .. } => {
+                fit(&mut theirs, shape);
+                theirs
+            }
+            Config::Own(ours) => ours.clone(),
+        }
+    }
 }
 
 /// What this side decides of a device.

@@ -20,7 +20,7 @@ use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VringConfigData};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 
-use super::class::Class;
+use super::class::{Class, Config};
 use super::lending::{Channel, Lending, LoanError};
 use super::table::{SharedRegion, Table};
 use crate::virtio::queue::Ring;
@@ -60,12 +60,13 @@ const TABLE_REGIONS: usize = 8;
 pub enum ConnectError {
     /// Nobody to connect to.
     #[error(
-        "nobody serves the socket {socket}: {source}; start the backend first (for one: qemu-storage-daemon --export \
-         type=vhost-user-blk,...)"
+        "nobody serves the socket {socket}: {source}; start the backend first (for one: {example})"
     )]
     Socket {
         /// Where it was looked for.
         socket: String,
+        /// Who could serve it.
+        example: &'static str,
         /// What the kernel said.
         #[source]
         source: io::Error,
@@ -91,7 +92,7 @@ pub enum ConnectError {
     },
     /// Fewer queues.
     #[error(
-        "the backend at {socket} has {offered} queue(s), num_queues={asked} asks for more; give num_queues={offered} or fewer, or \
+        "the backend at {socket} has {offered} queue(s), num_queues={asked} asks for more; give num_queues={most} or fewer, or \
          start the backend with more"
     )]
     Queues {
@@ -101,6 +102,8 @@ pub enum ConnectError {
         offered: u64,
         /// Asked for.
         asked: u16,
+        /// What could be asked for.
+        most: u64,
     },
     /// Another one than before.
     #[error(
@@ -226,7 +229,7 @@ pub(super) struct Connection {
     protocol: VhostUserProtocolFeatures,
     /// Virtio features.
     pub(super) features: u64,
-    /// The device's configuration space.
+    /// The device's configuration space, where it is the backend's.
     pub(super) config: Vec<u8>,
     max_regions: usize,
     /// Of a backend that lends memory.
@@ -234,9 +237,10 @@ pub(super) struct Connection {
 }
 
 /// Connects to a socket, at once or not at all.
-pub(super) fn dial(path: &Path) -> Result<UnixStream, ConnectError> {
+pub(super) fn dial(path: &Path, class: &Class) -> Result<UnixStream, ConnectError> {
     let failed = |source: io::Error| ConnectError::Socket {
         socket: path.display().to_string(),
+        example: class.example,
         source,
     };
     let dial = || -> rustix::io::Result<_> {
@@ -295,7 +299,8 @@ impl Connection {
                 return Err(lacks(what));
             }
         }
-        if !protocol.contains(VhostUserProtocolFeatures::CONFIG) {
+        let is_theirs = matches!(class.config, Config::Backend { .. });
+        if is_theirs && !protocol.contains(VhostUserProtocolFeatures::CONFIG) {
             return Err(lacks(
                 "its configuration space (VHOST_USER_PROTOCOL_F_CONFIG)",
             ));
@@ -306,26 +311,34 @@ impl Connection {
         if protocol.contains(VhostUserProtocolFeatures::REPLY_ACK) {
             frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
         }
-        let offered = if protocol.contains(VhostUserProtocolFeatures::MQ) {
-            frontend.get_queue_num().map_err(failed("GET_QUEUE_NUM"))?
-        } else {
-            1
-        };
-        if u64::from(queues) > offered {
-            return Err(ConnectError::Queues {
-                socket: socket(),
-                offered,
-                asked: queues,
-            });
+        if queues > class.always {
+            let offered = if protocol.contains(VhostUserProtocolFeatures::MQ) {
+                frontend.get_queue_num().map_err(failed("GET_QUEUE_NUM"))?
+            } else {
+                class.least().into()
+            };
+            if u64::from(queues) > offered {
+                let least = class.least().into();
+                return Err(ConnectError::Queues {
+                    socket: socket(),
+                    offered,
+                    asked: queues - class.uncounted,
+                    most: offered.max(least) - u64::from(class.uncounted),
+                });
+            }
         }
-        let empty = vec![0; class.config_bytes as usize];
-        let flags = VhostUserConfigFlags::empty();
-        let (_, config) = frontend
-            .get_config(0, class.config_bytes, flags, &empty)
-            .map_err(failed("GET_CONFIG"))?;
+        let mut config = Vec::new();
+        if let Config::Backend { bytes, .. } = class.config {
+            let empty = vec![0; bytes as usize];
+            let flags = VhostUserConfigFlags::empty();
+            (_, config) = frontend
+                .get_config(0, bytes, flags, &empty)
+                .map_err(failed("GET_CONFIG"))?;
+        }
         let lending = if class.lends {
             let (channel, theirs) = Channel::pair().map_err(|source| ConnectError::Socket {
                 socket: socket(),
+                example: class.example,
                 source,
             })?;
             frontend
@@ -449,7 +462,9 @@ impl Connection {
         rings: &[(&Ring, u16)],
         inflight: Option<&Inflight>,
     ) -> Result<(), StartError> {
-        let features = features | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+        // Those that it does not know are this side's own.
+        let known = features & self.features;
+        let features = known | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
         self.frontend
             .set_features(features)
             .map_err(called("SET_FEATURES"))?;

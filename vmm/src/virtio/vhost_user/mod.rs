@@ -5,7 +5,7 @@
 //!   Worker ──start, stop──▶├─ Backend ─call─▶ Session ─▶ Connection ─┤   maps guest memory, has doorbells (ioeventfd) and
 //!   watch ──lost, again ──▶┘   (deadlines)    (state)     (messages) └─  interrupts (irqfd): nothing in between
 //! ```
-//! What is a device type's own is a [`Class`] in a file of its own ([`blk`], [`pmem`]); all else is here once.
+//! What is a device type's own is a [`Class`] in a file of its own ([`blk`], [`fs`], [`net`], [`pmem`]); all else is here once.
 //!
 //! Invariants:
 //! - Whatever the backend does or leaves undone, every call here comes back in time. One that hangs, talks nonsense or goes
@@ -19,7 +19,9 @@ pub mod blk;
 mod caller;
 mod class;
 mod connection;
+pub mod fs;
 mod lending;
+pub mod net;
 pub mod pmem;
 mod session;
 mod shared;
@@ -47,7 +49,7 @@ use super::worker as workers;
 use super::{ActivateError, Activation, Device, Kind};
 
 pub use caller::NoAnswer;
-pub use class::{Class, Shape};
+pub use class::{Class, Config, Shape};
 pub use connection::{CallError, ConnectError, TooManyRegions};
 pub use lending::{Loan, LoanError};
 pub use session::{AttachError, Service};
@@ -269,7 +271,8 @@ impl Device for VhostUserDevice {
     }
 
     fn features(&self) -> u64 {
-        self.0.shared.space().features & self.0.shared.class.features
+        let class = &self.0.shared.class;
+        self.0.shared.space().features & class.features | class.own_features
     }
 
     fn ring_features(&self) -> u64 {

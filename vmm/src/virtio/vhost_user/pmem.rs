@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 
-use super::class::{Class, Shape};
+use super::class::{Class, Config, Shape};
 use super::{Backend, VhostUserDevice};
 use crate::memory::layout::Gpa;
 use crate::virtio::device::{Device, Kind, read_space};
@@ -25,12 +25,18 @@ pub const SHAPE: Shape = Shape {
 /// Persistent memory. Not among the features: `SHMEM_REGION`, by which a driver would look for the memory in a BAR.
 pub const PMEM: Class = Class {
     name: "vhost-user pmem",
+    example: "daxhund-vhost-user-pmem --socket-path ... --dax ...",
     kind: Kind::Pmem,
     features: 0,
-    config_bytes: CONFIG_BYTES,
+    own_features: 0,
+    config: Config::Backend {
+        bytes: CONFIG_BYTES,
+        // What the backend says of the place is not believed: it is this side's.
+        fit: |config, _| config.fill(0),
+    },
+    uncounted: 0,
+    always: 0,
     lends: true,
-    // What the backend says of the place is not believed: it is this side's.
-    fit: |config, _| config.fill(0),
 };
 
 /// A range of persistent memory, and the backend that flushes it.

@@ -150,9 +150,10 @@ impl Session {
             shape,
             ..
         } = shared.as_ref();
-        let stream = dial(socket)?;
+        let stream = dial(socket, class)?;
         let own = stream.try_clone().map_err(|source| ConnectError::Socket {
             socket: socket.display().to_string(),
+            example: class.example,
             source,
         })?;
         self.shared.line.set(own);
@@ -178,8 +179,7 @@ impl Session {
             .add(&self.table, self.table.regions())
             .map_err(failed)?;
         self.borrow(&mut connection)?;
-        let mut config = std::mem::take(&mut connection.config);
-        (class.fit)(&mut config, *shape);
+        let config = class.config(std::mem::take(&mut connection.config), *shape);
         let changed = self.shared.set_config(config, promised);
         if let Some(service) = &mut self.service {
             match service.give_to(&mut connection, &self.table) {
@@ -208,6 +208,7 @@ impl Session {
         let socket = || self.shared.socket.display().to_string();
         let failed = |source: io::Error| ConnectError::Socket {
             socket: socket(),
+            example: self.shared.class.example,
             source,
         };
         if self.borrowed == Borrowed::TakenAway {

@@ -47,12 +47,7 @@ fn lending(bytes: Vec<u8>, file: Option<Arc<File>>) -> Manners {
 }
 
 fn borrow(fake: &Fake) -> Result<Arc<Backend>, OpenError> {
-    let spec = Spec {
-        class: PMEM,
-        shape: SHAPE,
-        ..spec(fake, 1)
-    };
-    Backend::open(spec, Box::new(|_| {}))
+    open_as(fake, PMEM, SHAPE).map(|(backend, _)| backend)
 }
 
 fn borrowed(manners: Manners) -> (Fake, Arc<Backend>) {

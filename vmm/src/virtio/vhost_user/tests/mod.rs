@@ -1,5 +1,6 @@
 //! A frontend against a backend that keeps to the protocol, that breaks it at every message, and that goes and comes.
 
+mod classes;
 mod fake;
 mod lending;
 
@@ -24,25 +25,30 @@ fn region(gpa: u64, size: u64, offset: u64) -> SharedRegion {
     }
 }
 
-fn spec(fake: &Fake, queues: u16) -> Spec {
-    Spec {
-        id: "d0".to_owned(),
-        socket: fake.socket(),
-        class: blk::DISK,
-        shape: Shape {
-            queues,
-            queue_size: 128,
-        },
+fn shape(queues: u16) -> Shape {
+    Shape {
+        queues,
+        queue_size: 128,
     }
 }
 
 type News = Arc<Mutex<Vec<Change>>>;
 
 fn open(fake: &Fake, queues: u16) -> Result<(Arc<Backend>, News), OpenError> {
+    open_as(fake, blk::DISK, shape(queues))
+}
+
+fn open_as(fake: &Fake, class: Class, shape: Shape) -> Result<(Arc<Backend>, News), OpenError> {
     let news = News::default();
     let heard = Arc::clone(&news);
     let on_change = Box::new(move |change| heard.lock().unwrap().push(change));
-    Ok((Backend::open(spec(fake, queues), on_change)?, news))
+    let spec = Spec {
+        id: "d0".to_owned(),
+        socket: fake.socket(),
+        class,
+        shape,
+    };
+    Ok((Backend::open(spec, on_change)?, news))
 }
 
 fn served(manners: Manners, queues: u16) -> (Fake, Arc<Backend>, News) {

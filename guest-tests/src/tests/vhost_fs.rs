@@ -1,0 +1,398 @@
+//! Directories of the host that another process serves as a file system: virtiofsd, over vhost-user.
+
+use std::time::Duration;
+
+use lab_agent::host_protocol::SpawnSpec;
+
+use super::remote::Remote;
+use super::support::{
+    MIB, VirtioKind, comes_back_to, dax_zone, eventually, no_complaints, power_off, refused,
+    scratch, spec_on, spec_with,
+};
+use super::{GuestTest, Lab, TestError, claim, pci};
+use crate::guest::Guest;
+use crate::host::process::Process;
+use crate::suite::SCRATCH;
+
+pub(super) const TESTS: &[GuestTest] = &[
+    GuestTest {
+        name: "a_shared_directory_is_read_and_written_through_all_of_the_guests_dax_memory",
+        run: a_shared_directory_is_read_and_written_through_all_of_the_guests_dax_memory,
+    },
+    GuestTest {
+        name: "shared_directories_come_and_go",
+        run: shared_directories_come_and_go,
+    },
+    GuestTest {
+        name: "a_file_system_daemon_that_dies_is_waited_for_and_its_directory_mounted_again",
+        run: a_file_system_daemon_that_dies_is_waited_for_and_its_directory_mounted_again,
+    },
+    GuestTest {
+        name: "bad_file_systems_are_refused",
+        run: bad_file_systems_are_refused,
+    },
+];
+
+const PLACE: &str = "/lab/peers/virtiofsd";
+const MODULES: [&str; 2] = ["virtio_pci", "virtiofs"];
+const MOUNT: &str = "mkdir -p /mnt && mount -t virtiofs share /mnt";
+const SIGKILL: i32 = 9;
+/// For it to start, and to end when its frontend has gone.
+const DEADLINE: Duration = Duration::from_secs(30);
+/// More than the memory above the hole has.
+const BIG: u64 = 192 * MIB;
+const ABOVE_THE_HOLE: u64 = 128 * MIB;
+
+/// A daemon that serves `SCRATCH/share` to one guest, and ends with it.
+struct FsDaemon {
+    process: Process,
+    socket: String,
+}
+
+impl FsDaemon {
+    fn start(lab: &Lab) -> Result<Self, TestError> {
+        let (socket, share) = (format!("{SCRATCH}/fs.sock"), format!("{SCRATCH}/share"));
+        lab.host.sh(&format!("mkdir -p {share}; rm -f {socket}"))?;
+        let argv = [
+            format!("{PLACE}/virtiofsd"),
+            format!("--socket-path={socket}"),
+            "-o".to_owned(),
+            // The emulated host's root can't be pivoted away from.
+            format!("source={share},sandbox=chroot"),
+        ];
+        let process = lab.host.spawn(SpawnSpec {
+            argv: argv.to_vec(),
+            env: vec![("LD_LIBRARY_PATH".to_owned(), format!("{PLACE}/lib"))],
+            ..SpawnSpec::default()
+        })?;
+        process.wait_for_error("Waiting for vhost-user socket connection", DEADLINE)?;
+        Ok(Self { process, socket })
+    }
+
+    /// For a guest with the directory.
+    fn word(&self, more: &str) -> String {
+        format!("tag=share,socket={}{more}", self.socket)
+    }
+
+    /// Bytes of a device that it has mapped.
+    fn mapped(&self, lab: &Lab, device: &str) -> Result<u64, TestError> {
+        let maps = lab
+            .host
+            .read_text(&format!("/proc/{}/maps", self.process.pid()))?;
+        let hex = |text: &str| u64::from_str_radix(text, 16).unwrap_or_default();
+        let ranges = maps.lines().filter(|line| line.ends_with(device));
+        let sizes = ranges.filter_map(|line| {
+            let (start, end) = line.split_whitespace().next()?.split_once('-')?;
+            Some(hex(end) - hex(start))
+        });
+        Ok(sizes.sum())
+    }
+
+    fn kill(self) -> Result<(), TestError> {
+        self.process.signal(SIGKILL)?;
+        self.process.wait(DEADLINE)?;
+        Ok(())
+    }
+
+    /// Its frontend has gone: it ends by itself.
+    fn has_served(self) -> Result<(), TestError> {
+        self.process.wait(DEADLINE)?;
+        Ok(())
+    }
+}
+
+/// The sum of a file, as both sides print it.
+fn sum(text: &str) -> String {
+    text.split_whitespace()
+        .next()
+        .unwrap_or_default()
+        .to_owned()
+}
+
+fn host_sum(lab: &Lab, name: &str) -> Result<String, TestError> {
+    let text = lab.host.sh(&format!("md5sum {SCRATCH}/share/{name}"))?;
+    Ok(sum(&text))
+}
+
+/// Both sides read the same in a file.
+fn is_the_same(lab: &Lab, guest: &mut Guest, name: &str) -> Result<(), TestError> {
+    let seen = sum(&guest.sh(&format!("md5sum /mnt/{name}"))?);
+    let written = host_sum(lab, name)?;
+    claim(seen == written && !seen.is_empty(), || {
+        format!("{name}: the guest reads {seen}, the host {written}")
+    })
+}
+
+/// What is mounted is the host's directory, in both directions.
+fn is_usable(lab: &Lab, guest: &mut Guest, seed: u32) -> Result<(), TestError> {
+    lab.host.sh(&format!(
+        "mkdir -p {SCRATCH}/share/{seed} && dd if=/dev/urandom of={SCRATCH}/share/{seed}/host bs=64k count=32 2>/dev/null"
+    ))?;
+    is_the_same(lab, guest, &format!("{seed}/host"))?;
+    let written = guest.sh(&format!(
+        "dd if=/dev/urandom of=/tmp/text bs=64k count=33 2>/dev/null && cp /tmp/text /mnt/{seed}/guest && \
+         mkdir /mnt/{seed}/made && mv /mnt/{seed}/guest /mnt/{seed}/made/moved && sync && md5sum /tmp/text"
+    ))?;
+    let found = host_sum(lab, &format!("{seed}/made/moved"))?;
+    claim(found == sum(&written), || {
+        format!("the guest has written {written}, the host finds {found}")
+    })?;
+    guest.sh(&format!("rm /mnt/{seed}/host && ls /mnt/{seed}"))?;
+    claim(
+        !lab.host.exists(&format!("{SCRATCH}/share/{seed}/host"))?,
+        || "what the guest removed is still there".to_owned(),
+    )
+}
+
+/// What a script of the guest's prints, as a number.
+fn count(guest: &mut Guest, script: &str) -> Result<u64, TestError> {
+    let text = guest.sh(script)?;
+    text.trim()
+        .parse()
+        .map_err(|_| TestError::Claim(format!("`{script}` prints no number: {text}")))
+}
+
+fn a_shared_directory_is_read_and_written_through_all_of_the_guests_dax_memory(
+    lab: &mut Lab,
+) -> Result<(), TestError> {
+    scratch(lab)?;
+    let daemon = FsDaemon::start(lab)?;
+    lab.host.sh(&format!(
+        "dd if=/dev/urandom of={SCRATCH}/piece bs=1M count=16 2>/dev/null; for i in $(seq {}); do cat {SCRATCH}/piece; echo $i; done > \
+         {SCRATCH}/share/big",
+        BIG / (16 * MIB)
+    ))?;
+    // On both sides of the hole below 4 GiB, on two devices, and too little above it for what is read.
+    let zones = [
+        dax_zone(lab, "z0", 0, 3072 * MIB, 0),
+        dax_zone(lab, "z1", 1, ABOVE_THE_HOLE, 512 * MIB),
+    ];
+    let mut spec = spec_on(lab, &[&zones[0], &zones[1]]);
+    let word = daemon.word(",id=f0");
+    spec.arguments
+        .extend(["--cpus", "boot=2", "--fs", &word].map(str::to_owned));
+    let mut guest = Guest::boot(&lab.host, &spec)?;
+    guest.modprobe(&MODULES)?;
+    pci::is_driven(&mut guest, VirtioKind::FileSystem)?;
+    guest.sh(MOUNT)?;
+    let (first, second) = (&lab.host.dax()[0].path, &lab.host.dax()[1].path);
+    claim(
+        daemon.mapped(lab, first)? >= 3072 * MIB && daemon.mapped(lab, second)? >= ABOVE_THE_HOLE,
+        || "the daemon has not mapped all of the guest's memory".to_owned(),
+    )?;
+    is_the_same(lab, &mut guest, "big")?;
+    // It is in the guest's memory now: the host's is not asked again.
+    let cached = count(&mut guest, "awk '/^Cached:/ {print $2}' /proc/meminfo")? << 10;
+    claim(cached >= BIG, || {
+        format!("the guest has {cached} bytes in its page cache after it has read {BIG}")
+    })?;
+    is_usable(lab, &mut guest, 1)?;
+    // Readers and writers at once.
+    guest.sh(
+        "echo 3 > /proc/sys/vm/drop_caches; for i in 1 2 3 4; do dd if=/mnt/big of=/mnt/copy$i bs=1M count=8 skip=$((i * 9)) 2>/dev/null & \
+         done; wait; sync",
+    )?;
+    for copy in ["copy1", "copy2", "copy3", "copy4"] {
+        is_the_same(lab, &mut guest, copy)?;
+    }
+    let whole = lab.host.sh(&format!(
+        "for i in 1 2 3 4; do dd if={SCRATCH}/share/big bs=1M count=8 skip=$((i * 9)) 2>/dev/null | cmp - {SCRATCH}/share/copy$i || echo $i; done"
+    ))?;
+    claim(whole.trim().is_empty(), || {
+        format!("copies that the guest has made differ: {whole}")
+    })?;
+    // The same daemon serves the next kernel.
+    guest.leave("reboot")?;
+    guest.wait_ready()?;
+    guest.modprobe(&MODULES)?;
+    guest.sh(MOUNT)?;
+    is_usable(lab, &mut guest, 2)?;
+    no_complaints(&mut guest)?;
+    power_off(guest)?;
+    daemon.has_served()
+}
+
+fn shared_directories_come_and_go(lab: &mut Lab) -> Result<(), TestError> {
+    scratch(lab)?;
+    let remote = Remote::new();
+    let spec = spec_with(lab, &["--api-socket", remote.socket()]);
+    let mut guest = Guest::boot(&lab.host, &spec)?;
+    guest.modprobe(&MODULES)?;
+    let ram = &lab.host.dax()[0].path;
+    let descriptors = |lab: &Lab, guest: &mut Guest| -> Result<String, TestError> {
+        let pid = guest.vmm().pid();
+        Ok(lab.host.sh(&format!(
+            "ls /proc/{pid}/fd | wc -l; ls /proc/{pid}/task | wc -l"
+        ))?)
+    };
+    let at_first = descriptors(lab, &mut guest)?;
+    for round in 0..2 {
+        let daemon = FsDaemon::start(lab)?;
+        let place = remote.add(lab, "add-fs", &daemon.word(",id=f0"))?;
+        guest.sh(&format!(
+            "until test -e /sys/bus/pci/devices/{place}/virtio*/driver; do true; done"
+        ))?;
+        guest.sh(MOUNT)?;
+        claim(daemon.mapped(lab, ram)? >= 512 * MIB, || {
+            "the daemon has not mapped all of the guest's memory".to_owned()
+        })?;
+        is_usable(lab, &mut guest, round)?;
+        let info = remote.info(lab)?;
+        claim(
+            info["device_tree"]["f0"]["backend"]["state"] == "connected"
+                && info["config"]["fs"][0]["tag"] == "share",
+            || format!("vm.info says: {info}"),
+        )?;
+        guest.sh("umount /mnt")?;
+        remote.ok(lab, &["remove-device", "f0"])?;
+        guest.await_gone(&format!("/sys/bus/pci/devices/{place}"))?;
+        eventually("f0 is no part of the VM any more", || {
+            Ok(!remote.knows(lab, "f0")?)
+        })?;
+        daemon.has_served()?;
+        comes_back_to("descriptors and threads", &at_first, || {
+            descriptors(lab, &mut guest)
+        })?;
+    }
+    let nobody = format!("tag=share,socket={SCRATCH}/nobody.sock,id=f1");
+    remote.refused(
+        lab,
+        &["add-fs", &nobody],
+        &["f1", "nobody serves", "virtiofsd"],
+    )?;
+    let body = r#"{"tag":"share","socket":"/s","cache_size":1}"#;
+    remote.answers(
+        lab,
+        ("PUT", "/api/v1/vm.add-fs", body),
+        "400",
+        &["cache_size"],
+    )?;
+    comes_back_to("descriptors and threads", &at_first, || {
+        descriptors(lab, &mut guest)
+    })?;
+    no_complaints(&mut guest)?;
+    power_off(guest)
+}
+
+fn a_file_system_daemon_that_dies_is_waited_for_and_its_directory_mounted_again(
+    lab: &mut Lab,
+) -> Result<(), TestError> {
+    scratch(lab)?;
+    lab.host.sh(&format!(": > {SCRATCH}/events"))?;
+    let remote = Remote::new();
+    let mut daemon = FsDaemon::start(lab)?;
+    let (events, word) = (format!("path={SCRATCH}/events"), daemon.word(",id=f0"));
+    let words = [
+        "--fs",
+        &word,
+        "--api-socket",
+        remote.socket(),
+        "--event-monitor",
+        &events,
+    ];
+    let mut guest = Guest::boot(&lab.host, &spec_with(lab, &words))?;
+    guest.modprobe(&MODULES)?;
+    guest.sh(MOUNT)?;
+    is_usable(lab, &mut guest, 0)?;
+    let told = |what: &str| -> Result<usize, TestError> {
+        let events = lab.host.read_text(&format!("{SCRATCH}/events"))?;
+        Ok(events.matches(what).count())
+    };
+    for round in 1..=2_u32 {
+        daemon.kill()?;
+        eventually("the loss is told", || {
+            Ok(told("backend-lost")? == round as usize)
+        })?;
+        let info = remote.info(lab)?;
+        claim(
+            info["device_tree"]["f0"]["backend"]["state"] == "lost" && info["state"] == "Running",
+            || format!("vm.info says: {}", info["device_tree"]["f0"]),
+        )?;
+        // Who wants something of it waits, and nobody else.
+        guest.sh(
+            "rm -f /tmp/over; (cat /mnt/new; echo $? > /tmp/over) </dev/null >/dev/null 2>&1 &",
+        )?;
+        guest.ask("ping")?;
+        daemon = FsDaemon::start(lab)?;
+        eventually("it is served on", || {
+            Ok(told("backend-connected")? == round as usize)
+        })?;
+        // The new daemon knows nothing of what was mounted: whoever waited gets an error, not silence.
+        eventually("who waited gets an answer", || {
+            Ok(guest.try_sh("test -s /tmp/over")?.status == Some(0))
+        })?;
+        let status = count(&mut guest, "cat /tmp/over")?;
+        claim(status != 0, || {
+            "a file that is not there was read".to_owned()
+        })?;
+        let old = guest.try_sh("ls /mnt/0")?;
+        claim(old.status != Some(0), || {
+            format!("a mount of the daemon before still answers: {}", old.stdout)
+        })?;
+        guest.sh(&format!("umount /mnt && {MOUNT}"))?;
+        is_usable(lab, &mut guest, round)?;
+    }
+    no_complaints(&mut guest)?;
+    // A guest that starts while nobody serves it has the directory as soon as somebody does.
+    daemon.kill()?;
+    eventually("the loss is told", || Ok(told("backend-lost")? == 3))?;
+    remote.ok(lab, &["reboot"])?;
+    guest.wait_ready()?;
+    guest.modprobe(&MODULES)?;
+    let daemon = FsDaemon::start(lab)?;
+    guest.sh(MOUNT)?;
+    is_usable(lab, &mut guest, 3)?;
+    no_complaints(&mut guest)?;
+    power_off(guest)?;
+    daemon.has_served()
+}
+
+fn bad_file_systems_are_refused(lab: &mut Lab) -> Result<(), TestError> {
+    scratch(lab)?;
+    let zone = dax_zone(lab, "z0", 0, 256 * MIB, 0);
+    let with = |word: &str, status: i32, said: &[&str]| {
+        refused(lab, &["--memory-zone", &zone, "--fs", word], status, said)
+    };
+    with("tag=share", 2, &["--fs", "socket"])?;
+    with("socket=/s", 2, &["--fs", "tag"])?;
+    with("tag=share,socket=/s,dax=on", 2, &["dax", "num_queues"])?;
+    let long = format!("tag={},socket=/s", "t".repeat(37));
+    with(&long, 2, &["37 bytes", "1 to 36"])?;
+    with("tag=share,socket=/s,num_queues=0", 2, &["num_queues=0"])?;
+    let socket = |name: &str| format!("tag=share,socket={SCRATCH}/{name},id=f0");
+    with(&socket("nobody"), 1, &["f0", "virtiofsd", "No such file"])?;
+    lab.host.sh(&format!(": > {SCRATCH}/file"))?;
+    with(&socket("file"), 1, &["f0", "file", "refused"])?;
+    // It serves one frontend, and ends.
+    let daemon = FsDaemon::start(lab)?;
+    with(
+        &daemon.word(",num_queues=5,id=f0"),
+        1,
+        &["f0", "num_queues=5 asks for more", "give num_queues=1 or"],
+    )?;
+    daemon.has_served()?;
+    let daemon = FsDaemon::start(lab)?;
+    refused(
+        lab,
+        &["--memory", "size=256M", "--fs", &daemon.word(",id=f0")],
+        1,
+        &["private", "shared=on", "/dev/daxX.Y"],
+    )?;
+    daemon.has_served()?;
+    let daemon = FsDaemon::start(lab)?;
+    let word = daemon.word(",id=f0");
+    let mut guest = Guest::boot(&lab.host, &spec_with(lab, &["--fs", &word]))?;
+    let zone = dax_zone(lab, "z1", 1, 256 * MIB, 0);
+    // It does not listen any more.
+    refused(
+        lab,
+        &["--memory-zone", &zone, "--fs", &word],
+        1,
+        &["f0", "fs.sock"],
+    )?;
+    guest.modprobe(&MODULES)?;
+    guest.sh(MOUNT)?;
+    is_usable(lab, &mut guest, 0)?;
+    power_off(guest)?;
+    daemon.has_served()
+}
