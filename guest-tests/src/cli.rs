@@ -142,6 +142,23 @@ pub enum Bench {
         #[arg(long, default_value_t = 5)]
         repeat: u32,
     },
+    /// Disks that another process serves over vhost-user: device-dax memory by `daxhund-vhost-user-blk`, a file by QEMU's storage
+    /// daemon, and beside them the VMM's own; reads a second and the CPU time of each, what a guest of some GiB costs when
+    /// such a disk comes, and whether other VMMs' guests keep what they write on them.
+    Vhost {
+        /// The host.
+        #[command(flatten)]
+        host: HostChoice,
+        /// Another VMM whose guest has the same disks, as `ch=PATH` or `qemu=PATH`.
+        #[arg(long = "peer", value_name = "NAME=PATH", value_parser = parse_peer)]
+        peers: Vec<Peer>,
+        /// Measures only this; may be given several times.
+        #[arg(long, value_enum)]
+        only: Vec<VhostPart>,
+        /// How often each is measured.
+        #[arg(long, default_value_t = 5)]
+        repeat: u32,
+    },
     /// TCP between a guest and its host, both ways.
     Net {
         /// The host.
@@ -165,6 +182,17 @@ pub enum PinPart {
     Launch,
     /// The same memory mapped by one thread and by several.
     Parts,
+}
+
+/// What `bench vhost` is made of.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
+pub enum VhostPart {
+    /// Guests of every VMM write, read back, are reset and powered off, on one disk after the other.
+    Use,
+    /// Random and sequential reads.
+    Reads,
+    /// A disk comes to guests with more and more memory.
+    Exchange,
 }
 
 /// One kernel for the emulated host.

@@ -21,6 +21,7 @@ pub mod host;
 pub mod image;
 pub mod progress;
 pub mod provision;
+pub mod served;
 pub mod setup;
 pub mod share;
 pub mod shell;

@@ -112,6 +112,12 @@ fn measure(what: Bench) -> Result<(), Box<dyn Error>> {
             peers,
             repeat,
         } => bench::devices::blk(&on(&host)?, &peers, repeat)?,
+        Bench::Vhost {
+            host,
+            peers,
+            only,
+            repeat,
+        } => bench::vhost::run(&on(&host)?, &peers, &only, repeat)?,
         Bench::Net {
             host,
             peers,

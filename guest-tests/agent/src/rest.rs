@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use lab_agent::pin_protocol::RestCall;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::{sockets, wait};
 
@@ -12,9 +12,19 @@ const SILENCE: Duration = Duration::from_mins(3);
 
 /// Adds a device of the host; the time is that of the request.
 pub(crate) fn attach(socket: &str, path: &str, id: &str) -> Result<RestCall, String> {
-    let body = json!({ "path": path, "id": id }).to_string();
+    add(socket, "vm.add-device", &json!({ "path": path, "id": id }))
+}
+
+/// Adds a disk that a backend serves; the time is that of the request.
+pub(crate) fn attach_disk(socket: &str, backend: &str, id: &str) -> Result<RestCall, String> {
+    let disk = json!({ "vhost_user": true, "vhost_socket": backend, "id": id });
+    add(socket, "vm.add-disk", &disk)
+}
+
+fn add(socket: &str, name: &str, what: &Value) -> Result<RestCall, String> {
+    let body = what.to_string();
     let start = Instant::now();
-    let answer = call(socket, "PUT", "vm.add-device", &body)?;
+    let answer = call(socket, "PUT", name, &body)?;
     Ok(told(start, answer))
 }
 

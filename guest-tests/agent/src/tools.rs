@@ -5,7 +5,7 @@
 //! `dma-loop DISK HEART GO MARK TARGET...`, `soak-write FILE SEED DURABLE STOP`, `http SOCKET METHOD TARGET [BODY]`, and what [`crate::guard`] says.
 //!
 //! For benches: `boot-bare KERNEL INITRAMFS DEVICE BYTES`; and, each telling in JSON what it took: `pin-bare PATH MEMORY BYTES INTERFACE`, `pin-parts PATH MEMORY BYTES INTERFACE REGIONS THREADS`,
-//! `attach SOCKET PATH ID`, `detach SOCKET ID SECONDS`, `take DEVICE PID MARKS`, `loss-bare PATH DEVICE BYTES INTERFACE`.
+//! `attach SOCKET PATH ID`, `attach-disk SOCKET BACKEND ID`, `detach SOCKET ID SECONDS`, `take DEVICE PID MARKS`, `loss-bare PATH DEVICE BYTES INTERFACE`.
 
 use std::fs;
 use std::io::{self, Read, Write};
@@ -26,7 +26,7 @@ use crate::guest::{exposure, persist};
 use crate::removal::take;
 use crate::{disk, guard, memory, removal, rest, sockets, wait};
 
-pub(crate) const NAMES: [&str; 28] = [
+pub(crate) const NAMES: [&str; 29] = [
     "connect",
     "disk",
     "dax-vanish",
@@ -49,6 +49,7 @@ pub(crate) const NAMES: [&str; 28] = [
     "pin-bare",
     "pin-parts",
     "attach",
+    "attach-disk",
     "detach",
     "take",
     "loss-bare",
@@ -120,6 +121,9 @@ pub(crate) fn run(arguments: &[String]) -> ExitCode {
         }
         ["attach", socket, path, id] => {
             rest::attach(socket, path, id).and_then(|call| print_json(&call))
+        }
+        ["attach-disk", socket, backend, id] => {
+            rest::attach_disk(socket, backend, id).and_then(|call| print_json(&call))
         }
         ["detach", socket, id, seconds] => number(seconds)
             .and_then(|seconds| rest::detach(socket, id, Duration::from_secs(seconds)))

@@ -144,6 +144,14 @@ pub enum MeasureError {
         /// How long.
         within: Duration,
     },
+    /// A guest has other data or another disk than it should.
+    #[error("{what}: {found}")]
+    Wrong {
+        /// What should be so.
+        what: &'static str,
+        /// What is.
+        found: String,
+    },
     /// The VMM did not tell every map.
     #[error("the VMM told of {found} maps of guest memory, there were {expected}:\n{text}")]
     Maps {

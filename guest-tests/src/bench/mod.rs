@@ -9,3 +9,4 @@ mod results;
 pub mod rounds;
 pub mod statistics;
 pub mod trace;
+pub mod vhost;

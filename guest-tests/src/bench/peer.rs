@@ -182,6 +182,58 @@ impl Vmm {
     }
 }
 
+/// A disk, as every kind of VMM is told of it.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum DiskWord {
+    /// The VMM serves this file itself.
+    File(String),
+    /// A backend at this socket serves it.
+    Served(String),
+}
+
+impl Vmm {
+    /// Whether its guest may reset itself. QEMU is told to end then: its resets take minutes in the emulated host.
+    pub fn resets(&self) -> bool {
+        self.syntax != Syntax::Qemu
+    }
+
+    /// How it is started with disks, on a terminal of its own.
+    pub fn spawn_spec_with_disks(&self, work: &Workload, disks: &[DiskWord]) -> SpawnSpec {
+        let mut spec = self.spawn_spec(work);
+        match self.syntax {
+            Syntax::CloudHypervisor => {
+                let words = disks.iter().map(|disk| match disk {
+                    DiskWord::File(path) => format!("path={path},image_type=raw"),
+                    DiskWord::Served(socket) => format!("vhost_user=on,socket={socket}"),
+                });
+                spec.argv
+                    .extend(std::iter::once("--disk".to_owned()).chain(words));
+            }
+            Syntax::Qemu => {
+                for (n, disk) in disks.iter().enumerate() {
+                    let words = match disk {
+                        DiskWord::File(path) => [
+                            "-drive".to_owned(),
+                            format!("if=none,id=d{n},format=raw,file={path}"),
+                            "-device".to_owned(),
+                            format!("virtio-blk-pci,drive=d{n},num-queues=1"),
+                        ],
+                        DiskWord::Served(socket) => [
+                            "-chardev".to_owned(),
+                            format!("socket,id=d{n},path={socket}"),
+                            "-device".to_owned(),
+                            format!("vhost-user-blk-pci,chardev=d{n},num-queues=1"),
+                        ],
+                    };
+                    spec.argv.extend(words);
+                }
+            }
+        }
+        spec.pty = Some(TERMINAL);
+        spec
+    }
+}
+
 fn syntax_of(name: &str) -> Option<Syntax> {
     match name.split('-').next() {
         Some("ch" | "daxhund") => Some(Syntax::CloudHypervisor),
@@ -271,6 +323,40 @@ mod tests {
         assert_eq!(syntax_of("ch-v53"), Some(Syntax::CloudHypervisor));
         assert_eq!(syntax_of("qemu"), Some(Syntax::Qemu));
         assert_eq!(syntax_of("firecracker"), None);
+    }
+
+    #[test]
+    fn disks_are_named_in_the_words_of_each_vmm() {
+        let work = Workload {
+            kernel: "/k".into(),
+            initramfs: "/i".into(),
+            cmdline: "a".into(),
+            dax: "/dev/dax0.0".into(),
+            memory_mib: 512,
+            devices: Vec::new(),
+        };
+        let disks = [
+            DiskWord::Served("/s".to_owned()),
+            DiskWord::File("/f".to_owned()),
+        ];
+        let own = Vmm::daxhund();
+        let argv = own.spawn_spec_with_disks(&work, &disks).argv;
+        assert_eq!(
+            argv[argv.len() - 3..],
+            [
+                "--disk",
+                "vhost_user=on,socket=/s",
+                "path=/f,image_type=raw"
+            ]
+        );
+        let qemu = Vmm {
+            syntax: Syntax::Qemu,
+            ..own
+        };
+        let argv = qemu.spawn_spec_with_disks(&work, &disks).argv;
+        let has = |word: &str| argv.iter().any(|found| found == word);
+        assert!(has("socket,id=d0,path=/s") && has("if=none,id=d1,format=raw,file=/f"));
+        assert!(has("-no-reboot") && !qemu.resets());
     }
 
     #[test]

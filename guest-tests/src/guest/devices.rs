@@ -106,6 +106,21 @@ impl Guest {
         self.ask_for(&format!("iops {path} {seconds} {depth}"), deadline)
     }
 
+    /// Reads one piece after the other for some time, `depth` of `bytes` each at once.
+    pub fn sequential_reads(
+        &mut self,
+        path: &str,
+        seconds: u64,
+        depth: u64,
+        bytes: u64,
+    ) -> Result<RateReport, GuestError> {
+        let deadline = ASK_DEADLINE + Duration::from_secs(seconds);
+        self.ask_for(
+            &format!("stream {path} {seconds} {depth} {bytes}"),
+            deadline,
+        )
+    }
+
     /// Copies for some time; see the agent for what `what` can be.
     pub fn bandwidth(
         &mut self,

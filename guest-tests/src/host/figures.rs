@@ -64,6 +64,37 @@ fn size_in(host: &Host, path: String, name: &'static str) -> Result<u64, Figures
     })
 }
 
+/// Time on a processor that a process has used, in the kernel's ticks of a hundredth of a second.
+pub fn cpu_ticks(host: &Host, pid: u32) -> Result<u64, FiguresError> {
+    let path = format!("/proc/{pid}/stat");
+    let text = host.read_text(&path)?;
+    let (_, ticks) = stat_line(&text).ok_or(FiguresError::Missing {
+        path,
+        what: "the time on a processor",
+        text: text.clone(),
+    })?;
+    Ok(ticks)
+}
+
+/// As [`cpu_ticks`], of a VMM's threads that are there now and run no guest: their names begin otherwise than with `vcpu`.
+pub fn cpu_ticks_beside_vcpus(host: &Host, pid: u32) -> Result<u64, FiguresError> {
+    // A thread that ends meanwhile is not there.
+    let text = host.sh(&format!("cat /proc/{pid}/task/*/stat 2>/dev/null; true"))?;
+    let threads = text.lines().filter_map(stat_line);
+    let ticks = threads.filter(|(name, _)| !name.starts_with("vcpu"));
+    Ok(ticks.map(|(_, ticks)| ticks).sum())
+}
+
+/// Name and ticks of a line of `stat` (proc(5): fields 2, 14 and 15). The name may have spaces and brackets in it.
+fn stat_line(line: &str) -> Option<(&str, u64)> {
+    let (before, after) = line.rsplit_once(')')?;
+    let (_, name) = before.split_once('(')?;
+    let mut fields = after.split_whitespace().skip(11);
+    let user: u64 = fields.next()?.parse().ok()?;
+    let system: u64 = fields.next()?.parse().ok()?;
+    Some((name, user + system))
+}
+
 /// Exits from a guest.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq, Serialize)]
 pub struct Exits {
@@ -127,5 +158,17 @@ pub fn mapped_pages(host: &Host, pid: u32) -> Result<MappedPages, FiguresError> 
             pages_1g: giant,
         }),
         _ => Err(missing("the numbers of pages", String::new())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ticks_are_found_behind_any_name() {
+        let line = "7 (a) b (c) S 1 2 3 4 5 6 7 8 9 10 30 12 0 0 20 0 1";
+        assert_eq!(stat_line(line), Some(("a) b (c", 42)));
+        assert_eq!(stat_line("7 (a) S 1 2"), None);
     }
 }

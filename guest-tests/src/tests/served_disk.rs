@@ -11,6 +11,7 @@ use super::{GuestTest, Lab, TestError, claim};
 use crate::guest::{Guest, load_disk};
 use crate::host::DaxDevice;
 use crate::host::process::Process;
+use crate::served::serve_dax;
 use crate::share::Initramfs;
 use crate::suite::SCRATCH;
 
@@ -33,7 +34,6 @@ pub(super) const TESTS: &[GuestTest] = &[
     },
 ];
 
-const DAEMON: &str = "daxhund-vhost-user-blk";
 const SIGKILL: i32 = 9;
 const SIGTERM: i32 = 15;
 const USUAL_KILLS: u32 = 4;
@@ -61,10 +61,7 @@ pub(super) fn serve(
     disk: &str,
     more: &[&str],
 ) -> Result<Process, TestError> {
-    let words = [DAEMON, "--socket-path", socket, "--dax", disk];
-    let daemon = start(lab, &[&words[..], more].concat(), false)?;
-    daemon.wait_for_error("listening", REMOVAL_DEADLINE)?;
-    Ok(daemon)
+    Ok(serve_dax(&lab.host, socket, disk, more)?)
 }
 
 pub(super) fn end(daemon: Process) -> Result<(), TestError> {
@@ -158,7 +155,13 @@ fn served_disk_is_a_range_of_dax_that_outlives_its_daemons(lab: &mut Lab) -> Res
     let mut frontend = Frontend::connect(lab, &one)?;
     frontend.ask("read 0", "0 7")?;
     frontend.go()?;
-    let words = [DAEMON, "--socket-path", "/tmp/none", "--dax", &dax];
+    let words = [
+        crate::served::DAEMON,
+        "--socket-path",
+        "/tmp/none",
+        "--dax",
+        &dax,
+    ];
     let refused = lab.host.run(&words)?;
     claim(
         !refused.status.success() && refused.stderr.contains("is in use by process"),

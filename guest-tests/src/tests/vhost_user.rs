@@ -2,8 +2,6 @@
 
 use std::time::Duration;
 
-use lab_agent::host_protocol::SpawnSpec;
-
 use super::remote::Remote;
 use super::support::{
     MIB, VirtioKind, comes_back_to, dax_zone, eventually, no_complaints, power_off, refused,
@@ -12,6 +10,7 @@ use super::support::{
 use super::{GuestTest, Lab, TestError, claim, pci, pmem};
 use crate::guest::Guest;
 use crate::host::process::Process;
+use crate::served::storage_daemon;
 use crate::suite::SCRATCH;
 
 pub(super) const TESTS: &[GuestTest] = &[
@@ -51,28 +50,13 @@ struct StorageDaemon {
 impl StorageDaemon {
     /// Serves `SCRATCH/NAME` at `SCRATCH/NAME.sock`; makes the file unless it is there.
     fn start(lab: &Lab, name: &str, queues: u16) -> Result<Self, TestError> {
-        const PLACE: &str = "/lab/peers/storage-daemon";
         let socket = format!("{SCRATCH}/{name}.sock");
         let (file, pid_file) = (format!("{SCRATCH}/{name}"), format!("{SCRATCH}/{name}.pid"));
         lab.host.sh(&format!(
             "test -e {file} || truncate -s {DISK_BYTES} {file}; rm -f {socket} {pid_file}"
         ))?;
-        let argv = [
-            format!("{PLACE}/qemu-storage-daemon"),
-            "--blockdev".to_owned(),
-            format!("driver=file,node-name=f,filename={file}"),
-            "--export".to_owned(),
-            format!(
-                "type=vhost-user-blk,id=e,node-name=f,addr.type=unix,addr.path={socket},writable=on,num-queues={queues}"
-            ),
-            "--pidfile".to_owned(),
-            pid_file.clone(),
-        ];
-        let process = lab.host.spawn(SpawnSpec {
-            argv: argv.to_vec(),
-            env: vec![("LD_LIBRARY_PATH".to_owned(), format!("{PLACE}/lib"))],
-            ..SpawnSpec::default()
-        })?;
+        let spec = storage_daemon(&file, &socket, &pid_file, queues);
+        let process = lab.host.spawn(spec)?;
         // Written when everything else is there.
         eventually("the storage daemon serves", || {
             claim(!process.has_ended(), || {

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use super::{
     bandwidth, block, edu, hostile, interrupts, kernel_log, modules, pattern, pci, persist,
-    random_reads::random_reads, vsock,
+    reads::Reads, vsock,
 };
 use crate::sockets::{self, Sender};
 use crate::{memory, wait};
@@ -21,7 +21,7 @@ const HELP: &str = "ping | help | meminfo | cpus | cat PATH | dmesg | pattern BY
                     await PATH SECONDS | await-gone PATH SECONDS | pci | persist PATH SEED append|map COUNT | \
                     persist-check PATH SEED | blkwrite PATH OFFSET BYTES SEED | blkread PATH OFFSET BYTES SEED | \
                     blkzero PATH OFFSET BYTES | blkmap PATH BYTES FILE SEED | pci-move BDF ADDRESS | \
-                    iops PATH SECONDS DEPTH | bandwidth WHAT PATH BYTES SECONDS | tcp-echo PORT | tcp-send ADDRESS BYTES | \
+                    iops PATH SECONDS DEPTH | stream PATH SECONDS DEPTH BYTES | bandwidth WHAT PATH BYTES SECONDS | tcp-echo PORT | tcp-send ADDRESS BYTES | \
                     tcp-receive ADDRESS BYTES | tcp-return ADDRESS BYTES SEED | vsock-echo PORT | vsock-ask PORT TEXT | hostile CASE BDF MEMORY | shell | \
                     poweroff | reboot | halt | triple-fault | panic";
 
@@ -100,7 +100,11 @@ pub(crate) fn run(words: &[&str]) -> Result<Value, String> {
             Ok(json!({}))
         }
         ["iops", path, seconds, depth] => {
-            to_json(&random_reads(path, number(seconds)?, narrow(depth)?)?)
+            to_json(&Reads::random(narrow(depth)?).measure(path, number(seconds)?)?)
+        }
+        ["stream", path, seconds, depth, bytes] => {
+            let reads = Reads::sequential(narrow(depth)?, narrow(bytes)?);
+            to_json(&reads.measure(path, number(seconds)?)?)
         }
         ["bandwidth", what, path, bytes, seconds] => to_json(&bandwidth::measure(
             what,

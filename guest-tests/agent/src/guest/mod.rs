@@ -16,7 +16,7 @@ pub(crate) mod page_map;
 mod pattern;
 mod pci;
 pub(crate) mod persist;
-mod random_reads;
+mod reads;
 mod vsock;
 
 use std::fs::{self, OpenOptions};

@@ -26,6 +26,8 @@ pub mod pmem;
 mod session;
 mod shared;
 mod table;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod testing;
 #[cfg(test)]
 mod tests;
 mod watch;

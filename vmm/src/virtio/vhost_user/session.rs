@@ -13,6 +13,7 @@ use std::fmt;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Instant;
 
 use thiserror::Error;
 use tracing::{debug, info, warn};
@@ -328,9 +329,11 @@ impl Session {
             connection.fits(self.table.len() + regions.len())?;
         }
         self.table.add(regions);
-        if let Some(connection) = &mut self.connection
-            && let Err(error) = connection.add(&self.table, regions)
-        {
+        let began = Instant::now();
+        let Some(connection) = &mut self.connection else {
+            return Ok(());
+        };
+        if let Err(error) = connection.add(&self.table, regions) {
             if error.is_refusal() {
                 // What of it the backend has taken goes with the connection.
                 for region in regions {
@@ -340,7 +343,15 @@ impl Session {
                 return Err(AttachError::Refused(error));
             }
             self.lose(&error);
+            return Ok(());
         }
+        let elapsed_us = began.elapsed().as_micros();
+        info!(
+            device = self.shared.id,
+            regions = regions.len(),
+            elapsed_us,
+            "a vhost-user backend has more memory"
+        );
         Ok(())
     }
 
