@@ -63,7 +63,7 @@ impl Session {
     /// Connects to a daemon.
     pub fn start() -> (Self, UnixStream) {
         let exit = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).expect("an event");
-        let backend = Arc::new(Backend::new(Arc::clone(&disk().0), QUEUES));
+        let backend = Arc::new(Backend::new(Arc::clone(&disk().0), QUEUES, Arc::default()));
         let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
         let mut daemon =
             VhostUserDaemon::new("fuzz".into(), Arc::clone(&backend), memory).expect("a daemon");
