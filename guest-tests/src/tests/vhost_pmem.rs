@@ -207,7 +207,7 @@ fn lent_pmem_comes_and_goes_and_is_the_hosts_to_take(lab: &mut Lab) -> Result<()
         &lab.host,
         &spec_with(lab, &["--api-socket", remote.socket()]),
     )?;
-    guest.modprobe_pmem()?;
+    guest.modprobe(&["virtio_pci", "virtio_pmem", "nd_pmem"])?;
     remote.refused(lab, &["add-pmem", &word("p0")], &["p0", "nobody serves"])?;
     let daemon = lend(lab, &["--dax", &memory])?;
     for _ in 0..2 {
