@@ -10,6 +10,7 @@
 //!                                          kept ──a frontend shows that it is the one──▶ lent, as it was
 //!                                            └──── it has let go, which is looked for ──▶ ours
 //! ```
+//! A range that the host has taken away, or that can't be had again for another reason than its user, is lost.
 //! A lock that is the descriptor's outlives this process in the frontend that has it mapped, so nobody comes between a
 //! daemon that was killed and the next one. Whoever kept the range shows it: it is among the guest memory that it shares
 //! with the backend, by that very open file description, through which the lock can be had and through no other.
@@ -288,11 +289,16 @@ impl Lender {
         *held = Held::Lost;
         *held = match self.take() {
             Ok(loan) => Held::Ours(loan),
-            Err(error) => {
+            Err(error) if error.is_in_use() => {
                 if !was_kept {
                     tracing::warn!(%error, "the range is kept by whom it was lent to");
                 }
                 Held::Kept(error)
+            }
+            // A frontend that let go for the host's sake, and the host was quicker.
+            Err(error) => {
+                tracing::error!(%error, "the range can't be had again");
+                Held::Lost
             }
         };
     }
@@ -551,5 +557,17 @@ mod tests {
             let error = open(path, false).unwrap_err().to_string();
             assert!(error.contains(expected), "{error}");
         }
+    }
+
+    #[test]
+    fn what_is_not_there_any_more_is_lost_and_not_kept() {
+        let file = file(4 * MIB);
+        let lender = open(file.path(), false).unwrap();
+        lender.renew();
+        assert!(!lender.is_lost() && !lender.is_kept());
+        file.close().unwrap();
+        lender.renew();
+        assert!(lender.is_lost() && !lender.is_kept());
+        lender.lend().unwrap_err();
     }
 }

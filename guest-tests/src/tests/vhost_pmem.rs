@@ -300,7 +300,10 @@ fn pmem_that_can_t_be_lent_is_refused(lab: &mut Lab) -> Result<(), TestError> {
     // A daemon that ends in good order leaves the memory, too.
     end(daemon)?;
     keeps_what_it_reads(&mut guest)?;
+    // What the guest flushes waits for the next one, and it flushes when it powers off.
+    let daemon = lend(lab, &["--file", &file, "--rejoin"])?;
     power_off(guest)?;
+    end(daemon)?;
     let daemon = lend(lab, &["--file", &file])?;
     claim(has(lab, &daemon, "memory")?, || {
         "what is lent is open".to_owned()

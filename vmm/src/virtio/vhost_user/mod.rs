@@ -13,7 +13,7 @@
 //! - Memory reaches a backend before the guest hears of it, and is taken back, or the backend cut off, before it is given up.
 //! - A descriptor of guest memory is what a backend maps: it has the lock of a device-dax range as long as we do.
 //! - The backend is trusted with guest memory, and with nothing else: what it says is checked and never an address here.
-//! - Memory that a backend lends ([`lending`]) is this side's to map, to place and to take down: it stays when the backend goes.
+//! - Memory that a backend lends (`lending`) is this side's to map, to place and to take down: it stays when the backend goes.
 
 pub mod blk;
 mod caller;
