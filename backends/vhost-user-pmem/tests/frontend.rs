@@ -137,7 +137,7 @@ fn a_frontend_after_another_gets_the_same_and_nothing_is_left_of_the_first() {
         let (_, file) = driver.loan();
         file.write_all_at(&[round], 0).unwrap();
         assert_eq!(driver.flush(), OK);
-        let now = (daemon.descriptors(), daemon.threads());
+        let now = daemon.descriptors_and_threads();
         assert_eq!(*before.get_or_insert(now), now, "round {round}");
     }
     daemon.ends_well();

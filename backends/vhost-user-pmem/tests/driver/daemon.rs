@@ -2,6 +2,7 @@
 
 use std::io::{BufRead, BufReader, Read};
 use std::process::{Child, ChildStderr, Command, Stdio};
+use std::time::{Duration, Instant};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_daxhund-vhost-user-pmem");
 
@@ -51,12 +52,22 @@ impl Daemon {
         format!("/proc/{}/{name}", self.child.id())
     }
 
-    pub(crate) fn descriptors(&self) -> usize {
-        std::fs::read_dir(self.proc("fd")).unwrap().count()
-    }
-
-    pub(crate) fn threads(&self) -> usize {
-        std::fs::read_dir(self.proc("task")).unwrap().count()
+    /// How many descriptors and threads it has when the one that has lent the memory is gone, which the frontend does not wait
+    /// for.
+    pub(crate) fn descriptors_and_threads(&self) -> (usize, usize) {
+        let end = Instant::now() + Duration::from_secs(30);
+        loop {
+            let tasks = std::fs::read_dir(self.proc("task")).unwrap();
+            let names: Vec<_> = tasks
+                .filter_map(|task| std::fs::read_to_string(task.unwrap().path().join("comm")).ok())
+                .collect();
+            if names.iter().all(|name| name.trim() != "lend") {
+                let descriptors = std::fs::read_dir(self.proc("fd")).unwrap();
+                return (descriptors.count(), names.len());
+            }
+            assert!(Instant::now() < end, "it lends still: {names:?}");
+            std::thread::yield_now();
+        }
     }
 
     /// SIGTERM, and the exit status of an orderly end.
