@@ -5,7 +5,6 @@
 use std::path::PathBuf;
 
 use clap::{ArgAction, Parser};
-use tracing::Level;
 
 use crate::config::{RemovalGuard, Seccomp};
 
@@ -50,15 +49,4 @@ pub struct Args {
     /// Say more of what is done; twice for everything
     #[arg(short, long, action = ArgAction::Count)]
     pub verbose: u8,
-}
-
-impl Args {
-    /// What is logged.
-    pub fn level(&self) -> Level {
-        match self.verbose {
-            0 => Level::INFO,
-            1 => Level::DEBUG,
-            _ => Level::TRACE,
-        }
-    }
 }

@@ -16,6 +16,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use daxhund_dax::loss::Epoch;
 use daxhund_vhost_user::guest::GuestMemory;
 use daxhund_vhost_user::session::{Connection, Device};
+use daxhund_virtio_pmem::{Asked, Request, Response};
 use vhost::vhost_user::message::{
     VhostUserMMap, VhostUserMMapFlags, VhostUserProtocolFeatures, VhostUserShMemConfig,
     VhostUserVirtioFeatures,
@@ -30,7 +31,6 @@ use vm_memory::{
 use vmm_sys_util::epoll::EventSet;
 
 use crate::lender::Lender;
-use crate::request::Request;
 
 /// `VIRTIO_PMEM_F_SHMEM_REGION`: the memory is the device's shared memory region 0.
 const SHMEM_REGION: u32 = 0;
@@ -192,13 +192,17 @@ impl Backend {
                 return Ok(());
             }
             drop(state);
-            let wanted = batch.iter().any(|request| request.is_flush);
+            let wanted = batch.iter().any(|request| request.asked() == Asked::Flush);
             let flushed = !wanted || self.flush();
             let mut state = vring.get_mut();
             let queue = state.get_queue_mut();
             for request in batch {
-                let written = request.respond(&*guest, request.is_flush && flushed);
-                queue.add_used(&*guest, request.head, written)?;
+                let response = match request.asked() {
+                    Asked::Flush if flushed => Response::Done,
+                    Asked::Flush | Asked::Unknown => Response::Failed,
+                };
+                let written = request.respond(&*guest, response);
+                queue.add_used(&*guest, request.head(), written)?;
             }
             // Rings that can't be read any more: the driver is told rather than not.
             if queue.needs_notification(&*guest).unwrap_or(true)

@@ -29,4 +29,3 @@ pub mod backend;
 pub mod config;
 pub mod daemon;
 pub mod lender;
-mod request;

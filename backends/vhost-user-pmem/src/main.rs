@@ -3,34 +3,17 @@
 #![forbid(unsafe_code)]
 
 use std::error::Error;
-use std::io::{self, IsTerminal};
 use std::process::ExitCode;
 
 use clap::Parser;
+use daxhund_vhost_user::program;
 use daxhund_vhost_user_pmem::args::Args;
 use daxhund_vhost_user_pmem::config::Config;
 use daxhund_vhost_user_pmem::daemon::Daemon;
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    tracing_subscriber::fmt()
-        .with_writer(io::stderr)
-        .with_target(false)
-        .with_max_level(args.level())
-        .with_ansi(io::stderr().is_terminal())
-        .init();
-    match serve(args) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("daxhund-vhost-user-pmem: {error}");
-            let mut cause = error.source();
-            while let Some(error) = cause {
-                eprintln!("  because: {error}");
-                cause = error.source();
-            }
-            ExitCode::FAILURE
-        }
-    }
+    program::run("daxhund-vhost-user-pmem", args.verbose, || serve(args))
 }
 
 fn serve(args: Args) -> Result<(), Box<dyn Error>> {

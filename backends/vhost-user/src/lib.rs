@@ -2,7 +2,7 @@
 //!
 //! - [`socket`]: where frontends connect; - [`session`]: one connection, with threads of its own, and its bounded end;
 //! - [`guest`]: the memory that a frontend shares, which can go away; - [`source`]: what is served, as it is typed;
-//! - [`events`]: what such a daemon waits for.
+//! - [`events`]: what such a daemon waits for; - [`program`]: what is around it.
 //!
 //! What is a device's own, and the loop over all of it, is each daemon's.
 
@@ -10,6 +10,7 @@
 
 pub mod events;
 pub mod guest;
+pub mod program;
 pub mod session;
 pub mod socket;
 pub mod source;

@@ -85,6 +85,14 @@ impl Remote {
             .map_err(|error| TestError::Claim(format!("info is no JSON: {error}: {text}")))
     }
 
+    /// How often a backend of a device has connected.
+    pub(super) fn connections(&self, lab: &Lab, id: &str) -> Result<u64, TestError> {
+        let text = self.ok(lab, &["counters"])?;
+        let counters: Value = serde_json::from_str(&text)
+            .map_err(|error| TestError::Claim(format!("counters are no JSON: {error}: {text}")))?;
+        Ok(counters[id]["backend_connections"].as_u64().unwrap_or(0))
+    }
+
     /// The VM's state as `vm.info` has it.
     pub(super) fn state(&self, lab: &Lab) -> Result<String, TestError> {
         let info = self.info(lab)?;

@@ -2,7 +2,6 @@
 //! go, and when the host takes the device away.
 
 use lab_agent::host_protocol::{ExitStatus, SpawnSpec};
-use serde_json::Value;
 
 use super::remote::Remote;
 use super::removal::{REMOVAL_DEADLINE, bind, unbind, with_device};
@@ -303,13 +302,6 @@ fn served_disk_of_a_guest_outlives_its_daemon_and_not_its_device(
     })
 }
 
-/// How often a backend of the guest's disk has connected.
-fn connections(remote: &Remote, lab: &Lab) -> Result<u64, TestError> {
-    let text = remote.ok(lab, &["counters"])?;
-    let counters: Value = serde_json::from_str(&text).unwrap_or_default();
-    Ok(counters["d0"]["backend_connections"].as_u64().unwrap_or(0))
-}
-
 /// Sectors that the guest's disk has written.
 fn written(guest: &mut Guest) -> Result<u64, TestError> {
     let stat = guest.cat("/sys/block/vdb/stat")?;
@@ -337,7 +329,7 @@ fn a_disk_on_dax_outlives_daemons_that_are_killed_under_fio(
     guest.begin_fio(FIO)?;
     let kills = if lab.full { FULL_KILLS } else { USUAL_KILLS };
     for kill in 0..=kills {
-        let (before, connected) = (written(&mut guest)?, connections(&remote, lab)?);
+        let (before, connected) = (written(&mut guest)?, remote.connections(lab, "d0")?);
         eventually("fio goes on", || Ok(written(&mut guest)? > before))?;
         let ended = guest.fio_has_ended()?;
         claim(ended.is_none(), || format!("fio has ended: {ended:?}"))?;
@@ -349,7 +341,7 @@ fn a_disk_on_dax_outlives_daemons_that_are_killed_under_fio(
         daemon.wait(REMOVAL_DEADLINE)?;
         daemon = serve(lab, &socket, &disk, &[])?;
         eventually("the next daemon is found", || {
-            Ok(connections(&remote, lab)? > connected)
+            Ok(remote.connections(lab, "d0")? > connected)
         })?;
     }
     let ended = guest.end_fio()?;

@@ -8,6 +8,7 @@ use lab_agent::host_protocol::{ExitStatus, SpawnSpec};
 use super::{Lab, TestError, claim};
 use crate::guest::{Guest, GuestSpec};
 use crate::host::figures::{MappedPages, mapped_pages};
+use crate::host::process::Process;
 use crate::share::{ImageForm, Initramfs, initramfs_path, kernel_path};
 use crate::suite::SCRATCH;
 use crate::wait;
@@ -305,4 +306,35 @@ pub(super) fn refused_as(
     claim(output.stderr.lines().count() <= 5, || {
         format!("`{command}` says too much: {}", output.stderr)
     })
+}
+
+/// Bytes of a device that a process of the host has mapped; aligned as the device wants it, or else.
+pub(super) fn mapped(lab: &Lab, process: &Process, device: &str) -> Result<u64, TestError> {
+    let maps = lab
+        .host
+        .read_text(&format!("/proc/{}/maps", process.pid()))?;
+    let mut sum = 0;
+    for line in maps.lines().filter(|line| line.ends_with(device)) {
+        let hex = |text: &str| u64::from_str_radix(text, 16).unwrap_or(1);
+        let mut words = line.split_whitespace();
+        let (start, end) = words
+            .next()
+            .and_then(|w| w.split_once('-'))
+            .unwrap_or_default();
+        let offset = words.nth(1).unwrap_or_default();
+        let all = [hex(start), hex(end), hex(offset)];
+        claim(all.iter().all(|at| at.is_multiple_of(2 * MIB)), || {
+            format!("mapped without the alignment of the device: {line}")
+        })?;
+        sum += hex(end) - hex(start);
+    }
+    Ok(sum)
+}
+
+/// What a script of the guest's prints, as a number.
+pub(super) fn count(guest: &mut Guest, script: &str) -> Result<u64, TestError> {
+    let text = guest.sh(script)?;
+    text.trim()
+        .parse()
+        .map_err(|_| TestError::Claim(format!("`{script}` prints no number: {text}")))
 }

@@ -6,8 +6,8 @@ use lab_agent::host_protocol::SpawnSpec;
 
 use super::remote::Remote;
 use super::support::{
-    MIB, VirtioKind, comes_back_to, dax_zone, eventually, no_complaints, power_off, refused,
-    scratch, spec_on, spec_with,
+    MIB, VirtioKind, comes_back_to, count, dax_zone, eventually, mapped, no_complaints, power_off,
+    refused, scratch, spec_on, spec_with,
 };
 use super::{GuestTest, Lab, TestError, claim, pci};
 use crate::guest::Guest;
@@ -74,20 +74,6 @@ impl FsDaemon {
         format!("tag=share,socket={}{more}", self.socket)
     }
 
-    /// Bytes of a device that it has mapped.
-    fn mapped(&self, lab: &Lab, device: &str) -> Result<u64, TestError> {
-        let maps = lab
-            .host
-            .read_text(&format!("/proc/{}/maps", self.process.pid()))?;
-        let hex = |text: &str| u64::from_str_radix(text, 16).unwrap_or_default();
-        let ranges = maps.lines().filter(|line| line.ends_with(device));
-        let sizes = ranges.filter_map(|line| {
-            let (start, end) = line.split_whitespace().next()?.split_once('-')?;
-            Some(hex(end) - hex(start))
-        });
-        Ok(sizes.sum())
-    }
-
     fn kill(self) -> Result<(), TestError> {
         self.process.signal(SIGKILL)?;
         self.process.wait(DEADLINE)?;
@@ -144,14 +130,6 @@ fn is_usable(lab: &Lab, guest: &mut Guest, seed: u32) -> Result<(), TestError> {
     )
 }
 
-/// What a script of the guest's prints, as a number.
-fn count(guest: &mut Guest, script: &str) -> Result<u64, TestError> {
-    let text = guest.sh(script)?;
-    text.trim()
-        .parse()
-        .map_err(|_| TestError::Claim(format!("`{script}` prints no number: {text}")))
-}
-
 fn a_shared_directory_is_read_and_written_through_all_of_the_guests_dax_memory(
     lab: &mut Lab,
 ) -> Result<(), TestError> {
@@ -177,7 +155,8 @@ fn a_shared_directory_is_read_and_written_through_all_of_the_guests_dax_memory(
     guest.sh(MOUNT)?;
     let (first, second) = (&lab.host.dax()[0].path, &lab.host.dax()[1].path);
     claim(
-        daemon.mapped(lab, first)? >= 3072 * MIB && daemon.mapped(lab, second)? >= ABOVE_THE_HOLE,
+        mapped(lab, &daemon.process, first)? >= 3072 * MIB
+            && mapped(lab, &daemon.process, second)? >= ABOVE_THE_HOLE,
         || "the daemon has not mapped all of the guest's memory".to_owned(),
     )?;
     is_the_same(lab, &mut guest, "big")?;
@@ -233,7 +212,7 @@ fn shared_directories_come_and_go(lab: &mut Lab) -> Result<(), TestError> {
             "until test -e /sys/bus/pci/devices/{place}/virtio*/driver; do true; done"
         ))?;
         guest.sh(MOUNT)?;
-        claim(daemon.mapped(lab, ram)? >= 512 * MIB, || {
+        claim(mapped(lab, &daemon.process, ram)? >= 512 * MIB, || {
             "the daemon has not mapped all of the guest's memory".to_owned()
         })?;
         is_usable(lab, &mut guest, round)?;

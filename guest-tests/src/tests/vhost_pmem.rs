@@ -2,7 +2,6 @@
 //! when the host takes it away.
 
 use lab_agent::host_protocol::{ExitStatus, SpawnSpec};
-use serde_json::Value;
 
 use super::pmem::{boot_spec_with_pmem, boot_with_pmem, is_usable};
 use super::remote::Remote;
@@ -94,13 +93,6 @@ fn keeps(guest: &mut Guest, offset: u64, seed: u64) -> Result<(), TestError> {
     })
 }
 
-/// How often a backend of the guest's memory has connected.
-fn connections(lab: &Lab, remote: &Remote) -> Result<u64, TestError> {
-    let text = remote.ok(lab, &["counters"])?;
-    let counters: Value = serde_json::from_str(&text).unwrap_or_default();
-    Ok(counters["p0"]["backend_connections"].as_u64().unwrap_or(0))
-}
-
 fn lent_pmem_is_kept_by_guest_after_guest_and_daemon_after_daemon(
     lab: &mut Lab,
 ) -> Result<(), TestError> {
@@ -168,7 +160,7 @@ fn lent_pmem_is_kept_by_guest_after_guest_and_daemon_after_daemon(
     eventually("the flush comes back", || {
         Ok(guest.sh("ls /tmp")?.contains("flushed"))
     })?;
-    claim(connections(lab, &remote)? == 2, || {
+    claim(remote.connections(lab, "p0")? == 2, || {
         "not one connection for each daemon".to_owned()
     })?;
     daemon.wait_for_error("it is served again", REMOVAL_DEADLINE)?;

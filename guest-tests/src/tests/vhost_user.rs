@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use super::remote::Remote;
 use super::support::{
-    MIB, VirtioKind, comes_back_to, dax_zone, eventually, no_complaints, power_off, refused,
-    scratch, spec_on, spec_with,
+    MIB, VirtioKind, comes_back_to, count, dax_zone, eventually, mapped, no_complaints, power_off,
+    refused, scratch, spec_on, spec_with,
 };
 use super::{GuestTest, Lab, TestError, claim, pci, pmem};
 use crate::guest::Guest;
@@ -72,34 +72,11 @@ impl StorageDaemon {
         format!("vhost_user=on,socket={}{more}", self.socket)
     }
 
-    /// Bytes of a device that it has mapped; aligned as the device wants it, or else.
-    fn mapped(&self, lab: &Lab, device: &str) -> Result<u64, TestError> {
-        let maps = lab
-            .host
-            .read_text(&format!("/proc/{}/maps", self.process.pid()))?;
-        let mut sum = 0;
-        for line in maps.lines().filter(|line| line.ends_with(device)) {
-            let hex = |text: &str| u64::from_str_radix(text, 16).unwrap_or(1);
-            let mut words = line.split_whitespace();
-            let (start, end) = words
-                .next()
-                .and_then(|w| w.split_once('-'))
-                .unwrap_or_default();
-            let offset = words.nth(1).unwrap_or_default();
-            let all = [hex(start), hex(end), hex(offset)];
-            claim(all.iter().all(|at| at.is_multiple_of(2 * MIB)), || {
-                format!("mapped without the alignment of the device: {line}")
-            })?;
-            sum += hex(end) - hex(start);
-        }
-        Ok(sum)
-    }
-
     /// Whether it has a device open or mapped.
     fn holds(&self, lab: &Lab, device: &str) -> Result<bool, TestError> {
         let pid = self.process.pid();
         let open = lab.host.sh(&format!("ls -l /proc/{pid}/fd"))?;
-        Ok(self.mapped(lab, device)? > 0 || open.contains(device))
+        Ok(mapped(lab, &self.process, device)? > 0 || open.contains(device))
     }
 
     fn kill(self) -> Result<(), TestError> {
@@ -123,14 +100,6 @@ fn is_usable(guest: &mut Guest, disk: &str, seed: u64) -> Result<(), TestError> 
         keeps(guest, disk, offset, seed)?;
     }
     Ok(())
-}
-
-/// What a script of the guest's counts.
-fn count(guest: &mut Guest, script: &str) -> Result<u64, TestError> {
-    let text = guest.sh(script)?;
-    text.trim()
-        .parse()
-        .map_err(|_| TestError::Claim(format!("`{script}` prints no number: {text}")))
 }
 
 fn keeps(guest: &mut Guest, disk: &str, offset: u64, seed: u64) -> Result<(), TestError> {
@@ -168,7 +137,8 @@ fn a_vhost_user_disk_reaches_all_of_the_guests_dax_memory(lab: &mut Lab) -> Resu
     })?;
     let (first, second) = (&lab.host.dax()[0].path, &lab.host.dax()[1].path);
     claim(
-        daemon.mapped(lab, first)? >= 3584 * MIB && daemon.mapped(lab, second)? >= 256 * MIB,
+        mapped(lab, &daemon.process, first)? >= 3584 * MIB
+            && mapped(lab, &daemon.process, second)? >= 256 * MIB,
         || "the daemon has not mapped all of the guest's memory".to_owned(),
     )?;
     is_usable(&mut guest, "/dev/vda", 1)?;
@@ -193,7 +163,7 @@ fn a_vhost_user_disk_reaches_all_of_the_guests_dax_memory(lab: &mut Lab) -> Resu
     no_complaints(&mut guest)?;
     power_off(guest)?;
     eventually("the daemon lets go of the memory", || {
-        Ok(daemon.mapped(lab, first)? + daemon.mapped(lab, second)? == 0)
+        Ok(mapped(lab, &daemon.process, first)? + mapped(lab, &daemon.process, second)? == 0)
     })?;
     daemon.end()
 }
@@ -230,9 +200,10 @@ fn vhost_user_disks_and_memory_come_and_go(lab: &mut Lab) -> Result<(), TestErro
         // Persistent memory comes, and the backend has it before the guest does; and goes.
         let word = format!("file={pmem_path},size=1G,id=p0");
         let pmem_at = remote.add(lab, "add-pmem", &word)?;
-        claim(daemon.mapped(lab, pmem_path)? >= 1024 * MIB, || {
-            "the daemon has not mapped the persistent memory".to_owned()
-        })?;
+        claim(
+            mapped(lab, &daemon.process, pmem_path)? >= 1024 * MIB,
+            || "the daemon has not mapped the persistent memory".to_owned(),
+        )?;
         pmem::is_usable(&mut guest, "pmem0")?;
         keeps(&mut guest, "/dev/vda", 4096, 3 + round)?;
         // A drain comes back when the host may have the device: neither of the two has it open.
@@ -260,7 +231,7 @@ fn vhost_user_disks_and_memory_come_and_go(lab: &mut Lab) -> Result<(), TestErro
             descriptors(lab, &mut guest)
         })?;
         eventually("the daemon lets go of the memory", || {
-            Ok(daemon.mapped(lab, ram)? == 0)
+            Ok(mapped(lab, &daemon.process, ram)? == 0)
         })?;
     }
     let missing = format!("vhost_user=on,socket={SCRATCH}/nobody.sock,id=d1");
@@ -380,7 +351,7 @@ fn hangs_while_memory_comes(
     eventually("it is served on", || {
         Ok(told("backend-connected")? == connected + 1)
     })?;
-    claim(daemon.mapped(lab, path)? >= 1024 * MIB, || {
+    claim(mapped(lab, &daemon.process, path)? >= 1024 * MIB, || {
         "the daemon has not mapped what came meanwhile".to_owned()
     })?;
     is_usable(guest, "/dev/vda", 3)

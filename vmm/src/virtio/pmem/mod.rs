@@ -8,7 +8,6 @@
 //!   ([`PmemDevice::mark_lost`]) the answer is an error, and nothing on the host is touched for it.
 //! - "Done" is said only after a flush of the host that began after the request was seen.
 
-mod request;
 mod worker;
 
 use std::io;

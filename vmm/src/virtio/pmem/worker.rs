@@ -9,13 +9,13 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use daxhund_virtio_pmem::{Asked, Request, Response};
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use tracing::error;
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::Counters;
-use super::request::{Asked, Request, Response};
 use crate::memory::loss::LossMark;
 use crate::memory::pmem::Flush;
 use crate::memory::ram::GuestView;
@@ -163,7 +163,7 @@ impl Worker {
             if response == Response::Failed {
                 self.counters.errors.fetch_add(1, Ordering::Relaxed);
             }
-            let len = request.respond(&memory, response);
+            let len = request.respond(&*memory, response);
             self.queue.push(&*memory, request.head(), len)?;
         }
         self.queue.notify(&*memory)

@@ -1,4 +1,4 @@
-//! One descriptor chain as a request: where its type and its response are.
+//! A virtio-pmem device's request (virtio 1.2, 5.19.6): one descriptor chain, and where its type and its response are in it.
 //!
 //! ```text
 //!   device-readable            device-writable
@@ -6,19 +6,20 @@
 //! ```
 //! The specification lets a driver split and join descriptors as it likes, so only the order of bytes counts.
 
+#![forbid(unsafe_code)]
+
 use std::ops::Deref;
 
-use crate::memory::snapshot::Snapshot;
 use virtio_queue::DescriptorChain;
 use virtio_queue::desc::split::Descriptor;
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 const LEN: usize = 4;
 const FLUSH: u32 = 0;
 
 /// What a response says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Response {
+pub enum Response {
     /// The request is done.
     Done,
     /// It is not, and what was to be durable may not be.
@@ -27,7 +28,7 @@ pub(super) enum Response {
 
 /// What is asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Asked {
+pub enum Asked {
     /// Make what was stored durable.
     Flush,
     /// Something this device does not know, or nothing that can be read.
@@ -36,7 +37,7 @@ pub(super) enum Asked {
 
 /// A request that waits for its response.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Request {
+pub struct Request {
     head: u16,
     asked: Asked,
     /// The response's bytes; `None` when the driver left no room for them.
@@ -45,9 +46,9 @@ pub(super) struct Request {
 
 impl Request {
     /// Reads a chain.
-    pub(super) fn parse<M>(chain: DescriptorChain<M>) -> Self
+    pub fn parse<M>(chain: DescriptorChain<M>) -> Self
     where
-        M: Deref<Target = Snapshot> + Clone,
+        M: Deref<Target: GuestMemoryBackend + Sized> + Clone,
     {
         let (head, memory) = (chain.head_index(), chain.clone());
         let memory = memory.memory();
@@ -77,17 +78,17 @@ impl Request {
     }
 
     /// What is asked for.
-    pub(super) fn asked(&self) -> Asked {
+    pub fn asked(&self) -> Asked {
         self.asked
     }
 
     /// The chain to give back.
-    pub(super) fn head(&self) -> u16 {
+    pub fn head(&self) -> u16 {
         self.head
     }
 
     /// Writes the response; returns how many bytes the chain's writable part has got.
-    pub(super) fn respond(&self, memory: &Snapshot, response: Response) -> u32 {
+    pub fn respond(&self, memory: &impl GuestMemoryBackend, response: Response) -> u32 {
         let code: u32 = match response {
             Response::Done => 0,
             Response::Failed => 1,
@@ -129,7 +130,7 @@ impl Field {
         (self.at == LEN).then_some(self.bytes)
     }
 
-    fn read(&self, memory: &Snapshot) -> Option<u32> {
+    fn read(&self, memory: &impl GuestMemoryBackend) -> Option<u32> {
         let mut value = [0; LEN];
         for (byte, at) in value.iter_mut().zip(self.whole()?) {
             *byte = memory.read_obj(at).ok()?;
