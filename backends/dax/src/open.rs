@@ -190,15 +190,7 @@ impl Host {
             .write(true)
             .open(path)
             .map_err(|source| open_error(path, seen, source))?;
-        let facts = self.facts_of_opened(path, &file, seen)?;
-        Ok(DaxDevice::assemble(Shared {
-            path: path.to_owned(),
-            file: Arc::new(file),
-            facts,
-            proc: self.proc().to_owned(),
-            claims: Mutex::default(),
-            in_common: false,
-        }))
+        self.opened(path, file, seen, false)
     }
 
     /// Takes what another process has opened for a device, or this one for another: a range that is lent. `path` is for
@@ -209,6 +201,17 @@ impl Host {
             .join("self/fd")
             .join(file.as_raw_fd().to_string());
         let seen = usable(path, self.classify(&descriptor)?)?.number;
+        self.opened(path, file, seen, true)
+    }
+
+    /// A file that should be the device that was `seen`. `in_common`: others have the same open file description.
+    fn opened(
+        &self,
+        path: &Path,
+        file: File,
+        seen: DeviceNumber,
+        in_common: bool,
+    ) -> Result<DaxDevice, OpenError> {
         let facts = self.facts_of_opened(path, &file, seen)?;
         Ok(DaxDevice::assemble(Shared {
             path: path.to_owned(),
@@ -216,7 +219,7 @@ impl Host {
             facts,
             proc: self.proc().to_owned(),
             claims: Mutex::default(),
-            in_common: true,
+            in_common,
         }))
     }
 

@@ -95,3 +95,15 @@ pub use protocol::{HeldDevice, Listing, WaitingOpener};
 pub use release::{ListError, ReleaseError, list, release};
 pub use search::Search;
 pub use server::{DaemonConfig, ServeError, serve_daemon, serve_inherited};
+
+/// An error and what caused it, in one line.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
+}

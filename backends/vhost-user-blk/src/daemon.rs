@@ -23,7 +23,7 @@ use std::time::{Duration, Instant};
 
 use daxhund_dax::sigbus::{GuardError, Incidents};
 use daxhund_dax::{Host, Pace, Watch, WatchError};
-use daxhund_guard::ConnectError;
+use daxhund_guard::{ConnectError, chain};
 use daxhund_monitor::{EventMonitor, Monitor, OpenError};
 use daxhund_vhost_user::events::{ready, signals};
 use daxhund_vhost_user::session::{self, FinishError, StartError};
@@ -212,7 +212,7 @@ impl Daemon {
         let outcome = self.serve();
         let why = match &outcome {
             Ok(()) => "signal".to_owned(),
-            Err(error) => crate::chain(error),
+            Err(error) => chain(error),
         };
         self.events.send(&Event::Ending { why: &why });
         outcome

@@ -41,10 +41,3 @@ pub mod request;
 pub mod seccomp;
 pub mod serve;
 pub mod space;
-
-/// An error and what caused it, in one line.
-pub fn chain(error: &dyn std::error::Error) -> String {
-    let causes = std::iter::successors(Some(error), |error| error.source());
-    let texts: Vec<String> = causes.map(ToString::to_string).collect();
-    texts.join(": ")
-}

@@ -25,10 +25,10 @@ use std::time::{Duration, Instant};
 
 use daxhund_guard::{
     ConnectError, DEFAULT_SOCKET, Guard, HoldError, LostError, Notice, RequestId, Search, Verdict,
+    chain,
 };
 use daxhund_monitor::Monitor;
 
-use crate::chain;
 use crate::config::{OnRemoval, RemovalGuard, RemovalPolicy};
 use crate::disk::DaxDisk;
 use crate::event::Event;

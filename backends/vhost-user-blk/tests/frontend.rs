@@ -10,10 +10,12 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use driver::daemon;
+use daxhund_vhost_user::testing::{Daemon, refuses};
 use driver::frontend::{Driver, FAR, IO_ERROR, OK, Piece};
 use tempfile::{NamedTempFile, TempDir};
 use virtio_bindings::virtio_blk as spec;
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_daxhund-vhost-user-blk");
 
 const MIB: u64 = 1 << 20;
 
@@ -40,11 +42,11 @@ impl Scene {
         self.directory.path().join("blk.sock")
     }
 
-    fn start(&self, options: &[&str]) -> daemon::Daemon {
+    fn start(&self, options: &[&str]) -> Daemon {
         let socket = self.socket();
         let disk = self.image.path();
         let words = ["--socket-path", path(&socket), "--file", path(disk)];
-        daemon::Daemon::start(&[&words[..], options].concat())
+        Daemon::start(PROGRAM, &[&words[..], options].concat())
     }
 
     fn byte(&self, at: u64) -> u8 {
@@ -167,7 +169,7 @@ fn a_disk_that_is_only_read_refuses_writes_and_is_shared() {
         "--file",
         path(other.image.path()),
     ];
-    let error = daemon::refuses(&words);
+    let error = refuses(PROGRAM, &words);
     assert!(error.contains("is in use by process"), "{error}");
     drop(driver);
     one.ends_well();
@@ -184,7 +186,7 @@ fn one_frontend_follows_another_and_nothing_is_left_of_the_first() {
         assert_eq!(driver.write(3, 1, &[round | 0x80; 512]), OK);
         assert_eq!(driver.read(0, 1, 512), (OK, vec![round | 0x80; 512]));
         // Counted at the same place of each session, when the earlier ones are over: the daemon serves one at a time.
-        let now = (daemon.descriptors(), daemon.threads());
+        let now = daemon.descriptors_and_threads(None);
         assert_eq!(*before.get_or_insert(now), now, "round {round}");
     }
     daemon.ends_well();
@@ -299,7 +301,7 @@ fn a_socket_in_use_is_an_error_that_says_so() {
     let image = image(MIB);
     let socket = scene.socket();
     let words = ["--socket-path", path(&socket), "--file", path(image.path())];
-    let error = daemon::refuses(&words);
+    let error = refuses(PROGRAM, &words);
     assert!(
         error.contains("is in use: another process listens"),
         "{error}"
@@ -315,14 +317,14 @@ fn a_socket_in_use_is_an_error_that_says_so() {
 fn a_socket_can_come_from_systemd() {
     let scene = Scene::new();
     let listener = UnixListener::bind(scene.socket()).unwrap();
-    let program = env!("CARGO_BIN_EXE_daxhund-vhost-user-blk");
+
     // As systemd does it: descriptor 3, and the process's own id.
     let script = "exec 3<&0 </dev/null; LISTEN_PID=$$ LISTEN_FDS=1 exec \"$0\" --file \"$1\"";
     let mut command = Command::new("sh");
     command
-        .args(["-c", script, program, path(scene.image.path())])
+        .args(["-c", script, PROGRAM, path(scene.image.path())])
         .stdin(Stdio::from(OwnedFd::from(listener)));
-    let daemon = daemon::Daemon::spawn(&mut command);
+    let daemon = Daemon::spawn(&mut command);
     let mut driver = Driver::connect(&scene.socket(), 1);
     assert_eq!(driver.flush(0), OK);
     drop(driver);
@@ -336,7 +338,10 @@ fn what_can_t_be_served_is_an_error_before_anything_is_left() {
     let socket = directory.path().join("blk.sock");
     let image = image(MIB);
     let words = |disk: [&'static str; 2]| {
-        daemon::refuses(&[&["--socket-path", path(&socket)][..], &disk].concat())
+        refuses(
+            PROGRAM,
+            &[&["--socket-path", path(&socket)][..], &disk].concat(),
+        )
     };
     let error = words(["--file", "/dev/zero"]);
     assert!(error.contains("is given by --dax"), "{error}");
@@ -346,7 +351,7 @@ fn what_can_t_be_served_is_an_error_before_anything_is_left() {
     assert!(error.contains("/dev/null is"), "{error}");
     let error = words(["--dax", "/dev/dax0.0,size=much"]);
     assert!(error.contains("`size=much` is not a number"), "{error}");
-    let error = daemon::refuses(&["--file", path(image.path())]);
+    let error = refuses(PROGRAM, &["--file", path(image.path())]);
     assert!(error.contains("nowhere to listen"), "{error}");
     File::open(&socket).unwrap_err();
 }

@@ -9,9 +9,11 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use driver::daemon::{self, Daemon};
+use daxhund_vhost_user::testing::{Daemon, refuses};
 use driver::frontend::{Driver, OK, Reach};
 use tempfile::{NamedTempFile, TempDir};
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_daxhund-vhost-user-pmem");
 
 const MIB: u64 = 1 << 20;
 
@@ -42,12 +44,18 @@ impl Scene {
 
     fn start(&self, more: &[&str]) -> Daemon {
         let words = self.words();
-        Daemon::start(&[&words.each_ref().map(String::as_str)[..], more].concat())
+        Daemon::start(
+            PROGRAM,
+            &[&words.each_ref().map(String::as_str)[..], more].concat(),
+        )
     }
 
     fn refuses(&self, more: &[&str]) -> String {
         let words = self.words();
-        daemon::refuses(&[&words.each_ref().map(String::as_str)[..], more].concat())
+        refuses(
+            PROGRAM,
+            &[&words.each_ref().map(String::as_str)[..], more].concat(),
+        )
     }
 
     /// A frontend that has been lent the memory.
@@ -137,7 +145,7 @@ fn a_frontend_after_another_gets_the_same_and_nothing_is_left_of_the_first() {
         let (_, file) = driver.loan();
         file.write_all_at(&[round], 0).unwrap();
         assert_eq!(driver.flush(), OK);
-        let now = daemon.descriptors_and_threads();
+        let now = daemon.descriptors_and_threads(Some("lend"));
         assert_eq!(*before.get_or_insert(now), now, "round {round}");
     }
     daemon.ends_well();
@@ -250,12 +258,12 @@ fn what_is_no_vhost_user_ends_its_own_session_only() {
 fn a_socket_can_come_from_systemd() {
     let scene = Scene::new();
     let listener = UnixListener::bind(scene.socket()).unwrap();
-    let program = env!("CARGO_BIN_EXE_daxhund-vhost-user-pmem");
+
     // As systemd does it: descriptor 3, and the process's own id.
     let script = "exec 3<&0 </dev/null; LISTEN_PID=$$ LISTEN_FDS=1 exec \"$0\" --file \"$1\"";
     let mut command = Command::new("sh");
     command
-        .args(["-c", script, program, scene.memory.path().to_str().unwrap()])
+        .args(["-c", script, PROGRAM, scene.memory.path().to_str().unwrap()])
         .stdin(Stdio::from(OwnedFd::from(listener)));
     let daemon = Daemon::spawn(&mut command);
     let mut driver = scene.connect();
@@ -270,7 +278,10 @@ fn what_can_t_be_lent_is_an_error_before_anything_is_left() {
     let directory = tempfile::tempdir().unwrap();
     let socket = directory.path().join("pmem.sock");
     let words = |memory: [&'static str; 2]| {
-        daemon::refuses(&[&["--socket-path", socket.to_str().unwrap()][..], &memory].concat())
+        refuses(
+            PROGRAM,
+            &[&["--socket-path", socket.to_str().unwrap()][..], &memory].concat(),
+        )
     };
     let error = words(["--file", "/dev/zero"]);
     assert!(error.contains("is not a file"), "{error}");
@@ -284,7 +295,10 @@ fn what_can_t_be_lent_is_an_error_before_anything_is_left() {
     let other = tempfile::tempdir().unwrap();
     let another = other.path().join("pmem.sock");
     let memory = scene.memory.path().to_str().unwrap();
-    let error = daemon::refuses(&["--socket-path", another.to_str().unwrap(), "--file", memory]);
+    let error = refuses(
+        PROGRAM,
+        &["--socket-path", another.to_str().unwrap(), "--file", memory],
+    );
     assert!(
         error.contains("is in use by process"),
         "a second writer: {error}"

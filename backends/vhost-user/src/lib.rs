@@ -14,3 +14,5 @@ pub mod program;
 pub mod session;
 pub mod socket;
 pub mod source;
+#[cfg(feature = "testing")]
+pub mod testing;

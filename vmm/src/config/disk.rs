@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use super::backend::{self, BackendError};
 use super::device::{
     IdAllocator, IdError, Naming, OnPci, PciFields, Place, PlaceError, id_key, number_key,
     segment_key,
@@ -140,30 +141,9 @@ pub enum DiskError {
          serves"
     )]
     EmptyPath,
-    /// A backend without a place to find it.
-    #[error("{device}: vhost_user=on has no socket: give socket=PATH, where the backend listens")]
-    NoSocket {
-        /// The device.
-        device: String,
-    },
-    /// A socket that is for nothing.
-    #[error("{device}: socket={} is where a vhost-user backend listens; give vhost_user=on as well, or leave it out", socket.display())]
-    SocketAlone {
-        /// The device.
-        device: String,
-        /// The socket given.
-        socket: PathBuf,
-    },
-    /// What the backend has to be told, not this process.
-    #[error(
-        "{device}: {key}= says nothing about a disk that a vhost-user backend serves; tell the backend, and leave it out"
-    )]
-    NotOfBackend {
-        /// The device.
-        device: String,
-        /// What was given.
-        key: &'static str,
-    },
+    /// Who serves it.
+    #[error(transparent)]
+    Backend(#[from] BackendError),
     /// The serial number does not fit.
     #[error(
         "{device}: serial={serial} has {} bytes, a guest can read {MAX_DISK_SERIAL}; give a shorter one",
@@ -375,24 +355,16 @@ impl DiskConfig {
     }
 
     fn source(&self, device: String) -> Result<DiskSource, DiskError> {
-        match (self.vhost_user, self.vhost_socket.clone()) {
-            (true, Some(socket)) if !is_empty(&socket) => {
-                let told = [
-                    ("path", !is_empty(&self.path)),
-                    ("readonly", self.readonly),
-                    ("direct", self.direct),
-                    ("serial", self.serial.is_some()),
-                ];
-                match told.into_iter().find(|(_, told)| *told) {
-                    Some((key, _)) => Err(DiskError::NotOfBackend { device, key }),
-                    None => Ok(DiskSource::VhostUser { socket }),
-                }
-            }
-            (true, _) => Err(DiskError::NoSocket { device }),
-            (false, Some(socket)) if !is_empty(&socket) => {
-                Err(DiskError::SocketAlone { device, socket })
-            }
-            (false, _) => self.image(device).map(DiskSource::Image),
+        let told = [
+            ("path", !is_empty(&self.path)),
+            ("readonly", self.readonly),
+            ("direct", self.direct),
+            ("serial", self.serial.is_some()),
+        ];
+        let socket = self.vhost_socket.as_deref();
+        match backend::socket((&device, "disk"), self.vhost_user, socket, told)? {
+            Some(socket) => Ok(DiskSource::VhostUser { socket }),
+            None => self.image(device).map(DiskSource::Image),
         }
     }
 

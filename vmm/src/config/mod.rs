@@ -18,6 +18,7 @@
 
 #![forbid(unsafe_code)]
 
+mod backend;
 mod balloon;
 mod console;
 mod cpus;
@@ -46,6 +47,7 @@ mod valid;
 mod vsock;
 mod zone;
 
+pub use backend::BackendError;
 pub use balloon::{BalloonConfig, BalloonError, ValidBalloon};
 pub use console::{
     ConsoleConfig, ConsoleError, ConsoleFieldsError, ValidConsole, VirtioConsoleConfig,

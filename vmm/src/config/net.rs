@@ -10,6 +10,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use super::backend::{self, BackendError};
 use super::device::{
     IdAllocator, IdError, Naming, OnPci, PciFields, Place, PlaceError, id_key, number_key,
     segment_key,
@@ -297,30 +298,9 @@ pub enum NetError {
         /// The descriptor given.
         fd: i32,
     },
-    /// A backend without a place to find it.
-    #[error("{device}: vhost_user=on has no socket: give socket=PATH, where the backend listens")]
-    NoSocket {
-        /// The device.
-        device: String,
-    },
-    /// A socket that is for nothing.
-    #[error("{device}: socket={} is where a vhost-user backend listens; give vhost_user=on as well, or leave it out", socket.display())]
-    SocketAlone {
-        /// The device.
-        device: String,
-        /// The socket given.
-        socket: PathBuf,
-    },
-    /// What the backend has to be told, not this process.
-    #[error(
-        "{device}: {key}= says nothing about a network that a vhost-user backend serves; tell the backend, and leave it out"
-    )]
-    NotOfBackend {
-        /// The device.
-        device: String,
-        /// What was given.
-        key: &'static str,
-    },
+    /// Who serves it.
+    #[error(transparent)]
+    Backend(#[from] BackendError),
     /// More queues than a backend is given.
     #[error(
         "{device}: num_queues={queues}, but a network that a vhost-user backend serves has one pair of queues; give num_queues=2"
@@ -587,28 +567,15 @@ impl NetConfig {
 
     /// Where a backend listens, if one serves the network.
     fn backend(&self, device: &str) -> Result<Option<PathBuf>, NetError> {
-        let device = device.to_owned();
-        let socket = self.vhost_socket.clone();
-        let socket = socket.filter(|socket| !socket.as_os_str().is_empty());
-        let Some(socket) = socket else {
-            if self.vhost_user {
-                return Err(NetError::NoSocket { device });
-            }
-            return Ok(None);
-        };
-        if !self.vhost_user {
-            return Err(NetError::SocketAlone { device, socket });
-        }
-        let fd = ("fd", !self.fds.is_empty());
-        let told = self.of_a_tap().into_iter().chain([fd]);
-        if let Some((key, _)) = told.into_iter().find(|(_, told)| *told) {
-            return Err(NetError::NotOfBackend { device, key });
-        }
-        if self.num_queues != 2 {
-            let queues = self.num_queues;
+        let told = self.of_a_tap().into_iter();
+        let told = told.chain([("fd", !self.fds.is_empty())]);
+        let socket = self.vhost_socket.as_deref();
+        let socket = backend::socket((device, "network"), self.vhost_user, socket, told)?;
+        if socket.is_some() && self.num_queues != 2 {
+            let (device, queues) = (device.to_owned(), self.num_queues);
             return Err(NetError::OnePair { device, queues });
         }
-        Ok(Some(socket))
+        Ok(socket)
     }
 
     /// What only a tap that the VMM opens can be told, and whether it is. At the schema's defaults nobody asked for an address.

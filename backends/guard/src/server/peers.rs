@@ -13,6 +13,7 @@ use tracing::{debug, info, warn};
 use super::Server;
 use super::holders::HolderProcess;
 use super::visitors::Waiter;
+use crate::chain;
 use crate::core::{ClaimRefused, HolderId, OpenerId, Question};
 use crate::group::Gate;
 use crate::lineage::{DeviceName, Lineage};
@@ -376,16 +377,4 @@ fn is_gone(error: &io::Error) -> bool {
 /// Who runs the guard may do with it what it can do itself.
 fn is_privileged(uid: u32) -> bool {
     uid == 0 || uid == rustix::process::geteuid().as_raw()
-}
-
-/// An error and what caused it, in one line.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
 }

@@ -1,5 +1,4 @@
 //! Both ends of the socket.
 
-pub(crate) mod daemon;
 // The lab drives daemons on its emulated host with it, too (`lab-agent disk`).
 pub(crate) mod frontend;

@@ -1,4 +1,3 @@
 //! Both ends of the socket.
 
-pub(crate) mod daemon;
 pub(crate) mod frontend;

@@ -1,32 +1,38 @@
-//! The daemon's process, which is ended with the test.
+//! A daemon's process in a test, which is ended with it.
 
 use std::io::{BufRead, BufReader, Read};
 use std::process::{Child, ChildStderr, Command, Stdio};
 use std::time::{Duration, Instant};
 
-const PROGRAM: &str = env!("CARGO_BIN_EXE_daxhund-vhost-user-pmem");
+/// For a thread that is about to end.
+const SETTLED: Duration = Duration::from_secs(30);
 
-pub(crate) struct Daemon {
+/// A daemon that listens.
+#[derive(Debug)]
+pub struct Daemon {
     child: Child,
     stderr: BufReader<ChildStderr>,
 }
 
 /// A line of the daemon's.
-pub(crate) struct Said(String);
+#[derive(Debug)]
+pub struct Said(String);
 
 impl Said {
-    pub(crate) fn and(self, more: &str) {
+    /// It has this, too.
+    pub fn and(self, more: &str) {
         assert!(self.0.contains(more), "{}", self.0);
     }
 }
 
 impl Daemon {
     /// Started, and listening.
-    pub(crate) fn start(words: &[&str]) -> Self {
-        Self::spawn(Command::new(PROGRAM).args(words))
+    pub fn start(program: &str, words: &[&str]) -> Self {
+        Self::spawn(Command::new(program).args(words))
     }
 
-    pub(crate) fn spawn(command: &mut Command) -> Self {
+    /// The same of a command.
+    pub fn spawn(command: &mut Command) -> Self {
         let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
         let stderr = BufReader::new(child.stderr.take().unwrap());
         let mut daemon = Self { child, stderr };
@@ -35,7 +41,7 @@ impl Daemon {
     }
 
     /// Waits for a line; that it never comes is seen when the daemon or the test's time ends.
-    pub(crate) fn says(&mut self, what: &str) -> Said {
+    pub fn says(&mut self, what: &str) -> Said {
         let mut all = String::new();
         loop {
             let mut line = String::new();
@@ -52,26 +58,31 @@ impl Daemon {
         format!("/proc/{}/{name}", self.child.id())
     }
 
-    /// How many descriptors and threads it has when the one that has lent the memory is gone, which the frontend does not wait
-    /// for.
-    pub(crate) fn descriptors_and_threads(&self) -> (usize, usize) {
-        let end = Instant::now() + Duration::from_secs(30);
+    /// How many descriptors and threads it has, when no thread has the name `but`: one that nobody waits for.
+    pub fn descriptors_and_threads(&self, but: Option<&str>) -> (usize, usize) {
+        let end = Instant::now() + SETTLED;
         loop {
             let tasks = std::fs::read_dir(self.proc("task")).unwrap();
             let names: Vec<_> = tasks
                 .filter_map(|task| std::fs::read_to_string(task.unwrap().path().join("comm")).ok())
                 .collect();
-            if names.iter().all(|name| name.trim() != "lend") {
+            if names.iter().all(|name| Some(name.trim()) != but) {
                 let descriptors = std::fs::read_dir(self.proc("fd")).unwrap();
                 return (descriptors.count(), names.len());
             }
-            assert!(Instant::now() < end, "it lends still: {names:?}");
+            assert!(Instant::now() < end, "still there: {names:?}");
             std::thread::yield_now();
         }
     }
 
+    /// How many of its mappings are of this name.
+    pub fn mappings_of(&self, name: &str) -> usize {
+        let maps = std::fs::read_to_string(self.proc("maps")).unwrap();
+        maps.lines().filter(|line| line.contains(name)).count()
+    }
+
     /// SIGTERM, and the exit status of an orderly end.
-    pub(crate) fn ends_well(mut self) {
+    pub fn ends_well(mut self) {
         let pid = rustix::process::Pid::from_child(&self.child);
         rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
         let mut said = String::new();
@@ -81,7 +92,8 @@ impl Daemon {
         assert!(said.contains("ending by a signal"), "{said}");
     }
 
-    pub(crate) fn dies(mut self) {
+    /// SIGKILL.
+    pub fn dies(mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
     }
@@ -95,9 +107,9 @@ impl Drop for Daemon {
     }
 }
 
-/// What it says when it ends by itself.
-pub(crate) fn refuses(words: &[&str]) -> String {
-    let output = Command::new(PROGRAM).args(words).output().unwrap();
+/// What a daemon says that ends by itself.
+pub fn refuses(program: &str, words: &[&str]) -> String {
+    let output = Command::new(program).args(words).output().unwrap();
     let said = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(1), "{said}");
     said

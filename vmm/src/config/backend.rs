@@ -1,0 +1,57 @@
+//! `vhost_user=on,socket=PATH`: a device that a vhost-user backend serves.
+
+use std::path::{Path, PathBuf};
+
+use thiserror::Error;
+
+/// Words about who serves a device that make no sense.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum BackendError {
+    /// A backend without a place to find it.
+    #[error("{device}: vhost_user=on has no socket: give socket=PATH, where the backend listens")]
+    NoSocket {
+        /// The device.
+        device: String,
+    },
+    /// A socket that is for nothing.
+    #[error("{device}: socket={} is where a vhost-user backend listens; give vhost_user=on as well, or leave it out", socket.display())]
+    SocketAlone {
+        /// The device.
+        device: String,
+        /// The socket given.
+        socket: PathBuf,
+    },
+    /// What the backend has to be told, not this process.
+    #[error(
+        "{device}: {key}= says nothing about a {what} that a vhost-user backend serves; tell the backend, and leave it out"
+    )]
+    NotOfBackend {
+        /// The device.
+        device: String,
+        /// What it is.
+        what: &'static str,
+        /// The key given.
+        key: &'static str,
+    },
+}
+
+/// Where a backend listens, if one serves the device, a `what`. `told`: keys that only this process could heed, and whether they
+/// were given.
+pub(super) fn socket(
+    (device, what): (&str, &'static str),
+    vhost_user: bool,
+    socket: Option<&Path>,
+    told: impl IntoIterator<Item = (&'static str, bool)>,
+) -> Result<Option<PathBuf>, BackendError> {
+    let device = device.to_owned();
+    let given = socket.filter(|socket| !socket.as_os_str().is_empty());
+    match (vhost_user, given.map(Path::to_owned)) {
+        (false, None) => Ok(None),
+        (true, None) => Err(BackendError::NoSocket { device }),
+        (false, Some(socket)) => Err(BackendError::SocketAlone { device, socket }),
+        (true, Some(socket)) => match told.into_iter().find(|(_, told)| *told) {
+            Some((key, _)) => Err(BackendError::NotOfBackend { device, what, key }),
+            None => Ok(Some(socket)),
+        },
+    }
+}
