@@ -7,6 +7,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use daxhund_dax::Host;
+use daxhund_vhost_user::session::Device;
 use daxhund_vhost_user_blk::backend::Backend;
 use daxhund_vhost_user_blk::disk::{Disk, FileDisk};
 use rustix::fs::{MemfdFlags, memfd_create};
