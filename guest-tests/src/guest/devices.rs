@@ -11,6 +11,8 @@ use super::{ASK_DEADLINE, Guest, GuestError};
 
 /// For a device node to appear or to go once the driver has been asked.
 const NODE_SECONDS: u64 = 30;
+/// A driver may wait a minute for its device (`nvme`: a command whose interrupt did not come) before it says so.
+const MODULE_DEADLINE: Duration = Duration::from_mins(3);
 /// Making and mounting file systems, with both levels emulated.
 const SCRIPT_DEADLINE: Duration = Duration::from_mins(3);
 /// What a hostile driver may take for all attempts of a case.
@@ -37,7 +39,7 @@ impl Guest {
 
     /// Loads kernel modules with what they depend on.
     pub fn modprobe(&mut self, names: &[&str]) -> Result<(), GuestError> {
-        self.ask(&format!("modprobe {}", names.join(" ")))
+        self.ask_within(&format!("modprobe {}", names.join(" ")), MODULE_DEADLINE)
             .map(|_| ())
     }
 

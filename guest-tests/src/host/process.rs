@@ -12,6 +12,16 @@ use super::Output;
 use super::channel::{ANSWER_DEADLINE, Channel, HostError, Program, State};
 
 const SIGKILL: i32 = 9;
+/// Of every thread of the process `$0`: name, state, processor time in user and kernel mode, system call, stack in the kernel. Twice,
+/// so that what moves is told from what stands still; with the interrupts that are taken for guests.
+const WHAT_IT_DOES: &str = r#"for round in 1 2; do
+    for task in /proc/$0/task/*; do
+        echo "${task##*/} $(cat $task/comm): $(cut -d ' ' -f 3,14,15 $task/stat); $(cat $task/syscall)"
+        cat $task/stack
+    done
+    grep -E 'vfio|kvm' /proc/interrupts | grep -vE '^ *[0-9]+:( +0)+ +[A-Z]'
+    test $round = 2 || sleep 2
+done"#;
 
 /// A program that was started.
 #[derive(Debug)]
@@ -102,7 +112,7 @@ impl Process {
             searched = line.max(seen);
             ended_early(program, &what).map(Err)
         });
-        let (line, end) = found?;
+        let (line, end) = found.map_err(|error| self.with_its_threads(error))?;
         self.seen = end;
         Ok(line)
     }
@@ -201,11 +211,8 @@ impl Process {
     /// threads are at.
     pub fn wait(&self, deadline: Duration) -> Result<ExitStatus, HostError> {
         match self.wait_plainly(deadline) {
-            Err(HostError::Timeout { what, seconds }) if !self.has_ended() => {
-                Err(HostError::Timeout {
-                    what: format!("{what}, whose threads are at\n{}", self.threads()),
-                    seconds,
-                })
+            Err(error @ HostError::Timeout { .. }) if !self.has_ended() => {
+                Err(self.with_its_threads(error))
             }
             Err(HostError::Timeout { seconds, .. }) => Err(HostError::Timeout {
                 what: format!(
@@ -231,14 +238,21 @@ impl Process {
         })
     }
 
-    /// Each thread's name, system call and stack in the kernel.
+    /// What was not in time, with what the process was at meanwhile.
+    fn with_its_threads(&self, error: HostError) -> HostError {
+        match error {
+            HostError::Timeout { what, seconds } => HostError::Timeout {
+                what: format!("{what}, whose threads are at\n{}", self.threads()),
+                seconds,
+            },
+            other => other,
+        }
+    }
+
     fn threads(&self) -> String {
-        let script = format!(
-            "cd /proc/{}/task && for t in *; do echo \"$t $(cat $t/comm): $(cat $t/syscall)\"; cat $t/stack; done",
-            self.pid
-        );
+        let argv = ["sh", "-c", WHAT_IT_DOES, &self.pid.to_string()];
         let spec = SpawnSpec {
-            argv: vec!["sh".to_owned(), "-c".to_owned(), script],
+            argv: argv.iter().map(|word| (*word).to_owned()).collect(),
             ..SpawnSpec::default()
         };
         let told = Self::start(self.channel.clone(), spec).and_then(|look| {
