@@ -159,7 +159,7 @@ pub struct ValidNet {
 pub enum NetSource {
     /// A tap, which this process reads and writes.
     Tap(Tap),
-    /// A process that serves the one pair of queues.
+    /// A process that serves the pairs of queues.
     VhostUser {
         /// Where that listens.
         socket: PathBuf,
@@ -301,16 +301,6 @@ pub enum NetError {
     /// Who serves it.
     #[error(transparent)]
     Backend(#[from] BackendError),
-    /// More queues than a backend is given.
-    #[error(
-        "{device}: num_queues={queues}, but a network that a vhost-user backend serves has one pair of queues; give num_queues=2"
-    )]
-    OnePair {
-        /// The device.
-        device: String,
-        /// How many were asked for.
-        queues: u32,
-    },
     /// Its queues.
     #[error(transparent)]
     Queues(#[from] QueuesError),
@@ -570,12 +560,12 @@ impl NetConfig {
         let told = self.of_a_tap().into_iter();
         let told = told.chain([("fd", !self.fds.is_empty())]);
         let socket = self.vhost_socket.as_deref();
-        let socket = backend::socket((device, "network"), self.vhost_user, socket, told)?;
-        if socket.is_some() && self.num_queues != 2 {
-            let (device, queues) = (device.to_owned(), self.num_queues);
-            return Err(NetError::OnePair { device, queues });
-        }
-        Ok(socket)
+        Ok(backend::socket(
+            (device, "network"),
+            self.vhost_user,
+            socket,
+            told,
+        )?)
     }
 
     /// What only a tap that the VMM opens can be told, and whether it is. At the schema's defaults nobody asked for an address.

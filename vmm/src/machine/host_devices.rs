@@ -291,9 +291,10 @@ impl HostResources {
                         ufo: valid.offloads.ufo,
                         csum: valid.offloads.csum,
                     },
+                    valid.queue_pairs,
                 ),
                 shape: vhost_user::Shape {
-                    queues: vhost_user::net::QUEUES,
+                    queues: valid.queue_pairs * vhost_user::net::QUEUES,
                     queue_size: valid.queue_size,
                 },
             })?),

@@ -5,15 +5,16 @@
 //! buffers from   BUFFERS up, never reused
 //! ```
 
-use std::os::fd::OwnedFd;
+use std::io;
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering, fence};
 use std::time::{Duration, Instant};
 
 use event_manager::{EventManager, SubscriberId, SubscriberOps};
-use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use virtio_queue::QueueT;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::device::{ActivateError, Activation, Device, Signals};
@@ -52,11 +53,15 @@ pub struct Sent {
     pub buffers: Vec<(u64, u32)>,
 }
 
-struct Counter(OwnedFd);
+struct Counter(EventFd);
 
 impl Interrupt for Counter {
     fn signal(&self) {
-        rustix::io::write(&self.0, &1u64.to_ne_bytes()).expect("a counter of 64 bits");
+        self.0.write(1).expect("a counter of 64 bits");
+    }
+
+    fn event(&self) -> io::Result<Option<EventFd>> {
+        self.0.try_clone().map(Some)
     }
 }
 
@@ -94,9 +99,7 @@ struct Ring {
 
 impl Ring {
     fn take_interrupts(&self) {
-        let mut count = [0; 8];
-        if rustix::io::read(&self.interrupt.0, &mut count).is_ok() {
-            let count = u64::from_ne_bytes(count);
+        if let Ok(count) = self.interrupt.0.read() {
             self.seen.fetch_add(count, Ordering::SeqCst);
         }
     }
@@ -148,9 +151,7 @@ impl Driver {
             .map(|size| Ring {
                 size: size.min(256),
                 kick: EventFd::new(EFD_NONBLOCK).expect("an eventfd"),
-                interrupt: Arc::new(Counter(
-                    eventfd(0, EventfdFlags::NONBLOCK).expect("an eventfd"),
-                )),
+                interrupt: Arc::new(Counter(EventFd::new(EFD_NONBLOCK).expect("an eventfd"))),
                 next_descriptor: 0,
                 next_available: 0,
                 next_used: 0,
@@ -412,9 +413,12 @@ impl Driver {
     /// Waits for an interrupt. One of before makes this return at once, and the caller looks again.
     fn wait(&self, queue: usize, at_most: Duration) {
         let ring = &self.rings[queue];
-        let mut fds = [PollFd::new(&ring.interrupt.0, PollFlags::IN)];
-        let at_most = Timespec::try_from(at_most.min(DEADLINE)).expect("seconds");
-        let _ = poll(&mut fds, Some(&at_most));
+        let bell = Epoll::new().expect("an epoll");
+        let event = EpollEvent::new(EventSet::IN, 0);
+        bell.ctl(ControlOperation::Add, ring.interrupt.0.as_raw_fd(), event)
+            .expect("an eventfd");
+        let at_most = i32::try_from(at_most.min(DEADLINE).as_millis()).expect("seconds");
+        let _ = bell.wait(at_most + 1, &mut [EpollEvent::default()]);
         ring.take_interrupts();
     }
 }

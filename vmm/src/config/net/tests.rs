@@ -112,6 +112,8 @@ fn a_backend_has_a_socket_and_nothing_of_a_tap() {
     let socket = "/s".into();
     assert_eq!(valid.source, NetSource::VhostUser { socket });
     assert_eq!((valid.queue_pairs, valid.mtu), (1, Some(9000)));
+    let several = validate("vhost_user=on,socket=/s,num_queues=256").unwrap();
+    assert_eq!(several.queue_pairs, 128);
     for (text, words) in [
         (
             "vhost_user=on,id=n",
@@ -128,7 +130,14 @@ fn a_backend_has_a_socket_and_nothing_of_a_tap() {
             "vhost_user=on,socket=/s,ip=10.0.0.1,mask=255.0.0.0",
             "ip= says",
         ),
-        ("vhost_user=on,socket=/s,num_queues=4", "give num_queues=2"),
+        (
+            "vhost_user=on,socket=/s,num_queues=5",
+            "num_queues=5, but queues come in pairs",
+        ),
+        (
+            "vhost_user=on,socket=/s,num_queues=258",
+            "an even number from 2 to 256",
+        ),
         ("vhost_user=on,socket=/s,mac=01:00:5e:00:00:01", "mac="),
     ] {
         let error = validate(text).unwrap_err().to_string();

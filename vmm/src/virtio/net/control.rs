@@ -1,50 +1,66 @@
 //! The control queue: virtio 1.2, section 5.1.6.5.
 //!
 //! A command is acknowledged when it was done and refused when it was not; there are no filters here, so those for them
-//! are refused.
+//! are refused. Who moves the frames, a tap's workers or a vhost-user backend, is told by [`Orders`].
+
+use std::io;
 
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_CTRL_GUEST_OFFLOADS, VIRTIO_NET_CTRL_GUEST_OFFLOADS_SET, VIRTIO_NET_CTRL_MQ,
     VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET, VIRTIO_NET_ERR, VIRTIO_NET_F_CTRL_GUEST_OFFLOADS,
-    VIRTIO_NET_F_MQ, VIRTIO_NET_OK,
+    VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_MQ, VIRTIO_NET_OK,
 };
 use virtio_queue::DescriptorChain;
 use vm_memory::{Address, Bytes};
 
-use super::link::{Link, Offloads};
-use super::pairs::Pairs;
+use super::link::Offloads;
 use crate::memory::snapshot::Snapshot;
 use crate::virtio::{Queue, QueueError};
 
+/// Descriptors of the queue.
+pub const CONTROL_SIZE: u16 = 64;
 /// Commands for one call of [`Control::serve`].
 const BATCH: usize = 64;
 /// Class, command, and the longest data of a command that is known.
 const LONGEST: usize = 2 + 8;
 
+/// What the driver can ask for.
+pub trait Orders {
+    /// How many pairs of queues there may be.
+    fn most_pairs(&self) -> usize;
+
+    /// So many are in use from now on, 1 to [`Orders::most_pairs`].
+    fn use_pairs(&self, wanted: usize) -> io::Result<()>;
+
+    /// What the frames that the driver receives may ask it to do. Asked only of who offers `CTRL_GUEST_OFFLOADS`.
+    fn set_offloads(&self, offloads: Offloads) -> io::Result<()>;
+}
+
 /// The control queue.
-pub(super) struct Control {
+pub struct Control {
     queue: Queue,
     features: u64,
 }
 
 impl Control {
-    /// `features`: what the driver took.
-    pub(super) fn new(queue: Queue, features: u64) -> Self {
-        Self { queue, features }
+    /// Takes it out of the queues of an activation, where it comes after the pairs that were agreed on (5.1.2), and leaves
+    /// those. `features`: what the driver took. `pairs`: how many it was offered.
+    pub fn split_off(queues: &mut Vec<Option<Queue>>, features: u64, pairs: usize) -> Option<Self> {
+        let has = |bit: u32| features & (1 << bit) != 0;
+        let agreed = if has(VIRTIO_NET_F_MQ) { pairs } else { 1 };
+        let queue = queues.get_mut(agreed * 2).and_then(Option::take);
+        queues.truncate(agreed * 2);
+        let queue = queue.filter(|_| has(VIRTIO_NET_F_CTRL_VQ))?;
+        Some(Self { queue, features })
     }
 
     /// Its queue.
-    pub(super) fn queue(&self) -> &Queue {
+    pub fn queue(&self) -> &Queue {
         &self.queue
     }
 
     /// Does the commands that are there; `true` when there may be more, for the next turn.
-    pub(super) fn serve(
-        &mut self,
-        memory: &Snapshot,
-        link: &dyn Link,
-        pairs: &Pairs,
-    ) -> Result<bool, QueueError> {
+    pub fn serve(&mut self, memory: &Snapshot, orders: &dyn Orders) -> Result<bool, QueueError> {
         self.queue.disable_kick(memory)?;
         let mut more = true;
         for _ in 0..BATCH {
@@ -60,7 +76,7 @@ impl Control {
                     self.queue.unpop();
                     continue;
                 }
-                let ack = if self.command(&request, link, pairs) {
+                let ack = if self.command(&request, orders) {
                     VIRTIO_NET_OK
                 } else {
                     VIRTIO_NET_ERR
@@ -78,7 +94,7 @@ impl Control {
     }
 
     /// Whether it was done.
-    fn command(&self, request: &[u8], link: &dyn Link, pairs: &Pairs) -> bool {
+    fn command(&self, request: &[u8], orders: &dyn Orders) -> bool {
         let [class, command, data @ ..] = request else {
             return false;
         };
@@ -89,9 +105,9 @@ impl Control {
                 };
                 let wanted = usize::from(u16::from_le_bytes(*wanted));
                 self.has(VIRTIO_NET_F_MQ)
-                    && (1..=pairs.most()).contains(&wanted)
-                    && pairs
-                        .set_active(wanted)
+                    && (1..=orders.most_pairs()).contains(&wanted)
+                    && orders
+                        .use_pairs(wanted)
                         .inspect_err(|error| {
                             tracing::warn!(%error, wanted, "can't set the number of queue pairs");
                         })
@@ -105,7 +121,7 @@ impl Control {
                 let allowed = self.features & Offloads::mask();
                 self.has(VIRTIO_NET_F_CTRL_GUEST_OFFLOADS)
                     && wanted & !allowed == 0
-                    && link.set_offloads(Offloads::from_features(wanted)).is_ok()
+                    && orders.set_offloads(Offloads::from_features(wanted)).is_ok()
             }
             _ => false,
         }

@@ -42,13 +42,13 @@ use virtio_bindings::virtio_net::{
 };
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+pub use self::control::{CONTROL_SIZE, Control, Orders};
 pub use self::link::{Link, Offloads};
 pub use self::mac::{Mac, MacError};
 pub use self::offers::Offers;
 pub use self::tap::{HostSide, Tap, TapError};
 pub use self::vectors::Vectors;
 
-use self::control::Control;
 use self::counters::Counters;
 use self::pairs::Pairs;
 use self::rx::Rx;
@@ -61,8 +61,6 @@ use super::{ActivateError, Activation, Device, Kind, Worker};
 const HEADER_BYTES: usize = 12;
 /// The largest frame, with its header: the largest IP packet and an Ethernet header, section 5.1.6.3.1.
 const LARGEST_FRAME: usize = 65562;
-/// Descriptors of the control queue.
-const CONTROL_SIZE: u16 = 64;
 /// The kernel's limit for a tap.
 const MOST_PAIRS: u16 = 256;
 /// Smallest MTU that IPv4 can live with; the specification takes no less.
@@ -415,7 +413,6 @@ impl Device for NetDevice {
 
     fn activate(&self, activation: Activation) -> Result<Vec<Box<dyn Worker>>, ActivateError> {
         let features = activation.features;
-        let several = activation.has(VIRTIO_NET_F_MQ);
         let mergeable = activation.has(VIRTIO_NET_F_MRG_RXBUF);
         let large = [
             VIRTIO_NET_F_GUEST_TSO4,
@@ -424,17 +421,10 @@ impl Device for NetDevice {
         ]
         .into_iter()
         .any(|bit| activation.has(bit));
-        let most = if several { self.links.len() } else { 1 };
         let host = |what| move |source| ActivateError::Host { what, source };
 
-        // The control queue comes after the pairs that were agreed on, section 5.1.2.
         let mut queues = activation.queues;
-        let mut control = queues
-            .get_mut(most * 2)
-            .and_then(Option::take)
-            .filter(|_| features & (1 << VIRTIO_NET_F_CTRL_VQ) != 0)
-            .map(|queue| Control::new(queue, features));
-        queues.truncate(most * 2);
+        let mut control = Control::split_off(&mut queues, features, self.links.len());
         let mut parts = Vec::new();
         let mut queues = queues.into_iter();
         // A driver may leave out pairs at the end, but not the first.

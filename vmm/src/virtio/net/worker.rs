@@ -1,5 +1,6 @@
 //! Serves one queue pair; the worker of the first one serves the control queue too.
 
+use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -8,9 +9,9 @@ use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::control::Control;
+use super::control::{Control, Orders};
 use super::counters::Counters;
-use super::link::Link;
+use super::link::{Link, Offloads};
 use super::pairs::Pairs;
 use super::rx::{self, Rx};
 use super::tx::{self, Tx};
@@ -91,6 +92,26 @@ impl Default for State {
     }
 }
 
+/// What the driver gives orders to.
+struct Tap<'a> {
+    link: &'a dyn Link,
+    pairs: &'a Pairs,
+}
+
+impl Orders for Tap<'_> {
+    fn most_pairs(&self) -> usize {
+        self.pairs.most()
+    }
+
+    fn use_pairs(&self, wanted: usize) -> io::Result<()> {
+        self.pairs.set_active(wanted)
+    }
+
+    fn set_offloads(&self, offloads: Offloads) -> io::Result<()> {
+        self.link.set_offloads(offloads)
+    }
+}
+
 impl PairWorker {
     fn receive(&mut self) -> Result<(), QueueError> {
         if self.state.rx == rx::Wait::Nothing || !self.pairs.is_active(self.pair) {
@@ -127,7 +148,11 @@ impl PairWorker {
             return Ok(());
         };
         let memory = self.memory.memory();
-        if control.serve(&memory, self.link.as_ref(), &self.pairs)? {
+        let tap = Tap {
+            link: self.link.as_ref(),
+            pairs: &self.pairs,
+        };
+        if control.serve(&memory, &tap)? {
             self.again();
         }
         Ok(())

@@ -37,6 +37,9 @@ pub const DISK: Class = Class {
     },
     uncounted: 0,
     always: 0,
+    more_by: 0,
+    in_pairs: false,
+    has_control: false,
     lends: false,
 };
 

@@ -22,6 +22,13 @@ pub struct Class {
     pub uncounted: u16,
     /// As many queues every backend of the kind has: it is asked only when there are to be more.
     pub always: u16,
+    /// Without these features a backend has no more than those, whatever number it says.
+    pub more_by: u64,
+    /// Whether its queues come in pairs, and the number that a backend says may be one of pairs: DPDK's and passt's is, that of
+    /// others is of queues. As many pairs are asked for then, as QEMU does.
+    pub in_pairs: bool,
+    /// Whether another queue follows the backend's, which is served here: a network's control queue.
+    pub has_control: bool,
     /// Whether the backend lends the device memory: a shared memory region, which becomes the guest's.
     pub lends: bool,
 }
@@ -44,6 +51,11 @@ impl Class {
     /// As many queues a backend has to have that says no number.
     pub(super) fn least(&self) -> u16 {
         self.always.max(1)
+    }
+
+    /// How many queues are in use as soon as the driver is ready: of those in pairs, one pair, until it says otherwise.
+    pub(super) fn used_at_first(&self) -> u16 {
+        if self.in_pairs { 2 } else { u16::MAX }
     }
 
     /// The configuration space, of what a backend says that it is.

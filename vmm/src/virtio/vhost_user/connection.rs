@@ -5,7 +5,7 @@
 //! ([`CallError::is_refusal`]): the connection is to be dropped.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -276,6 +276,12 @@ impl Connection {
             class: class.name,
             what,
         };
+        let paired = class.in_pairs.then(|| stream.try_clone()).transpose();
+        let paired = paired.map_err(|source| ConnectError::Socket {
+            socket: socket(),
+            example: class.example,
+            source,
+        })?;
         let mut frontend = Frontend::from_stream(stream, queues.into());
         frontend.set_owner().map_err(failed("SET_OWNER"))?;
         let features = frontend.get_features().map_err(failed("GET_FEATURES"))?;
@@ -312,8 +318,13 @@ impl Connection {
             frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
         }
         if queues > class.always {
-            let offered = if protocol.contains(VhostUserProtocolFeatures::MQ) {
-                frontend.get_queue_num().map_err(failed("GET_QUEUE_NUM"))?
+            let has_more = features & class.more_by == class.more_by;
+            let offered = if has_more && protocol.contains(VhostUserProtocolFeatures::MQ) {
+                let said = match &paired {
+                    Some(stream) => pairs(stream).map(|pairs| pairs.saturating_mul(2)),
+                    None => frontend.get_queue_num(),
+                };
+                said.map_err(failed("GET_QUEUE_NUM"))?
             } else {
                 class.least().into()
             };
@@ -454,12 +465,12 @@ impl Connection {
         Ok(Some(Inflight { area, file }))
     }
 
-    /// Has the backend serve these rings, each from an index on.
+    /// Has the backend serve these rings, each from an index on; in use are those of the first so many queues.
     pub(super) fn start(
         &mut self,
         features: u64,
         table: &Table,
-        rings: &[(&Ring, u16)],
+        (rings, used): (&[(&Ring, u16)], u16),
         inflight: Option<&Inflight>,
     ) -> Result<(), StartError> {
         // Those that it does not know are this side's own.
@@ -492,26 +503,62 @@ impl Connection {
                 .set_vring_kick(index, &ring.kick)
                 .map_err(called("SET_VRING_KICK"))?;
         }
-        for (ring, _) in rings {
-            self.frontend
-                .set_vring_enable(ring.index.into(), true)
-                .map_err(called("SET_VRING_ENABLE"))?;
+        for (ring, _) in rings.iter().filter(|(ring, _)| ring.index < used) {
+            self.enable(ring, true)?;
         }
         Ok(self.settle()?)
+    }
+
+    fn enable(&mut self, ring: &Ring, is_used: bool) -> Result<(), CallError> {
+        self.frontend
+            .set_vring_enable(ring.index.into(), is_used)
+            .map_err(called("SET_VRING_ENABLE"))
+    }
+
+    /// In use were the rings of the first `before` queues; from now on those of the first `after`. When this returns it is so.
+    pub(super) fn change_used(
+        &mut self,
+        rings: &[Ring],
+        before: u16,
+        after: u16,
+    ) -> Result<(), CallError> {
+        for ring in rings {
+            let (was, is) = (ring.index < before, ring.index < after);
+            if was != is {
+                self.enable(ring, is)?;
+            }
+        }
+        self.settle()
     }
 
     /// Has the backend serve them no more. When this returns it has stopped.
     pub(super) fn stop(&mut self, rings: &[Ring]) -> Result<(), CallError> {
         for ring in rings {
-            let index = usize::from(ring.index);
+            self.enable(ring, false)?;
             self.frontend
-                .set_vring_enable(index, false)
-                .map_err(called("SET_VRING_ENABLE"))?;
-            self.frontend
-                .get_vring_base(index)
+                .get_vring_base(ring.index.into())
                 .map_err(called("GET_VRING_BASE"))?;
         }
         Ok(())
+    }
+}
+
+/// `GET_QUEUE_NUM` of a device whose queues come in pairs. `vhost` takes the answer for the most queues there are and names no
+/// others from then on, but the answer may be a number of pairs.
+fn pairs(mut stream: &UnixStream) -> vhost::Result<u64> {
+    const ASK: [u32; 3] = [17, 1, 0];
+    const ANSWER: [u32; 3] = [17, 0b101, 8];
+    let mut answer = [0; 20];
+    stream
+        .write_all(&ASK.map(u32::to_le_bytes).concat())
+        .and_then(|()| stream.read_exact(&mut answer))
+        .map_err(vhost::vhost_user::Error::SocketBroken)?;
+    let (header, number) = answer.split_at(12);
+    match number.try_into() {
+        Ok(number) if *header == ANSWER.map(u32::to_le_bytes).concat() => {
+            Ok(u64::from_le_bytes(number))
+        }
+        _ => Err(vhost::vhost_user::Error::InvalidMessage.into()),
     }
 }
 

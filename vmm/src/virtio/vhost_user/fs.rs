@@ -25,6 +25,9 @@ pub fn file_system(tag: &[u8; TAG_BYTES], shape: Shape) -> Class {
         config: Config::Own([&tag[..], &requests.to_le_bytes()].concat()),
         uncounted: HIGH_PRIORITY_QUEUES,
         always: HIGH_PRIORITY_QUEUES + 1,
+        more_by: 0,
+        in_pairs: false,
+        has_control: false,
         lends: false,
     }
 }

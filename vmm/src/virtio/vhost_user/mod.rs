@@ -46,7 +46,9 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 use self::caller::Caller;
 use self::session::Session;
 use self::shared::Shared;
+use self::worker::Orderly;
 use super::device::read_space;
+use super::net::{CONTROL_SIZE, Control};
 use super::worker as workers;
 use super::{ActivateError, Activation, Device, Kind};
 
@@ -202,6 +204,12 @@ impl Backend {
             .call(CALL, move |session| session.start(service))
     }
 
+    /// Has it serve the first so many queues, of those that it was given, and no others.
+    fn use_queues(&self, used: u16) -> Result<(), NoAnswer> {
+        self.caller
+            .call(CALL, move |session| session.use_queues(used))
+    }
+
     /// The undo of [`Backend::start`].
     pub fn stop(&self) -> Result<(), NoAnswer> {
         self.caller.call(CALL, Session::stop)
@@ -283,7 +291,9 @@ impl Device for VhostUserDevice {
 
     fn queue_sizes(&self) -> Vec<u16> {
         let Shape { queues, queue_size } = self.0.shared.shape;
-        vec![queue_size; queues.into()]
+        let mut sizes = vec![queue_size; queues.into()];
+        sizes.extend(self.0.shared.class.has_control.then_some(CONTROL_SIZE));
+        sizes
     }
 
     fn config_read(&self, offset: u64, data: &mut [u8]) {
@@ -297,9 +307,24 @@ impl Device for VhostUserDevice {
         let Activation {
             memory,
             features,
-            queues,
+            mut queues,
             signals,
         } = activation;
+        let Shared { class, shape, .. } = self.0.shared.as_ref();
+        let control = if class.has_control {
+            let pairs = usize::from(shape.queues / net::QUEUES);
+            Control::split_off(&mut queues, features, pairs)
+        } else {
+            None
+        };
+        let control = control.map(|control| Orderly {
+            control,
+            memory: memory.clone(),
+            signals: Arc::clone(&signals),
+            // A driver may leave out pairs at the end.
+            pairs: queues.iter().take_while(|queue| queue.is_some()).count()
+                / usize::from(net::QUEUES),
+        });
         let mut rings = Vec::new();
         for queue in queues.into_iter().flatten() {
             let ring = queue.into_ring().map_err(|source| ActivateError::Host {
@@ -311,6 +336,7 @@ impl Device for VhostUserDevice {
         let service = Service {
             features,
             rings,
+            used: class.used_at_first(),
             memory,
             signals,
             inflight: None,
@@ -319,6 +345,7 @@ impl Device for VhostUserDevice {
         Ok(vec![Box::new(worker::Worker {
             backend: Arc::clone(&self.0),
             service: Some(service),
+            orderly: control,
         })])
     }
 

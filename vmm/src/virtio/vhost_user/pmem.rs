@@ -36,6 +36,9 @@ pub const PMEM: Class = Class {
     },
     uncounted: 0,
     always: 0,
+    more_by: 0,
+    in_pairs: false,
+    has_control: false,
     lends: true,
 };
 

@@ -47,6 +47,8 @@ pub enum AttachError {
 pub struct Service {
     pub(super) features: u64,
     pub(super) rings: Vec<Ring>,
+    /// The rings of the first so many queues are in use, which the driver can change.
+    pub(super) used: u16,
     pub(super) memory: GuestView,
     pub(super) signals: Arc<dyn Signals>,
     pub(super) inflight: Option<Inflight>,
@@ -78,7 +80,8 @@ impl Service {
         for ring in &self.rings {
             rings.push((ring, self.base(ring)?));
         }
-        connection.start(self.features, table, &rings, self.inflight.as_ref())?;
+        let rings = (&rings[..], self.used);
+        connection.start(self.features, table, rings, self.inflight.as_ref())?;
         if self.was_served {
             for ring in &self.rings {
                 // The one before may have taken a bell and died before it did what it rang for, in both directions. Only a
@@ -382,6 +385,19 @@ impl Session {
             }
         }
         self.service = Some(service);
+    }
+
+    /// The driver uses the first so many queues from now on.
+    pub(super) fn use_queues(&mut self, after: u16) {
+        let Some(service) = &mut self.service else {
+            return;
+        };
+        let before = std::mem::replace(&mut service.used, after);
+        if let Some(connection) = &mut self.connection
+            && let Err(error) = connection.change_used(&service.rings, before, after)
+        {
+            self.lose(&error);
+        }
     }
 
     /// The driver has reset the device. When this returns no backend serves it: one that does not stop is cut off.

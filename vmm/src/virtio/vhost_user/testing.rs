@@ -52,7 +52,8 @@ pub fn converse(stream: UnixStream) -> Result<(), Box<dyn Error>> {
     let inflight = connection.new_inflight(&rings)?;
     let based: Vec<_> = rings.iter().map(|ring| (ring, 0)).collect();
     let features = connection.features & DISK.features;
-    connection.start(features, &table, &based, inflight.as_ref())?;
+    connection.start(features, &table, (&based, 1), inflight.as_ref())?;
+    connection.change_used(&rings, 1, QUEUES)?;
     connection.stop(&rings)?;
     while let Some(gpa) = table.regions().first().map(|region| region.gpa) {
         if let Some(region) = table.take(gpa) {

@@ -3,6 +3,8 @@
 use super::*;
 use crate::virtio::net::{Mac, Offers};
 
+pub(super) const CTRL_VQ: u64 = 1 << 17;
+pub(super) const MQ: u64 = 1 << 22;
 const CSUM: u64 = 1;
 const GUEST_CSUM: u64 = 1 << 1;
 const MTU: u64 = 1 << 3;
@@ -10,8 +12,6 @@ const MAC: u64 = 1 << 5;
 const HOST_TSO4: u64 = 1 << 11;
 const MRG_RXBUF: u64 = 1 << 15;
 const STATUS: u64 = 1 << 16;
-const CTRL_VQ: u64 = 1 << 17;
-const MQ: u64 = 1 << 22;
 const RINGS: u64 = 1 << 32 | 1 << 30 | 1 << 28;
 
 /// As virtiofsd has it: no configuration space, nothing in flight that would outlive it.
@@ -31,7 +31,14 @@ fn file_system(queues: u16) -> (Class, Shape) {
 
 fn network(offers: Offers) -> (Class, Shape) {
     let mac = Mac::new([2, 0, 0, 0, 0, 9]).unwrap();
-    (net::interface(mac, Some(1500), offers), shape(net::QUEUES))
+    let class = net::interface(mac, Some(1500), offers, 1);
+    (class, shape(net::QUEUES))
+}
+
+pub(super) fn several_pairs(pairs: u16) -> (Class, Shape) {
+    let mac = Mac::new([2, 0, 0, 0, 0, 9]).unwrap();
+    let class = net::interface(mac, None, ALL, pairs);
+    (class, shape(pairs * net::QUEUES))
 }
 
 const ALL: Offers = Offers {
@@ -138,6 +145,44 @@ fn a_network_is_what_the_backend_can_and_this_sides_address() {
     until("it is served on", || backend.status().lost.is_none());
     assert_eq!(device.features(), offered);
     driver.stop();
+    backend.close();
+}
+
+#[test]
+fn pairs_are_counted_as_the_backend_may_count_them() {
+    let refused = |manners: Manners, pairs| {
+        let mut fake = Fake::new();
+        fake.serve(manners);
+        let (class, shape) = several_pairs(pairs);
+        crate::chain(&open_as(&fake, class, shape).err().unwrap())
+    };
+    let manners = |features, protocol, queues| Manners {
+        features,
+        protocol,
+        queues,
+        ..Manners::default()
+    };
+    let (several, protocol) = (RINGS | MQ, PROTOCOL_REPLY_ACK | PROTOCOL_MQ);
+    let error = refused(manners(several, protocol, 2), 3);
+    let words = "has 4 queue(s), num_queues=6 asks for more; give num_queues=4 or fewer";
+    assert!(error.contains(words), "{error}");
+    for one in [
+        manners(RINGS, protocol, 8),
+        manners(several, PROTOCOL_REPLY_ACK, 8),
+    ] {
+        let error = refused(one, 2);
+        assert!(error.contains("give num_queues=2 or fewer"), "{error}");
+    }
+    let mut fake = Fake::new();
+    fake.serve(manners(several, protocol, 2));
+    let (class, shape) = several_pairs(2);
+    let (backend, _) = open_as(&fake, class, shape).unwrap();
+    let device = VhostUserDevice::new(Arc::clone(&backend));
+    assert_eq!(device.features(), MAC | MQ | CTRL_VQ, "whatever it serves");
+    assert_eq!(device.queue_sizes(), [128, 128, 128, 128, 64]);
+    let mut space = [0xff; 12];
+    device.config_read(0, &mut space);
+    assert_eq!(space[8..10], [2, 0]);
     backend.close();
 }
 

@@ -98,9 +98,13 @@ impl Default for Manners {
 /// A message that came: what it was, its body, and whether a descriptor came with it.
 pub(super) type Message = (u32, Vec<u8>, bool);
 
+/// What comes with a descriptor that a backend keeps: its kind, its body, and what the descriptor is of.
+pub(super) type Kept = (u32, Vec<u8>, Arc<File>);
+
 #[derive(Default)]
 struct Seen {
     messages: Vec<Message>,
+    kept: Vec<Kept>,
     stream: Option<UnixStream>,
     channel: Option<UnixStream>,
     dead: bool,
@@ -140,6 +144,7 @@ impl Fake {
                         return;
                     }
                     seen.messages.clear();
+                    seen.kept.clear();
                     seen.stream = Some(stream.try_clone().unwrap());
                 }
                 converse(&stream, &manners, &seen);
@@ -174,6 +179,13 @@ impl Fake {
     pub(super) fn messages(&self) -> Vec<Message> {
         let seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
         seen.messages.clone()
+    }
+
+    /// Messages of a kind that came with a descriptor, since this connection began.
+    pub(super) fn kept(&self, request: u32) -> Vec<Kept> {
+        let seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        let of_kind = seen.kept.iter().filter(|(kind, ..)| *kind == request);
+        of_kind.cloned().collect()
     }
 
     /// Bodies of the messages of a kind.
@@ -226,7 +238,14 @@ fn converse(mut stream: &UnixStream, manners: &Manners, seen: &Mutex<Seen>) {
             return;
         };
         let message = (request, body.clone(), file.is_some());
-        seen.lock().unwrap().messages.push(message);
+        {
+            let mut seen = seen.lock().unwrap();
+            if let (ADD_MEM_REG | SET_VRING_KICK | SET_VRING_CALL, Some(file)) = (request, &file) {
+                let kept = Arc::new(file.try_clone().unwrap());
+                seen.kept.push((request, body.clone(), kept));
+            }
+            seen.messages.push(message);
+        }
         let right = match request {
             GET_FEATURES => Some(manners.features.to_le_bytes().to_vec()),
             GET_PROTOCOL_FEATURES => Some(manners.protocol.to_le_bytes().to_vec()),

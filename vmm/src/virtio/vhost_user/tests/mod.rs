@@ -2,6 +2,7 @@
 
 mod classes;
 mod fake;
+mod frames;
 mod lending;
 
 use std::sync::Mutex;
