@@ -9,9 +9,11 @@
 use std::fs;
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use thiserror::Error;
 
 /// No socket can be made at a path. What mends it is the daemon's to say.
@@ -77,12 +79,14 @@ fn clear(path: &Path) -> Result<(), BindError> {
     if !metadata.file_type().is_socket() {
         return Err(BindError::Exists);
     }
-    match UnixStream::connect(path) {
-        Ok(_) => Err(BindError::InUse),
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-            Ok(fs::remove_file(path)?)
-        }
-        Err(error) => Err(error.into()),
+    // Never waits: one whose backlog is full is in use.
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let probe = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None);
+    let address = SocketAddrUnix::new(path).map_err(io::Error::from)?;
+    match probe.and_then(|probe| connect(probe, &address)) {
+        Ok(()) | Err(Errno::AGAIN) => Err(BindError::InUse),
+        Err(Errno::CONNREFUSED) => Ok(fs::remove_file(path)?),
+        Err(error) => Err(io::Error::from(error).into()),
     }
 }
 
@@ -98,13 +102,28 @@ pub fn of_systemd() -> Option<io::Result<UnixListener>> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::OwnedFd;
+
     use super::*;
+
+    fn nonblocking(path: &Path) -> rustix::io::Result<OwnedFd> {
+        let flags = SocketFlags::NONBLOCK;
+        let client = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+        connect(&client, &SocketAddrUnix::new(path)?)?;
+        Ok(client)
+    }
 
     #[test]
     fn what_is_left_over_is_replaced_and_nothing_else() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("a.sock");
         let (listener, place) = bind(&path).unwrap();
+        assert!(matches!(bind(&path), Err(BindError::InUse)));
+        // As long as it does not accept, and there is no room for one more.
+        let mut clients = Vec::new();
+        while let Ok(client) = nonblocking(&path) {
+            clients.push(client);
+        }
         assert!(matches!(bind(&path), Err(BindError::InUse)));
         drop(listener);
         // Killed: its file is left.

@@ -2,7 +2,25 @@
 
 use std::path::{Path, PathBuf};
 
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
+
+/// Who of the two listens at the socket.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum VhostMode {
+    /// The backend; this side connects.
+    #[default]
+    Client,
+    /// This side; the backend connects.
+    Server,
+}
+
+impl VhostMode {
+    #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde calls it so")]
+    pub(super) fn is_client(&self) -> bool {
+        *self == Self::Client
+    }
+}
 
 /// Words about who serves a device that make no sense.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
@@ -20,6 +38,14 @@ pub enum BackendError {
         device: String,
         /// The socket given.
         socket: PathBuf,
+    },
+    /// A mode of nothing.
+    #[error(
+        "{device}: vhost_mode=server is for a device that a vhost-user backend serves; give vhost_user=on,socket=PATH as well, or          leave it out"
+    )]
+    ServerAlone {
+        /// The device.
+        device: String,
     },
     /// What the backend has to be told, not this process.
     #[error(

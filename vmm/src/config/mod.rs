@@ -47,7 +47,7 @@ mod valid;
 mod vsock;
 mod zone;
 
-pub use backend::BackendError;
+pub use backend::{BackendError, VhostMode};
 pub use balloon::{BalloonConfig, BalloonError, ValidBalloon};
 pub use console::{
     ConsoleConfig, ConsoleError, ConsoleFieldsError, ValidConsole, VirtioConsoleConfig,

@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use super::backend::{self, BackendError};
+use super::backend::{self, BackendError, VhostMode};
 use super::device::{
     IdAllocator, IdError, Naming, OnPci, PciFields, Place, PlaceError, id_key, number_key,
     segment_key,
@@ -64,9 +64,12 @@ pub struct NetConfig {
     /// Whether another process serves the network.
     #[serde(default, skip_serializing_if = "is_off")]
     pub vhost_user: bool,
-    /// Where that process listens.
+    /// Where that process listens, or this one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vhost_socket: Option<PathBuf>,
+    /// Who of the two listens there.
+    #[serde(default, skip_serializing_if = "VhostMode::is_client")]
+    pub vhost_mode: VhostMode,
     /// Open descriptors of the tap, one for each pair of queues.
     #[serde(skip)]
     pub fds: Vec<i32>,
@@ -120,6 +123,7 @@ impl Default for NetConfig {
             mtu: None,
             vhost_user: false,
             vhost_socket: None,
+            vhost_mode: VhostMode::default(),
             fds: Vec::new(),
             num_queues: DEFAULT_NUM_QUEUES,
             queue_size: DEFAULT_QUEUE_SIZE,
@@ -161,8 +165,10 @@ pub enum NetSource {
     Tap(Tap),
     /// A process that serves the pairs of queues.
     VhostUser {
-        /// Where that listens.
+        /// Where that listens, or this process.
         socket: PathBuf,
+        /// Which of the two.
+        mode: VhostMode,
     },
 }
 
@@ -316,7 +322,6 @@ impl JsonObject for NetConfig {
     const SHAPE: Shape = Shape {
         not_built: &[
             NotBuilt::switch("iommu", false),
-            NotBuilt::text("vhost_mode", "Client"),
             NotBuilt::empty("fds"),
             NotBuilt::object(
                 "rate_limiter_config",
@@ -461,7 +466,7 @@ impl NetConfig {
             Key::new(
                 "socket",
                 "PATH",
-                "where the vhost-user backend listens",
+                "where the vhost-user backend listens, or the VMM",
                 |net, value| {
                     net.vhost_socket = Some(value.path()?);
                     Ok(())
@@ -469,13 +474,15 @@ impl NetConfig {
             ),
             Key::new(
                 "vhost_mode",
-                "client",
-                "who connects to the socket; only client, this side, is built",
-                |_, value| match value.text()?.as_str() {
-                    "client" => Ok(()),
-                    _ => Err(Expected(
-                        "client; a backend that connects to the VMM is not supported by daxhund: have it listen",
-                    )),
+                "client|server",
+                "whether the VMM connects to the socket, or makes it and waits [default: client]",
+                |net, value| {
+                    net.vhost_mode = match value.text()?.as_str() {
+                        "client" => VhostMode::Client,
+                        "server" => VhostMode::Server,
+                        _ => return Err(Expected("client or server")),
+                    };
+                    Ok(())
                 },
             ),
             id_key(),
@@ -532,7 +539,8 @@ impl NetConfig {
         let queue_pairs = queues::pairs(&device, self.num_queues)?;
         let queue_size = queues::size(&device, self.queue_size)?;
         let source = if let Some(socket) = self.backend(&device)? {
-            NetSource::VhostUser { socket }
+            let mode = self.vhost_mode;
+            NetSource::VhostUser { socket, mode }
         } else if self.fds.is_empty() {
             NetSource::Tap(self.interface(&device)?)
         } else {
@@ -560,12 +568,12 @@ impl NetConfig {
         let told = self.of_a_tap().into_iter();
         let told = told.chain([("fd", !self.fds.is_empty())]);
         let socket = self.vhost_socket.as_deref();
-        Ok(backend::socket(
-            (device, "network"),
-            self.vhost_user,
-            socket,
-            told,
-        )?)
+        let socket = backend::socket((device, "network"), self.vhost_user, socket, told)?;
+        if socket.is_none() && self.vhost_mode == VhostMode::Server {
+            let device = device.to_owned();
+            return Err(BackendError::ServerAlone { device }.into());
+        }
+        Ok(socket)
     }
 
     /// What only a tap that the VMM opens can be told, and whether it is. At the schema's defaults nobody asked for an address.

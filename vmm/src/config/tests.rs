@@ -132,7 +132,6 @@ fn fields_that_ask_for_more_are_refused_with_the_way_to_them() {
             "disks[1].image_type=Qcow2",
         ),
         (r#""net":[{"fds":[3]}]"#, "net[0].fds"),
-        (r#""net":[{"vhost_mode":"Server"}]"#, "net[0].vhost_mode"),
         (r#""pmem":[{"file":"/p","iommu":true}]"#, "pmem[0].iommu"),
         (
             r#""pmem":[{"file":"/p","on_loss":"pause"}]"#,
@@ -490,7 +489,7 @@ prop_compose! {
     ) -> NetConfig {
         let [offload_tso, offload_ufo, offload_csum] = offloads;
         NetConfig {
-            tap, ip, mask, mac, host_mac, mtu, vhost_user: false, vhost_socket: None, fds: Vec::new(), num_queues, queue_size, offload_tso,
+            tap, ip, mask, mac, host_mac, mtu, vhost_user: false, vhost_socket: None, vhost_mode: VhostMode::Client, fds: Vec::new(), num_queues, queue_size, offload_tso,
             offload_ufo, offload_csum, id, pci_segment, pci_device_id,
         }
     }

@@ -5,6 +5,7 @@
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use thiserror::Error;
 use tracing::info;
@@ -15,7 +16,7 @@ use super::resources::HostResources;
 use super::vm::release_one;
 use crate::config::{
     ByteSize, DiskSource, MacAddr, NetSource, Place, PmemSource, Tap, ValidBalloon, ValidConsole,
-    ValidDisk, ValidFs, ValidNet, ValidPmem, ValidRng, ValidVsock,
+    ValidDisk, ValidFs, ValidNet, ValidPmem, ValidRng, ValidVsock, VhostMode,
 };
 use crate::devices::console::{Console, OpenConsoleError};
 use crate::inherited::{self, InheritedError};
@@ -31,7 +32,7 @@ use crate::virtio::console::ConsoleDevice;
 use crate::virtio::net::{Mac, MacError, NetDevice, NetOpenError, NetSpec, Offers};
 use crate::virtio::pmem::PmemDevice;
 use crate::virtio::rng::{OpenRngError, RngDevice, RngSpec};
-use crate::virtio::vhost_user::{self, pmem::LentPmem};
+use crate::virtio::vhost_user::{self, Mode, pmem::LentPmem};
 use crate::virtio::vsock::{VsockDevice, VsockOpenError, VsockSpec};
 
 /// What a device needs of the host can't be had.
@@ -160,6 +161,7 @@ impl HostResources {
         let backend = self.backends.find(vhost_user::Spec {
             id: valid.id.clone(),
             socket: socket.to_owned(),
+            mode: Mode::Client,
             class: vhost_user::pmem::PMEM,
             shape: vhost_user::pmem::SHAPE,
         })?;
@@ -263,6 +265,7 @@ impl HostResources {
             DiskSource::VhostUser { socket } => Arc::new(self.backends.open(vhost_user::Spec {
                 id: valid.id.clone(),
                 socket: socket.clone(),
+                mode: Mode::Client,
                 class: vhost_user::blk::DISK,
                 shape: vhost_user::Shape {
                     queues: valid.num_queues,
@@ -273,31 +276,39 @@ impl HostResources {
         Ok(OpenedDevice::new(&valid.id, valid.place, device))
     }
 
-    /// Opens or takes a tap, or finds the backend that serves the network. `fds` came with the request.
+    /// Opens or takes a tap, or finds the backend that serves the network. `fds` came with the request; a backend
+    /// that is to connect is waited for by `patience`.
     pub(super) fn open_net(
         &mut self,
         valid: &ValidNet,
         fds: Vec<OwnedFd>,
+        patience: Duration,
     ) -> Result<OpenedDevice, OpenDeviceError> {
         let device: Arc<dyn Device> = match &valid.source {
-            NetSource::VhostUser { socket } => Arc::new(self.backends.open(vhost_user::Spec {
-                id: valid.id.clone(),
-                socket: socket.clone(),
-                class: vhost_user::net::interface(
-                    mac_of(valid, valid.mac)?.unwrap_or_else(Mac::random),
-                    valid.mtu,
-                    Offers {
-                        tso: valid.offloads.tso,
-                        ufo: valid.offloads.ufo,
-                        csum: valid.offloads.csum,
+            NetSource::VhostUser { socket, mode } => {
+                Arc::new(self.backends.open(vhost_user::Spec {
+                    id: valid.id.clone(),
+                    socket: socket.clone(),
+                    mode: match mode {
+                        VhostMode::Client => Mode::Client,
+                        VhostMode::Server => Mode::Server { patience },
                     },
-                    valid.queue_pairs,
-                ),
-                shape: vhost_user::Shape {
-                    queues: valid.queue_pairs * vhost_user::net::QUEUES,
-                    queue_size: valid.queue_size,
-                },
-            })?),
+                    class: vhost_user::net::interface(
+                        mac_of(valid, valid.mac)?.unwrap_or_else(Mac::random),
+                        valid.mtu,
+                        Offers {
+                            tso: valid.offloads.tso,
+                            ufo: valid.offloads.ufo,
+                            csum: valid.offloads.csum,
+                        },
+                        valid.queue_pairs,
+                    ),
+                    shape: vhost_user::Shape {
+                        queues: valid.queue_pairs * vhost_user::net::QUEUES,
+                        queue_size: valid.queue_size,
+                    },
+                })?)
+            }
             NetSource::Tap(tap) => Arc::new(NetDevice::open(net_spec(valid, tap, fds)?)?),
         };
         Ok(OpenedDevice::new(&valid.id, valid.place, device))
@@ -312,6 +323,7 @@ impl HostResources {
         let device = self.backends.open(vhost_user::Spec {
             id: valid.id.clone(),
             socket: valid.socket.clone(),
+            mode: Mode::Client,
             class: vhost_user::fs::file_system(&valid.tag, shape),
             shape,
         })?;

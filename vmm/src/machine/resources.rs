@@ -28,6 +28,7 @@ use crate::memory::zone::{Zone, ZoneMapError, ZoneOpenError};
 use crate::monitor::Monitor;
 use crate::pci::{self, LayoutRequest, MemoryArea, PciLayout};
 use crate::virtio::balloon::BalloonDevice;
+use crate::virtio::vhost_user;
 
 /// Something of the host is not there, not permitted, in use or not what was asked for.
 #[derive(Debug, Error)]
@@ -230,7 +231,7 @@ impl HostResources {
             take(self, opened);
         }
         for net in config.net() {
-            let opened = self.open_net(net, Vec::new())?;
+            let opened = self.open_net(net, Vec::new(), vhost_user::AT_START)?;
             take(self, opened);
         }
         for fs in config.fs() {

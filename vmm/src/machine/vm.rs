@@ -26,6 +26,7 @@ use crate::memory::ram::{AttachFailure, DetachError, JoinError, Ram};
 use crate::memory::region::Region;
 use crate::monitor::Monitor;
 use crate::virtio::balloon::BalloonSizeError;
+use crate::virtio::vhost_user;
 
 /// vCPUs leave the guest at once, workers when the host has answered what they asked of it.
 pub(super) const PAUSE_DEADLINE: Duration = Duration::from_secs(5);
@@ -443,7 +444,7 @@ impl RunningVm {
                     fds: Vec::new(),
                     ..word
                 });
-                self.host.open_net(&valid, fds)?
+                self.host.open_net(&valid, fds, vhost_user::WHILE_RUNNING)?
             }
             NewDevice::Fs(word) => {
                 let valid = word

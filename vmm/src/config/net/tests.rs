@@ -89,8 +89,8 @@ fn malformed_words_are_named() {
         ("fd=[1]", "an open file descriptor"),
         ("mtu=70000", "a whole number in range"),
         (
-            "vhost_mode=server",
-            "--net: vhost_mode=server is not client; a backend that connects to the VMM is not supported",
+            "vhost_mode=master",
+            "--net: vhost_mode=master is not client or server",
         ),
         ("bw_size=1", "not supported by daxhund: --net bw_size"),
     ] {
@@ -109,8 +109,20 @@ fn a_backend_has_a_socket_and_nothing_of_a_tap() {
     let written = serde_json::to_string(&net).unwrap();
     assert!(written.contains(r#""vhost_socket":"/s""#), "{written}");
     let valid = validate(text).unwrap();
-    let socket = "/s".into();
-    assert_eq!(valid.source, NetSource::VhostUser { socket });
+    let served = |mode| NetSource::VhostUser {
+        socket: "/s".into(),
+        mode,
+    };
+    assert_eq!(valid.source, served(VhostMode::Client));
+    let text = "vhost_user=on,socket=/s,vhost_mode=server";
+    let json = r#"{"vhost_user":true,"vhost_socket":"/s","vhost_mode":"Server"}"#;
+    let net = NetConfig::parse(text).unwrap();
+    assert_eq!(net, from_json::<NetConfig>(json.as_bytes()).unwrap());
+    assert_eq!(validate(text).unwrap().source, served(VhostMode::Server));
+    let written = serde_json::to_string(&net).unwrap();
+    assert!(written.contains(r#""vhost_mode":"Server""#), "{written}");
+    let error = from_json::<NetConfig>(br#"{"vhost_mode":"server"}"#).unwrap_err();
+    assert!(error.to_string().contains("vhost_mode"), "{error}");
     assert_eq!((valid.queue_pairs, valid.mtu), (1, Some(9000)));
     let several = validate("vhost_user=on,socket=/s,num_queues=256").unwrap();
     assert_eq!(several.queue_pairs, 128);
@@ -120,6 +132,10 @@ fn a_backend_has_a_socket_and_nothing_of_a_tap() {
             "--net id=n: vhost_user=on has no socket",
         ),
         ("socket=/s", "give vhost_user=on as well"),
+        (
+            "vhost_mode=server",
+            "--net: vhost_mode=server is for a device that",
+        ),
         ("vhost_user=on,socket=/s,tap=t", "tap= says nothing"),
         ("vhost_user=on,socket=/s,fd=[5]", "fd= says nothing"),
         (

@@ -10,7 +10,6 @@ use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use thiserror::Error;
 use vhost::vhost_user::message::{
     VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserInflight, VhostUserProtocolFeatures,
@@ -70,6 +69,12 @@ pub enum ConnectError {
         /// What the kernel said.
         #[source]
         source: io::Error,
+    },
+    /// This side listens, and nobody is there.
+    #[error("no backend has connected to the socket {socket}")]
+    Nobody {
+        /// Where it could.
+        socket: String,
     },
     /// It says something else than it should, or nothing.
     #[error("what serves the socket {socket} does not talk like a vhost-user backend")]
@@ -234,26 +239,6 @@ pub(super) struct Connection {
     max_regions: usize,
     /// Of a backend that lends memory.
     pub(super) lending: Option<Lending>,
-}
-
-/// Connects to a socket, at once or not at all.
-pub(super) fn dial(path: &Path, class: &Class) -> Result<UnixStream, ConnectError> {
-    let failed = |source: io::Error| ConnectError::Socket {
-        socket: path.display().to_string(),
-        example: class.example,
-        source,
-    };
-    let dial = || -> rustix::io::Result<_> {
-        let address = SocketAddrUnix::new(path)?;
-        // A backlog that is full is an error instead of a wait.
-        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-        connect(&socket, &address)?;
-        Ok(socket)
-    };
-    let stream = UnixStream::from(dial().map_err(|error| failed(error.into()))?);
-    stream.set_nonblocking(false).map_err(failed)?;
-    Ok(stream)
 }
 
 impl Connection {

@@ -25,6 +25,7 @@ pub mod net;
 pub mod pmem;
 mod session;
 mod shared;
+mod socket;
 mod table;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod testing;
@@ -37,7 +38,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{Builder, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use thiserror::Error;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
@@ -46,6 +47,7 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 use self::caller::Caller;
 use self::session::Session;
 use self::shared::Shared;
+use self::socket::Listening;
 use self::worker::Orderly;
 use super::device::read_space;
 use super::net::{CONTROL_SIZE, Control};
@@ -58,12 +60,18 @@ pub use connection::{CallError, ConnectError, TooManyRegions};
 pub use lending::{Loan, LoanError};
 pub use session::{AttachError, Service};
 pub use shared::{Change, OnChange, Status};
+pub use socket::{ListenError, Mode};
 pub use table::SharedRegion;
 
 /// For an answer of a backend that has been answering. Mapping memory takes it milliseconds.
 const CALL: Duration = Duration::from_millis(if cfg!(test) { 700 } else { 3000 });
 /// For a backend to say what it is. Callers of the API wait five seconds for a device.
 const HANDSHAKE: Duration = Duration::from_millis(if cfg!(test) { 700 } else { 4000 });
+
+/// For a backend that is to connect before a guest starts: as long as Cloud Hypervisor tries to find one that listens.
+pub const AT_START: Duration = Duration::from_mins(1);
+/// For one of a device that a running guest is to get.
+pub const WHILE_RUNNING: Duration = Duration::from_secs(3);
 
 /// Features of rings: the transport's own, as far as the backend knows them.
 const RING_FEATURES: u64 =
@@ -74,8 +82,10 @@ const RING_FEATURES: u64 =
 pub struct Spec {
     /// The device's name.
     pub id: String,
-    /// Where the backend listens.
+    /// Where the backend listens, or this side.
     pub socket: PathBuf,
+    /// Which of the two.
+    pub mode: Mode,
     /// What kind of device it is.
     pub class: Class,
     /// Its queues.
@@ -105,6 +115,41 @@ pub enum OpenError {
         /// Where it is.
         socket: String,
     },
+    /// This side can't listen.
+    #[error("device {id}")]
+    Listen {
+        /// Which device.
+        id: String,
+        /// Why.
+        #[source]
+        source: ListenError,
+    },
+    /// This side listens, and no backend came that is one.
+    #[error(
+        "device {id}: no backend has connected to the socket {socket} within {waited:?}; start one that connects there (for one: a          port of Open vSwitch of type dpdkvhostuserclient)"
+    )]
+    Nobody {
+        /// Which device.
+        id: String,
+        /// Where it listens.
+        socket: String,
+        /// How long.
+        waited: Duration,
+        /// What was wrong with the last one that did connect.
+        #[source]
+        source: Option<ConnectError>,
+    },
+    /// It was told to end meanwhile.
+    #[error("device {id}: the wait for a backend at the socket {socket} was ended")]
+    Ended {
+        /// Which device.
+        id: String,
+        /// Where it listens.
+        socket: String,
+        /// By what.
+        #[source]
+        source: io::Error,
+    },
     /// Something of the host.
     #[error(
         "device {id}: no thread or descriptor for its backend; `ulimit -u` and `ulimit -n` raise how many there may be"
@@ -126,20 +171,33 @@ pub struct Backend {
 }
 
 impl Backend {
-    /// Finds the backend and asks it what it is. One that goes away later is waited for; one that is not there now is an error.
+    /// Finds the backend and asks it what it is. One that goes away later is waited for; one that is not there now is an error,
+    /// or, where this side listens, waited for as long as it was said.
     pub fn open(spec: Spec, on_change: OnChange) -> Result<Arc<Self>, OpenError> {
         let Spec {
             id,
             socket,
+            mode,
             class,
             shape,
         } = spec;
+        let listening = match mode {
+            Mode::Client => None,
+            Mode::Server { .. } => {
+                let listening = Listening::at(&socket);
+                Some(listening.map_err(|source| OpenError::Listen {
+                    id: id.clone(),
+                    source,
+                })?)
+            }
+        };
         let host = |source| OpenError::Host {
             id: id.clone(),
             source,
         };
         let name = |what| thread_name(&id, what);
-        let shared = Shared::new(id.clone(), socket, (class, shape), on_change).map_err(host)?;
+        let meeting = (socket, listening);
+        let shared = Shared::new(id.clone(), meeting, (class, shape), on_change).map_err(host)?;
         let shared = Arc::new(shared);
         let session = Session::new(Arc::clone(&shared));
         let caller = Caller::spawn(name("_call"), Arc::clone(&shared), session).map_err(host)?;
@@ -149,20 +207,9 @@ impl Backend {
             caller: Arc::clone(&caller),
             watch: Mutex::default(),
         };
-        let connected = caller.call(HANDSHAKE, Session::connect);
-        match connected {
-            Ok(Ok(())) => {}
-            Ok(Err(source @ ConnectError::NothingLent { .. })) => {
-                return Err(OpenError::Connect { id, source });
-            }
-            Ok(Err(_)) | Err(NoAnswer) if shared.line.gave_up() => {
-                return Err(OpenError::Silent {
-                    id,
-                    socket: shared.socket.display().to_string(),
-                });
-            }
-            Ok(Err(source)) => return Err(OpenError::Connect { id, source }),
-            Err(error) => return Err(host(io::Error::other(error))),
+        match mode {
+            Mode::Client => backend.connect()?,
+            Mode::Server { patience } => backend.await_first(patience)?,
         }
         let watch = Builder::new()
             .name(name("_watch"))
@@ -172,12 +219,67 @@ impl Backend {
         Ok(Arc::new(backend))
     }
 
+    /// Asks a backend that is there what it is.
+    fn connect(&self) -> Result<(), OpenError> {
+        let Self { shared, caller, .. } = self;
+        let id = shared.id.clone();
+        match caller.call(HANDSHAKE, Session::connect) {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(source @ ConnectError::NothingLent { .. })) => {
+                Err(OpenError::Connect { id, source })
+            }
+            Ok(Err(_)) | Err(NoAnswer) if shared.line.gave_up() => Err(OpenError::Silent {
+                id,
+                socket: shared.socket.display().to_string(),
+            }),
+            Ok(Err(source)) => Err(OpenError::Connect { id, source }),
+            Err(error) => Err(OpenError::Host {
+                id,
+                source: io::Error::other(error),
+            }),
+        }
+    }
+
+    /// Waits for the first backend that connects. Who connects and leaves, or talks like none, is none: whoever looks whether the
+    /// socket is in use does so.
+    fn await_first(&self, patience: Duration) -> Result<(), OpenError> {
+        let id = || self.id().to_owned();
+        let socket = || self.socket().display().to_string();
+        let Some(listening) = self.shared.listening() else {
+            return self.connect();
+        };
+        let end = Instant::now() + patience;
+        let mut last = None;
+        loop {
+            let waits = listening.wait(end).map_err(|source| OpenError::Ended {
+                id: id(),
+                socket: socket(),
+                source,
+            })?;
+            if !waits {
+                return Err(OpenError::Nobody {
+                    id: id(),
+                    socket: socket(),
+                    waited: patience,
+                    source: last,
+                });
+            }
+            match self.connect() {
+                Err(OpenError::Connect {
+                    source: error @ (ConnectError::Call { .. } | ConnectError::Nobody { .. }),
+                    ..
+                }) => last = Some(error),
+                connected => return connected,
+            }
+        }
+    }
+
     /// The device's name.
     pub fn id(&self) -> &str {
         &self.shared.id
     }
 
-    /// Where it listens.
+    /// Where it listens, or this side does.
     pub fn socket(&self) -> &Path {
         &self.shared.socket
     }
@@ -245,6 +347,7 @@ impl Backend {
         {
             tracing::error!("the thread that watches a vhost-user backend panicked");
         }
+        self.shared.listen_no_more();
     }
 }
 

@@ -2,9 +2,9 @@
 //!
 //! ```text
 //!                attach, detach, start, stop: done at once            the same: noted for the next one
-//!    dial ──▶ connected ──────────────────────────────▶ lost ───────────────────────┐
+//!    meet ──▶ connected ──────────────────────────────▶ lost ───────────────────────┐
 //!                 ▲        hung up, garbage, no answer    │                          │
-//!                 └──── dialled again, with a back-off ◀──┴──────────────────────────┘
+//!                 └────── met again, with a back-off ◀────┴──────────────────────────┘
 //!                       memory, rings, requests under way given anew
 //! ```
 //! A backend that is lost is nobody's error: what was asked of it is what the next one is told.
@@ -20,7 +20,7 @@ use tracing::{debug, info, warn};
 use vm_memory::{GuestAddress, GuestAddressSpace};
 
 use super::connection::{
-    CallError, ConnectError, Connection, Inflight, StartError, TooManyRegions, dial,
+    CallError, ConnectError, Connection, Inflight, StartError, TooManyRegions,
 };
 use super::lending::{Known, Loan, Message};
 use super::shared::Shared;
@@ -154,7 +154,7 @@ impl Session {
             shape,
             ..
         } = shared.as_ref();
-        let stream = dial(socket, class)?;
+        let stream = shared.meet()?;
         let own = stream.try_clone().map_err(|source| ConnectError::Socket {
             socket: socket.display().to_string(),
             example: class.example,

@@ -11,6 +11,8 @@ use std::os::fd::OwnedFd;
 
 use super::caller::Line;
 use super::class::{Class, Shape};
+use super::connection::ConnectError;
+use super::socket::{Listening, dial};
 
 /// What has become of a backend.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -43,6 +45,8 @@ pub(super) struct Shared {
     pub(super) socket: PathBuf,
     pub(super) class: Class,
     pub(super) shape: Shape,
+    /// Where this side listens, until it is closed; `None`: it connects.
+    listening: Option<Mutex<Option<Arc<Listening>>>>,
     pub(super) line: Line,
     /// Written when the watch is to look again.
     pub(super) wake: OwnedFd,
@@ -68,7 +72,7 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Shared {
     pub(super) fn new(
         id: String,
-        socket: PathBuf,
+        (socket, listening): (PathBuf, Option<Listening>),
         (class, shape): (Class, Shape),
         on_change: OnChange,
     ) -> io::Result<Self> {
@@ -77,6 +81,7 @@ impl Shared {
             socket,
             class,
             shape,
+            listening: listening.map(|it| Mutex::new(Some(Arc::new(it)))),
             line: Line::default(),
             wake: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
             closed: AtomicBool::new(false),
@@ -89,6 +94,36 @@ impl Shared {
 
     pub(super) fn is_closed(&self) -> bool {
         self.closed.load(Ordering::SeqCst)
+    }
+
+    /// Where this side listens, if it does.
+    pub(super) fn listening(&self) -> Option<Arc<Listening>> {
+        self.listening.as_ref().and_then(|it| locked(it).clone())
+    }
+
+    /// A backend to talk to, at once or not at all.
+    pub(super) fn meet(&self) -> Result<UnixStream, ConnectError> {
+        let socket = || self.socket.display().to_string();
+        let met = match &self.listening {
+            None => dial(&self.socket).map(Some),
+            Some(listening) => match &*locked(listening) {
+                Some(listening) => listening.accept(),
+                None => Ok(None),
+            },
+        };
+        let met = met.map_err(|source| ConnectError::Socket {
+            socket: socket(),
+            example: self.class.example,
+            source,
+        })?;
+        met.ok_or_else(|| ConnectError::Nobody { socket: socket() })
+    }
+
+    /// Nobody listens any more, and the socket's file is gone, as soon as nobody waits there.
+    pub(super) fn listen_no_more(&self) {
+        if let Some(listening) = &self.listening {
+            locked(listening).take();
+        }
     }
 
     /// No backend is wanted any more: the connection ends, and none is looked for.

@@ -10,6 +10,7 @@ use tracing::debug;
 use super::caller::Caller;
 use super::session::Session;
 use super::shared::Shared;
+use super::socket::Listening;
 
 /// From a loss to the first try; doubled with each that fails.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
@@ -38,6 +39,9 @@ pub(super) fn run(shared: &Shared, caller: &Arc<Caller<Session>>) {
             continue;
         }
         wait(shared, None, None, Some(pause));
+        if let Some(listening) = shared.listening() {
+            await_client(shared, &listening);
+        }
         if shared.is_closed() {
             return;
         }
@@ -48,6 +52,27 @@ pub(super) fn run(shared: &Shared, caller: &Arc<Caller<Session>>) {
         }
         pause = (pause * 2).min(LONGEST_PAUSE);
     }
+}
+
+/// Waits until somebody has connected, or nobody is wanted any more.
+fn await_client(shared: &Shared, listening: &Listening) {
+    while !shared.is_closed() {
+        let mut fds = [
+            PollFd::new(&shared.wake, PollFlags::IN),
+            PollFd::new(listening, PollFlags::IN),
+        ];
+        let is_there = poll(&mut fds, None).is_ok() && !fds[1].revents().is_empty();
+        settle(shared);
+        if is_there {
+            return;
+        }
+    }
+}
+
+/// Takes note of having been woken.
+fn settle(shared: &Shared) {
+    // Nothing to read when nobody woke it.
+    let _ = rustix::io::read(&shared.wake, &mut [0; 8]);
 }
 
 /// What was noticed.
@@ -84,8 +109,6 @@ fn wait(
             .and_then(|_| seen.next())
             .is_some_and(|it| !it.is_empty()),
     };
-    let mut count = [0; 8];
-    // Nothing to read when nobody woke it.
-    let _ = rustix::io::read(&shared.wake, &mut count);
+    settle(shared);
     signs
 }

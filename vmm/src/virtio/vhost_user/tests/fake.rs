@@ -153,6 +153,23 @@ impl Fake {
         }));
     }
 
+    /// Connects to whoever listens, and serves that one.
+    pub(super) fn call(&mut self, manners: Manners) {
+        self.seen = Arc::default();
+        let (seen, socket) = (Arc::clone(&self.seen), self.socket());
+        self.thread = Some(std::thread::spawn(move || {
+            let mut met = None;
+            until("somebody listens", || {
+                met = UnixStream::connect(&socket).ok();
+                met.is_some()
+            });
+            let stream = met.unwrap();
+            seen.lock().unwrap().stream = Some(stream.try_clone().unwrap());
+            converse(&stream, &manners, &seen);
+            let _ = stream.shutdown(Shutdown::Both);
+        }));
+    }
+
     /// Goes away, as a process that is killed.
     pub(super) fn die(&mut self) {
         let Some(thread) = self.thread.take() else {

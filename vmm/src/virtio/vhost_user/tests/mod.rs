@@ -4,6 +4,7 @@ mod classes;
 mod fake;
 mod frames;
 mod lending;
+mod server;
 
 use std::sync::Mutex;
 use std::time::Instant;
@@ -40,12 +41,22 @@ fn open(fake: &Fake, queues: u16) -> Result<(Arc<Backend>, News), OpenError> {
 }
 
 fn open_as(fake: &Fake, class: Class, shape: Shape) -> Result<(Arc<Backend>, News), OpenError> {
+    open_by(fake, Mode::Client, class, shape)
+}
+
+fn open_by(
+    fake: &Fake,
+    mode: Mode,
+    class: Class,
+    shape: Shape,
+) -> Result<(Arc<Backend>, News), OpenError> {
     let news = News::default();
     let heard = Arc::clone(&news);
     let on_change = Box::new(move |change| heard.lock().unwrap().push(change));
     let spec = Spec {
         id: "d0".to_owned(),
         socket: fake.socket(),
+        mode,
         class,
         shape,
     };
