@@ -10,6 +10,7 @@ mod boot;
 mod consoles;
 mod drain;
 mod exposure;
+mod generic_vhost_user;
 mod guard;
 mod host;
 mod hostile;
@@ -129,6 +130,7 @@ pub fn all(kernel: &str) -> Vec<GuestTest> {
         served_disk::TESTS.to_vec(),
         shared_range::TESTS.to_vec(),
         vhost_user::TESTS.to_vec(),
+        generic_vhost_user::TESTS.to_vec(),
         vhost_fs::TESTS.to_vec(),
         vhost_pmem::TESTS.to_vec(),
         net::TESTS.to_vec(),

@@ -32,8 +32,8 @@ pub(super) const TESTS: &[GuestTest] = &[
     },
 ];
 
-const DISK_BYTES: u64 = 64 * MIB;
-const PIECE: u64 = 2 * MIB;
+pub(super) const DISK_BYTES: u64 = 64 * MIB;
+pub(super) const PIECE: u64 = 2 * MIB;
 const MODULES: [&str; 2] = ["virtio_pci", "virtio_blk"];
 const SIGKILL: i32 = 9;
 const SIGTERM: i32 = 15;
@@ -42,14 +42,14 @@ const SIGSTOP: i32 = 19;
 const END: Duration = Duration::from_secs(30);
 
 /// A storage daemon that exports a file as a disk.
-struct StorageDaemon {
+pub(super) struct StorageDaemon {
     process: Process,
-    socket: String,
+    pub(super) socket: String,
 }
 
 impl StorageDaemon {
     /// Serves `SCRATCH/NAME` at `SCRATCH/NAME.sock`; makes the file unless it is there.
-    fn start(lab: &Lab, name: &str, queues: u16) -> Result<Self, TestError> {
+    pub(super) fn start(lab: &Lab, name: &str, queues: u16) -> Result<Self, TestError> {
         let socket = format!("{SCRATCH}/{name}.sock");
         let (file, pid_file) = (format!("{SCRATCH}/{name}"), format!("{SCRATCH}/{name}.pid"));
         lab.host.sh(&format!(
@@ -79,14 +79,14 @@ impl StorageDaemon {
         Ok(mapped(lab, &self.process, device)? > 0 || open.contains(device))
     }
 
-    fn kill(self) -> Result<(), TestError> {
+    pub(super) fn kill(self) -> Result<(), TestError> {
         self.process.signal(SIGKILL)?;
         self.process.wait(END)?;
         Ok(())
     }
 
     /// Has it end as its administrator would; everything it was given is on the file then.
-    fn end(self) -> Result<(), TestError> {
+    pub(super) fn end(self) -> Result<(), TestError> {
         self.process.signal(SIGTERM)?;
         self.process.wait(END)?;
         Ok(())
@@ -94,7 +94,7 @@ impl StorageDaemon {
 }
 
 /// Fills a piece, at its end as well, and reads it back.
-fn is_usable(guest: &mut Guest, disk: &str, seed: u64) -> Result<(), TestError> {
+pub(super) fn is_usable(guest: &mut Guest, disk: &str, seed: u64) -> Result<(), TestError> {
     for offset in [4096, DISK_BYTES - PIECE] {
         guest.fill_blocks(disk, offset, PIECE, seed)?;
         keeps(guest, disk, offset, seed)?;
@@ -102,7 +102,12 @@ fn is_usable(guest: &mut Guest, disk: &str, seed: u64) -> Result<(), TestError> 
     Ok(())
 }
 
-fn keeps(guest: &mut Guest, disk: &str, offset: u64, seed: u64) -> Result<(), TestError> {
+pub(super) fn keeps(
+    guest: &mut Guest,
+    disk: &str,
+    offset: u64,
+    seed: u64,
+) -> Result<(), TestError> {
     let report = guest.compare_blocks(disk, offset, PIECE, seed)?;
     claim(report.wrong_words == 0 && report.words == PIECE / 8, || {
         format!("{disk} at {offset} does not read back as written: {report:?}")

@@ -59,6 +59,11 @@ pub(super) fn add_fs(received: Received<'_>) -> Result<Request, ApiError> {
     received.read().map(Box::new).map(Request::AddFs)
 }
 
+pub(super) fn add_generic_vhost_user(received: Received<'_>) -> Result<Request, ApiError> {
+    let config = received.read().map(Box::new);
+    config.map(Request::AddGenericVhostUser)
+}
+
 pub(super) fn add_vsock(received: Received<'_>) -> Result<Request, ApiError> {
     received.read().map(Box::new).map(Request::AddVsock)
 }

@@ -19,7 +19,8 @@ use thiserror::Error;
 use tokio::sync::oneshot;
 
 use crate::config::{
-    DeviceConfig, DiskConfig, FsConfig, NetConfig, PmemConfig, VmConfig, VsockConfig,
+    DeviceConfig, DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, PmemConfig, VmConfig,
+    VsockConfig,
 };
 
 /// Everything that reaches the owner.
@@ -55,6 +56,8 @@ pub enum Request {
     AddNet(Box<NetConfig>, Vec<OwnedFd>),
     /// Add a directory of the host.
     AddFs(Box<FsConfig>),
+    /// Add a device of whatever type that another process serves.
+    AddGenericVhostUser(Box<GenericVhostUserConfig>),
     /// Add a vsock device.
     AddVsock(Box<VsockConfig>),
     /// Add a PCI function of the host.

@@ -79,7 +79,10 @@ pub(super) static ENDPOINTS: &[Endpoint] = &[
     put("vm.add-device", Does::WithBody(body::add_device)),
     put("vm.remove-device", Does::WithBody(body::remove_device)),
     put("vm.drain", Does::WithBody(body::drain)),
-    put("vm.add-generic-vhost-user", Does::NotBuilt),
+    put(
+        "vm.add-generic-vhost-user",
+        Does::WithBody(body::add_generic_vhost_user),
+    ),
     put("vm.add-user-device", Does::NotBuilt),
     put("vm.add-vdpa", Does::NotBuilt),
     put("vm.coredump", Does::NotBuilt),

@@ -10,9 +10,9 @@ use super::endpoint::{ApiSocket, EventMonitor};
 use super::exit::ExitStatus;
 use super::unsupported;
 use crate::config::{
-    BalloonConfig, ConsoleConfig, CpusConfig, DeviceConfig, DiskConfig, FsConfig, MemoryConfig,
-    MemoryZoneConfig, NetConfig, NumaConfig, PlatformConfig, PmemConfig, RngConfig,
-    VirtioConsoleConfig, VsockConfig,
+    BalloonConfig, ConsoleConfig, CpusConfig, DeviceConfig, DiskConfig, FsConfig,
+    GenericVhostUserConfig, MemoryConfig, MemoryZoneConfig, NetConfig, NumaConfig, PlatformConfig,
+    PmemConfig, RngConfig, VirtioConsoleConfig, VsockConfig,
 };
 
 const MACHINE: &str = "Machine";
@@ -83,6 +83,11 @@ pub(super) struct Args {
     #[arg(long, value_name = "KEY=VALUE,..", help_heading = DEVICES, num_args = 1..,
         action = ArgAction::Append)]
     pub(super) fs: Vec<String>,
+
+    /// A device of whatever type that a vhost-user backend serves; repeat for more
+    #[arg(long, value_name = "KEY=VALUE,..", help_heading = DEVICES, num_args = 1..,
+        action = ArgAction::Append)]
+    pub(super) generic_vhost_user: Vec<String>,
 
     /// Sockets between guest and host
     #[arg(long, value_name = "KEY=VALUE,..", help_heading = DEVICES)]
@@ -202,6 +207,7 @@ pub(super) fn explained(command: clap::Command) -> clap::Command {
             "disk" => DiskConfig::WORD.help(),
             "net" => NetConfig::WORD.help(),
             "fs" => FsConfig::WORD.help(),
+            "generic_vhost_user" => GenericVhostUserConfig::WORD.help(),
             "vsock" => VsockConfig::WORD.help(),
             "balloon" => BalloonConfig::WORD.help(),
             "rng" => RngConfig::WORD.help(),

@@ -28,9 +28,9 @@ pub use exit::ExitStatus;
 
 use crate::config::{
     BalloonConfig, ConfigError, ConsoleConfig, CpusConfig, DeviceConfig, DiskConfig, FsConfig,
-    MemoryConfig, NetConfig, NumaConfig, PayloadConfig, PlatformConfig, PmemConfig, RemovalGuard,
-    RemovalGuardError, RngConfig, ValidConfig, VirtioConsoleConfig, VmConfig, VsockConfig,
-    WordError,
+    GenericVhostUserConfig, MemoryConfig, NetConfig, NumaConfig, PayloadConfig, PlatformConfig,
+    PmemConfig, RemovalGuard, RemovalGuardError, RngConfig, ValidConfig, VirtioConsoleConfig,
+    VmConfig, VsockConfig, WordError,
 };
 
 /// The release of the contract that is answered, for those who parse it from `--version`.
@@ -254,6 +254,7 @@ fn guest(args: Args) -> Result<VmConfig, WordError> {
         disks: each(&args.disk, DiskConfig::parse)?,
         net: each(&args.net, NetConfig::parse)?,
         rng: one(args.rng.as_deref(), RngConfig::parse)?.unwrap_or_default(),
+        generic_vhost_user: each(&args.generic_vhost_user, GenericVhostUserConfig::parse)?,
         fs: each(&args.fs, FsConfig::parse)?,
         pmem: each(&args.pmem, PmemConfig::parse)?,
         vsock: one(args.vsock.as_deref(), VsockConfig::parse)?,

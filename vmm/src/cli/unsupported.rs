@@ -15,7 +15,6 @@ pub(super) const FLAGS: &[&str] = &[
     "firmware",
     "fw-cfg-config",
     "gdb",
-    "generic-vhost-user",
     "host-data",
     "igvm",
     "ivshmem",

@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use super::MAX_SOCKET_PATH;
+
 /// Who of the two listens at the socket.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum VhostMode {
@@ -30,6 +32,23 @@ pub enum BackendError {
     NoSocket {
         /// The device.
         device: String,
+    },
+    /// The path is the empty text.
+    #[error("{device}: socket= is empty: give socket=PATH, where the backend listens")]
+    EmptySocket {
+        /// The device.
+        device: String,
+    },
+    /// The path does not fit a socket address.
+    #[error(
+        "{device}: socket={} has {} bytes, a socket's path can have {MAX_SOCKET_PATH}; give a shorter one",
+        socket.display(), socket.as_os_str().len()
+    )]
+    SocketTooLong {
+        /// The device.
+        device: String,
+        /// The path given.
+        socket: PathBuf,
     },
     /// A socket that is for nothing.
     #[error("{device}: socket={} is where a vhost-user backend listens; give vhost_user=on as well, or leave it out", socket.display())]
@@ -59,6 +78,16 @@ pub enum BackendError {
         /// The key given.
         key: &'static str,
     },
+}
+
+/// Checks where a backend listens.
+pub(super) fn path(device: &str, socket: &Path) -> Result<PathBuf, BackendError> {
+    let (device, socket) = (device.to_owned(), socket.to_owned());
+    match socket.as_os_str().len() {
+        0 => Err(BackendError::EmptySocket { device }),
+        length if length > MAX_SOCKET_PATH => Err(BackendError::SocketTooLong { device, socket }),
+        _ => Ok(socket),
+    }
 }
 
 /// Where a backend listens, if one serves the device, a `what`. `told`: keys that only this process could heed, and whether they

@@ -5,9 +5,9 @@ use super::files::FileUse;
 use super::passthrough::check_functions;
 use super::{
     Backing, BalloonConfig, ConfigError, DeviceConfig, DiskConfig, DiskSource, Extent, FsConfig,
-    MemoryZoneConfig, NetConfig, PmemConfig, PmemSource, RngConfig, ValidBalloon, ValidConsole,
-    ValidDevice, ValidDisk, ValidFs, ValidNet, ValidPmem, ValidRng, ValidVsock,
-    VirtioConsoleConfig, VmConfig, VsockConfig, ZoneSpec,
+    GenericVhostUserConfig, MemoryZoneConfig, NetConfig, PmemConfig, PmemSource, RngConfig,
+    ValidBalloon, ValidConsole, ValidDevice, ValidDisk, ValidFs, ValidGenericVhostUser, ValidNet,
+    ValidPmem, ValidRng, ValidVsock, VirtioConsoleConfig, VmConfig, VsockConfig, ZoneSpec,
 };
 
 /// The devices a guest starts with.
@@ -17,6 +17,7 @@ pub(super) struct Devices {
     pub(super) disks: Vec<ValidDisk>,
     pub(super) net: Vec<ValidNet>,
     pub(super) rng: ValidRng,
+    pub(super) generic_vhost_user: Vec<ValidGenericVhostUser>,
     pub(super) fs: Vec<ValidFs>,
     pub(super) pmem: Vec<ValidPmem>,
     pub(super) vsock: Option<ValidVsock>,
@@ -33,6 +34,8 @@ impl VmConfig {
         let balloon = self.balloon.iter().flat_map(|balloon| &balloon.id);
         let disks = self.disks.iter().flat_map(|disk| &disk.id);
         let net = self.net.iter().flat_map(|net| &net.id);
+        let generic = self.generic_vhost_user.iter();
+        let generic = generic.flat_map(|device| &device.id);
         let fs = self.fs.iter().flat_map(|fs| &fs.id);
         let pmem = self.pmem.iter().flat_map(|pmem| &pmem.id);
         let passthrough = self.devices.iter().flat_map(|device| &device.id);
@@ -42,7 +45,11 @@ impl VmConfig {
             .chain(balloon)
             .chain(disks)
             .chain(net);
-        let devices = devices.chain(fs).chain(pmem).chain(passthrough);
+        let devices = devices
+            .chain(generic)
+            .chain(fs)
+            .chain(pmem)
+            .chain(passthrough);
         zones.chain(devices.map(String::as_str))
     }
 
@@ -58,6 +65,9 @@ impl VmConfig {
         let net = self.net.iter().map(|net| net.validate(segments, ids));
         let net = net.collect::<Result<_, _>>()?;
         let rng = self.rng.validate(segments, ids)?;
+        let generic = self.generic_vhost_user.iter();
+        let generic = generic.map(|device| device.validate(segments, ids));
+        let generic_vhost_user = generic.collect::<Result<_, _>>()?;
         let fs = self.fs.iter().map(|fs| fs.validate(segments, ids));
         let fs = fs.collect::<Result<_, _>>()?;
         let pmem = self.pmem.iter().map(|pmem| pmem.validate(segments, ids));
@@ -77,6 +87,7 @@ impl VmConfig {
             disks,
             net,
             rng,
+            generic_vhost_user,
             fs,
             pmem,
             vsock,
@@ -96,6 +107,10 @@ impl VmConfig {
         }
         for (net, valid) in self.net.iter_mut().zip(&devices.net) {
             net.id = Some(valid.id.clone());
+        }
+        let generic = self.generic_vhost_user.iter_mut();
+        for (device, valid) in generic.zip(&devices.generic_vhost_user) {
+            device.id = Some(valid.id.clone());
         }
         for (fs, valid) in self.fs.iter_mut().zip(&devices.fs) {
             fs.id = Some(valid.id.clone());
@@ -130,6 +145,9 @@ impl Devices {
             add(NetConfig::WORD.flag, &net.id, net.place);
         }
         add(RngConfig::WORD.flag, &self.rng.id, self.rng.place);
+        for device in &self.generic_vhost_user {
+            add(GenericVhostUserConfig::WORD.flag, &device.id, device.place);
+        }
         for fs in &self.fs {
             add(FsConfig::WORD.flag, &fs.id, fs.place);
         }

@@ -5,13 +5,14 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use super::backend::{self, BackendError};
 use super::device::{
     IdAllocator, IdError, Naming, OnPci, PciFields, Place, PlaceError, id_key, number_key,
     segment_key,
 };
 use super::json::{JsonObject, Shape};
 use super::queues::{self, QueuesError};
-use super::{Key, MAX_QUEUES, MAX_SOCKET_PATH, Word, WordError};
+use super::{Key, MAX_QUEUES, Word, WordError};
 
 /// Longest tag, in bytes (virtio 1.2, 5.11.4).
 pub const MAX_FS_TAG: usize = 36;
@@ -59,7 +60,7 @@ pub struct ValidFs {
     pub id: String,
     /// By what name the guest mounts it: not empty, the rest is zeros.
     pub tag: [u8; MAX_FS_TAG],
-    /// Where the backend listens, at most [`MAX_SOCKET_PATH`] bytes.
+    /// Where the backend listens, at most [`super::MAX_SOCKET_PATH`] bytes.
     pub socket: PathBuf,
     /// How many request queues: 1 to one less than [`MAX_QUEUES`].
     pub num_queues: u16,
@@ -83,23 +84,9 @@ pub enum FsError {
         /// The tag given.
         tag: String,
     },
-    /// The path is the empty text.
-    #[error("{device}: socket= is empty: give socket=PATH, where the backend listens")]
-    EmptySocket {
-        /// The device.
-        device: String,
-    },
-    /// The path does not fit a socket address.
-    #[error(
-        "{device}: socket={} has {} bytes, a socket's path can have {MAX_SOCKET_PATH}; give a shorter one",
-        socket.display(), socket.as_os_str().len()
-    )]
-    SocketTooLong {
-        /// The device.
-        device: String,
-        /// The path given.
-        socket: PathBuf,
-    },
+    /// Where its backend is.
+    #[error(transparent)]
+    Backend(#[from] BackendError),
     /// No room for the queue that is not counted.
     #[error(
         "{device}: num_queues={MAX_QUEUES} request queues and one beside them are too many: give 1 to {}",
@@ -235,14 +222,7 @@ impl FsConfig {
                 return Err(FsError::Tag { device, tag });
             }
         }
-        let socket = self.socket.clone();
-        match socket.as_os_str().len() {
-            0 => return Err(FsError::EmptySocket { device }),
-            length if length > MAX_SOCKET_PATH => {
-                return Err(FsError::SocketTooLong { device, socket });
-            }
-            _ => {}
-        }
+        let socket = backend::path(&device, &self.socket)?;
         let num_queues = queues::count(&device, self.num_queues)?;
         if self.num_queues == MAX_QUEUES {
             return Err(FsError::TooManyQueues { device });
@@ -263,7 +243,7 @@ impl FsConfig {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::from_json;
+    use crate::config::{MAX_SOCKET_PATH, from_json};
 
     fn validate(text: &str) -> Result<ValidFs, FsError> {
         FsConfig::parse(text)

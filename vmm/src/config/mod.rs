@@ -27,6 +27,7 @@ mod devices;
 mod disk;
 mod files;
 mod fs;
+mod generic_vhost_user;
 mod json;
 mod keyvalue;
 mod mac;
@@ -59,6 +60,9 @@ pub use disk::{
 };
 pub use files::{Extent, FileError};
 pub use fs::{FsConfig, FsError, MAX_FS_TAG, ValidFs};
+pub use generic_vhost_user::{
+    GenericVhostUserConfig, GenericVhostUserError, MAX_DEVICE_TYPE, ValidGenericVhostUser,
+};
 pub use json::{JsonError, JsonObject, Shape, from_json};
 pub use keyvalue::WordError;
 pub(crate) use keyvalue::{Key, Value, Word};
@@ -116,6 +120,9 @@ pub struct VmConfig {
     /// The random number generator (`--rng`).
     #[serde(default)]
     pub rng: RngConfig,
+    /// Devices of whatever type that another process serves (`--generic-vhost-user`).
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub generic_vhost_user: Vec<GenericVhostUserConfig>,
     /// Directories of the host (`--fs`).
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub fs: Vec<FsConfig>,
@@ -143,7 +150,6 @@ impl JsonObject for VmConfig {
     const SHAPE: Shape = Shape {
         not_built: &[
             NotBuilt::empty("rate_limit_groups"),
-            NotBuilt::empty("generic_vhost_user"),
             NotBuilt::object(
                 "debug_console",
                 &[
@@ -175,6 +181,7 @@ impl JsonObject for VmConfig {
             ("disks", DiskConfig::SHAPE),
             ("net", NetConfig::SHAPE),
             ("rng", RngConfig::SHAPE),
+            ("generic_vhost_user", GenericVhostUserConfig::SHAPE),
             ("fs", FsConfig::SHAPE),
             ("pmem", PmemConfig::SHAPE),
             ("vsock", VsockConfig::SHAPE),
@@ -193,11 +200,13 @@ impl VmConfig {
         let is = |other: &Option<String>| other.as_deref() == Some(id);
         let count = |this: &Self| {
             let served = this.disks.len() + this.net.len() + this.fs.len();
+            let served = served + this.generic_vhost_user.len();
             served + this.pmem.len() + this.devices.len()
         };
         let before = count(self);
         self.disks.retain(|disk| !is(&disk.id));
         self.net.retain(|net| !is(&net.id));
+        self.generic_vhost_user.retain(|device| !is(&device.id));
         self.fs.retain(|fs| !is(&fs.id));
         self.pmem.retain(|pmem| !is(&pmem.id));
         self.devices.retain(|device| !is(&device.id));
@@ -219,6 +228,7 @@ impl Default for VmConfig {
             disks: Vec::new(),
             net: Vec::new(),
             rng: RngConfig::default(),
+            generic_vhost_user: Vec::new(),
             fs: Vec::new(),
             pmem: Vec::new(),
             vsock: None,

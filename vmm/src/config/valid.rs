@@ -14,10 +14,11 @@ use super::files;
 use super::memory::{check_pages, huge_pages};
 use super::{
     BalloonError, ByteSize, ConsoleConfig, ConsoleError, CpusConfig, CpusError, DeviceError,
-    DiskError, FileError, FsError, IdAllocator, IdError, MemoryConfig, MemoryError,
-    MemoryZoneConfig, NetError, NumaConfig, NumaError, PayloadError, PlaceError, PlatformError,
-    PmemError, RngError, ValidBalloon, ValidConsole, ValidDevice, ValidDisk, ValidFs, ValidNet,
-    ValidPmem, ValidRng, ValidVsock, VirtioConsoleConfig, VmConfig, VsockError, ZoneError, numa,
+    DiskError, FileError, FsError, GenericVhostUserError, IdAllocator, IdError, MemoryConfig,
+    MemoryError, MemoryZoneConfig, NetError, NumaConfig, NumaError, PayloadError, PlaceError,
+    PlatformError, PmemError, RngError, ValidBalloon, ValidConsole, ValidDevice, ValidDisk,
+    ValidFs, ValidGenericVhostUser, ValidNet, ValidPmem, ValidRng, ValidVsock, VirtioConsoleConfig,
+    VmConfig, VsockError, ZoneError, numa,
 };
 
 /// Name of the zone that `--memory size=` stands for.
@@ -56,6 +57,9 @@ pub enum ConfigError {
     /// The random number generator.
     #[error(transparent)]
     Rng(#[from] RngError),
+    /// A device that another process serves.
+    #[error(transparent)]
+    GenericVhostUser(#[from] GenericVhostUserError),
     /// A directory of the host.
     #[error(transparent)]
     Fs(#[from] FsError),
@@ -287,6 +291,11 @@ impl ValidConfig {
     /// The random number generator; every guest has it.
     pub fn rng(&self) -> &ValidRng {
         &self.devices.rng
+    }
+
+    /// Devices of whatever type that other processes serve.
+    pub fn generic_vhost_user(&self) -> &[ValidGenericVhostUser] {
+        &self.devices.generic_vhost_user
     }
 
     /// Directories of the host.

@@ -38,6 +38,7 @@ impl Owner {
             Request::AddDisk(word) => self.add(NewDevice::Disk(*word)),
             Request::AddNet(word, fds) => self.add(NewDevice::Net(*word, fds)),
             Request::AddFs(word) => self.add(NewDevice::Fs(*word)),
+            Request::AddGenericVhostUser(word) => self.add(NewDevice::GenericVhostUser(*word)),
             Request::AddVsock(word) => self.add(NewDevice::Vsock(*word)),
             Request::AddDevice(word) => self.add(NewDevice::Passthrough(*word)),
             Request::RemoveDevice { id } => self.remove_device(&id),

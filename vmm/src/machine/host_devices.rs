@@ -16,7 +16,8 @@ use super::resources::HostResources;
 use super::vm::release_one;
 use crate::config::{
     ByteSize, DiskSource, MacAddr, NetSource, Place, PmemSource, Tap, ValidBalloon, ValidConsole,
-    ValidDisk, ValidFs, ValidNet, ValidPmem, ValidRng, ValidVsock, VhostMode,
+    ValidDisk, ValidFs, ValidGenericVhostUser, ValidNet, ValidPmem, ValidRng, ValidVsock,
+    VhostMode,
 };
 use crate::devices::console::{Console, OpenConsoleError};
 use crate::inherited::{self, InheritedError};
@@ -163,7 +164,7 @@ impl HostResources {
             socket: socket.to_owned(),
             mode: Mode::Client,
             class: vhost_user::pmem::PMEM,
-            shape: vhost_user::pmem::SHAPE,
+            shape: vhost_user::pmem::shape(),
         })?;
         match self.map_lent(valid, &backend) {
             Ok(region) => {
@@ -267,10 +268,7 @@ impl HostResources {
                 socket: socket.clone(),
                 mode: Mode::Client,
                 class: vhost_user::blk::DISK,
-                shape: vhost_user::Shape {
-                    queues: valid.num_queues,
-                    queue_size: valid.queue_size,
-                },
+                shape: vhost_user::Shape::even(valid.num_queues, valid.queue_size),
             })?),
         };
         Ok(OpenedDevice::new(&valid.id, valid.place, device))
@@ -303,10 +301,10 @@ impl HostResources {
                         },
                         valid.queue_pairs,
                     ),
-                    shape: vhost_user::Shape {
-                        queues: valid.queue_pairs * vhost_user::net::QUEUES,
-                        queue_size: valid.queue_size,
-                    },
+                    shape: vhost_user::Shape::even(
+                        valid.queue_pairs * vhost_user::net::QUEUES,
+                        valid.queue_size,
+                    ),
                 })?)
             }
             NetSource::Tap(tap) => Arc::new(NetDevice::open(net_spec(valid, tap, fds)?)?),
@@ -316,16 +314,29 @@ impl HostResources {
 
     /// Finds the backend that serves a directory.
     pub(super) fn open_fs(&mut self, valid: &ValidFs) -> Result<OpenedDevice, OpenDeviceError> {
-        let shape = vhost_user::Shape {
-            queues: valid.num_queues + vhost_user::fs::HIGH_PRIORITY_QUEUES,
-            queue_size: valid.queue_size,
-        };
+        let queues = valid.num_queues + vhost_user::fs::HIGH_PRIORITY_QUEUES;
+        let shape = vhost_user::Shape::even(queues, valid.queue_size);
         let device = self.backends.open(vhost_user::Spec {
             id: valid.id.clone(),
             socket: valid.socket.clone(),
             mode: Mode::Client,
-            class: vhost_user::fs::file_system(&valid.tag, shape),
+            class: vhost_user::fs::file_system(&valid.tag, &shape),
             shape,
+        })?;
+        Ok(OpenedDevice::new(&valid.id, valid.place, Arc::new(device)))
+    }
+
+    /// Finds the backend that serves a device of whatever type.
+    pub(super) fn open_generic_vhost_user(
+        &mut self,
+        valid: &ValidGenericVhostUser,
+    ) -> Result<OpenedDevice, OpenDeviceError> {
+        let device = self.backends.open(vhost_user::Spec {
+            id: valid.id.clone(),
+            socket: valid.socket.clone(),
+            mode: Mode::Client,
+            class: vhost_user::generic::device(valid.device_type),
+            shape: vhost_user::Shape::of(valid.queue_sizes.clone()),
         })?;
         Ok(OpenedDevice::new(&valid.id, valid.place, Arc::new(device)))
     }

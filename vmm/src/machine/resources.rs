@@ -234,6 +234,10 @@ impl HostResources {
             let opened = self.open_net(net, Vec::new(), vhost_user::AT_START)?;
             take(self, opened);
         }
+        for generic in config.generic_vhost_user() {
+            let opened = self.open_generic_vhost_user(generic)?;
+            take(self, opened);
+        }
         for fs in config.fs() {
             let opened = self.open_fs(fs)?;
             take(self, opened);

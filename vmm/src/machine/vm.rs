@@ -17,8 +17,8 @@ use super::removal::{LostRam, User};
 use super::resources::{HostResources, PrepareError};
 use crate::api::{ApiError, ErrorKind};
 use crate::config::{
-    ByteSize, ConfigError, DeviceConfig, DiskConfig, FsConfig, IdAllocator, NetConfig, PmemConfig,
-    ValidConfig, VmConfig, VsockConfig,
+    ByteSize, ConfigError, DeviceConfig, DiskConfig, FsConfig, GenericVhostUserConfig, IdAllocator,
+    NetConfig, PmemConfig, ValidConfig, VmConfig, VsockConfig,
 };
 use crate::lifecycle::region::RegionEvent;
 use crate::memory::poison::Poisoned;
@@ -142,6 +142,7 @@ pub(super) enum NewDevice {
     Disk(DiskConfig),
     Net(NetConfig, Vec<OwnedFd>),
     Fs(FsConfig),
+    GenericVhostUser(GenericVhostUserConfig),
     Vsock(VsockConfig),
     Passthrough(DeviceConfig),
 }
@@ -153,6 +154,7 @@ impl NewDevice {
             Self::Pmem(word) => config.pmem.push(word),
             Self::Disk(word) => config.disks.push(word),
             Self::Fs(word) => config.fs.push(word),
+            Self::GenericVhostUser(word) => config.generic_vhost_user.push(word),
             Self::Passthrough(word) => config.devices.push(word),
             Self::Net(word, fds) if fds.is_empty() => config.net.push(word),
             Self::Net(..) => {
@@ -455,6 +457,16 @@ impl RunningVm {
                     ..word
                 });
                 self.host.open_fs(&valid)?
+            }
+            NewDevice::GenericVhostUser(word) => {
+                let valid = word
+                    .validate(segments, &mut ids)
+                    .map_err(ConfigError::from)?;
+                config.generic_vhost_user.push(GenericVhostUserConfig {
+                    id: Some(valid.id.clone()),
+                    ..word
+                });
+                self.host.open_generic_vhost_user(&valid)?
             }
             NewDevice::Vsock(word) => {
                 if let Some(vsock) = &config.vsock {

@@ -4,11 +4,12 @@ use std::path::PathBuf;
 
 use clap::{Arg, Command, Parser, Subcommand};
 
-use crate::config::{DeviceConfig, DiskConfig, FsConfig, NetConfig, PmemConfig, VsockConfig};
+use crate::config::{
+    DeviceConfig, DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, PmemConfig, VsockConfig,
+};
 
 /// Subcommands of `ch-remote` that daxhund does not build, so that they are refused by name.
 pub(super) const UNSUPPORTED: &[&str] = &[
-    "add-generic-vhost-user",
     "add-user-device",
     "add-vdpa",
     "coredump",
@@ -62,6 +63,13 @@ pub(super) enum Sub {
     /// Add a directory of the host
     #[command(long_about = FsConfig::WORD.help())]
     AddFs {
+        /// Its keys and values
+        #[arg(value_name = "KEY=VALUE,..")]
+        word: String,
+    },
+    /// Add a device of whatever type that a vhost-user backend serves
+    #[command(long_about = GenericVhostUserConfig::WORD.help())]
+    AddGenericVhostUser {
         /// Its keys and values
         #[arg(value_name = "KEY=VALUE,..")]
         word: String,

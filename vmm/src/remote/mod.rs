@@ -30,7 +30,8 @@ pub use client::{Client, ClientError, Method, Refusal, Response};
 
 use crate::cli::CONTRACT_VERSION;
 use crate::config::{
-    ByteSize, DeviceConfig, DiskConfig, FsConfig, NetConfig, PmemConfig, VsockConfig, WordError,
+    ByteSize, DeviceConfig, DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, PmemConfig,
+    VsockConfig, WordError,
 };
 use crate::inherited::{self, InheritedError};
 use args::{Args, Sub, UNSUPPORTED};
@@ -154,6 +155,10 @@ fn ask(sub: Sub, input: &mut dyn Read) -> Result<Ask, RemoteError> {
         Sub::AddPmem { word } => Ask::with("vm.add-pmem", &PmemConfig::parse(&word)?),
         Sub::AddDisk { word } => Ask::with("vm.add-disk", &DiskConfig::parse(&word)?),
         Sub::AddFs { word } => Ask::with("vm.add-fs", &FsConfig::parse(&word)?),
+        Sub::AddGenericVhostUser { word } => {
+            let config = GenericVhostUserConfig::parse(&word)?;
+            Ask::with("vm.add-generic-vhost-user", &config)
+        }
         Sub::AddVsock { word } => Ask::with("vm.add-vsock", &VsockConfig::parse(&word)?),
         Sub::AddNet { word } => {
             // The numbers mean nothing to another process: the descriptors themselves are sent.

@@ -139,6 +139,12 @@ fn words_are_sent_as_they_are_read_on_the_command_line() {
         daxhund.asks(&["add-fs", word], ""),
         format!("{:?}", Request::AddFs(config))
     );
+    let word = "device_type=block,socket=/run/b,queue_sizes=[128,64]";
+    let config = Box::new(GenericVhostUserConfig::parse(word).unwrap());
+    assert_eq!(
+        daxhund.asks(&["add-generic-vhost-user", word], ""),
+        format!("{:?}", Request::AddGenericVhostUser(config))
+    );
     let word = "tap=tap3,num_queues=4,mac=52:54:00:02:d9:01";
     let config = Box::new(NetConfig::parse(word).unwrap());
     assert_eq!(

@@ -10,30 +10,57 @@ use crate::memory::ram::GuestView;
 
 /// Device types, virtio 1.2, section 5.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[repr(u16)]
 pub enum Kind {
     /// Network interface.
-    Net = 1,
+    Net,
     /// Disk.
-    Block = 2,
+    Block,
     /// Console.
-    Console = 3,
+    Console,
     /// Random numbers.
-    Entropy = 4,
+    Entropy,
     /// Memory balloon.
-    Balloon = 5,
+    Balloon,
     /// Sockets to the host.
-    Vsock = 19,
+    Vsock,
     /// Directory of the host.
-    FileSystem = 26,
+    FileSystem,
     /// Persistent memory.
-    Pmem = 27,
+    Pmem,
+    /// One that another process knows, by its number.
+    Other(u16),
 }
 
 impl Kind {
     /// The number in the PCI device id, and in the specification.
     pub fn id(self) -> u16 {
-        self as u16
+        match self {
+            Self::Net => 1,
+            Self::Block => 2,
+            Self::Console => 3,
+            Self::Entropy => 4,
+            Self::Balloon => 5,
+            Self::Vsock => 19,
+            Self::FileSystem => 26,
+            Self::Pmem => 27,
+            Self::Other(number) => number,
+        }
+    }
+
+    /// The one of this number.
+    pub fn of(number: u16) -> Self {
+        let known = [
+            Self::Net,
+            Self::Block,
+            Self::Console,
+            Self::Entropy,
+            Self::Balloon,
+            Self::Vsock,
+            Self::FileSystem,
+            Self::Pmem,
+        ];
+        let found = known.into_iter().find(|kind| kind.id() == number);
+        found.unwrap_or(Self::Other(number))
     }
 }
 
@@ -88,7 +115,8 @@ pub enum ActivateError {
 /// A virtio device. It lives as long as the slot it sits in; its workers come and go with the driver.
 ///
 /// Called from vCPU threads (configuration space) and, serialised by the transport, from whoever activates it. It
-/// guards its own state. Nothing here blocks.
+/// guards its own state. Nothing here blocks, but for [`Device::config_write`] of a device whose configuration space is another
+/// process's, and that for a bounded time.
 pub trait Device: Send + Sync {
     /// What it is.
     fn kind(&self) -> Kind;

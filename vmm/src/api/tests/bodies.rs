@@ -57,6 +57,12 @@ fn devices_are_added_and_removed() {
         panic!("another request");
     };
     assert_eq!(fs.tag, "t");
+    let body = json!({"device_type": 2, "socket": "/run/b", "queue_sizes": [128]});
+    let request = becomes("vm.add-generic-vhost-user", &body);
+    let Request::AddGenericVhostUser(generic) = request else {
+        panic!("another request");
+    };
+    assert_eq!((generic.device_type, generic.queue_sizes.len()), (2, 1));
     let body = json!({"cid": 3, "socket": "/run/vsock"});
     let Request::AddVsock(vsock) = becomes("vm.add-vsock", &body) else {
         panic!("another request");
@@ -94,6 +100,11 @@ fn a_body_that_can_not_be_used_says_why() {
         ("vm.add-disk", "{\"path\":\"/a\",\"path\":\"/b\"}", "path"),
         ("vm.add-net", "{\"num_queues\":-1}", "num_queues"),
         ("vm.add-fs", "{\"tag\":\"t\"}", "socket"),
+        (
+            "vm.add-generic-vhost-user",
+            "{\"socket\":\"/s\",\"queue_sizes\":[2]}",
+            "device_type",
+        ),
         ("vm.add-vsock", "{\"cid\":3}", "socket"),
         ("vm.add-pmem", "\u{fffd}", "not usable as JSON"),
         ("vm.remove-device", "{}", "id"),

@@ -108,7 +108,7 @@ fn class(kind: Kind) -> Class {
         Kind::Block | Kind::FileSystem => (0x01, 0x80),
         Kind::Console => (0x07, 0x80),
         Kind::Pmem => (0x05, 0x80),
-        Kind::Entropy | Kind::Balloon | Kind::Vsock => (0xff, 0x00),
+        Kind::Entropy | Kind::Balloon | Kind::Vsock | Kind::Other(_) => (0xff, 0x00),
     };
     Class {
         base,

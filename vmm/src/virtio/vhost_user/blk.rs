@@ -37,6 +37,7 @@ pub const DISK: Class = Class {
     },
     uncounted: 0,
     always: 0,
+    unsaid: 1,
     more_by: 0,
     in_pairs: false,
     has_control: false,
@@ -44,12 +45,12 @@ pub const DISK: Class = Class {
 };
 
 /// The number of queues is this side's; a request with its header and its status fits into one of them.
-fn fit(config: &mut [u8], shape: Shape) {
+fn fit(config: &mut [u8], shape: &Shape) {
     if let Some(field) = config.get_mut(NUM_QUEUES..NUM_QUEUES + 2) {
-        field.copy_from_slice(&shape.queues.to_le_bytes());
+        field.copy_from_slice(&shape.queues().to_le_bytes());
     }
     if let Some(field) = config.get_mut(SEG_MAX..SEG_MAX + 4) {
-        let most = u32::from(shape.queue_size).saturating_sub(2).max(1);
+        let most = u32::from(shape.shortest()).saturating_sub(2).max(1);
         let theirs = u32::from_le_bytes([field[0], field[1], field[2], field[3]]);
         field.copy_from_slice(&theirs.min(most).to_le_bytes());
     }
@@ -62,17 +63,14 @@ mod tests {
     #[test]
     fn what_this_side_decides_is_in_the_configuration_space() {
         let mut config = vec![0xff; CONFIG_BYTES as usize];
-        let shape = Shape {
-            queues: 3,
-            queue_size: 64,
-        };
-        fit(&mut config, shape);
+        let shape = Shape::even(3, 64);
+        fit(&mut config, &shape);
         assert_eq!(config[SEG_MAX..SEG_MAX + 4], 62u32.to_le_bytes());
         assert_eq!(config[NUM_QUEUES..NUM_QUEUES + 2], [3, 0]);
         assert!(config[..SEG_MAX].iter().all(|byte| *byte == 0xff));
         config[SEG_MAX..SEG_MAX + 4].copy_from_slice(&7u32.to_le_bytes());
-        fit(&mut config, shape);
+        fit(&mut config, &shape);
         assert_eq!(config[SEG_MAX], 7, "fewer is the backend's to say");
-        fit(&mut [0; 4], shape);
+        fit(&mut [0; 4], &shape);
     }
 }

@@ -22,6 +22,8 @@ pub struct Class {
     pub uncounted: u16,
     /// As many queues every backend of the kind has: it is asked only when there are to be more.
     pub always: u16,
+    /// As many it has to have that says no number.
+    pub unsaid: u16,
     /// Without these features a backend has no more than those, whatever number it says.
     pub more_by: u64,
     /// Whether its queues come in pairs, and the number that a backend says may be one of pairs: DPDK's and passt's is, that of
@@ -41,40 +43,63 @@ pub enum Config {
         /// Its length.
         bytes: u32,
         /// Puts into it what this side decides.
-        fit: fn(&mut [u8], Shape),
+        fit: fn(&mut [u8], &Shape),
     },
     /// This side's. The backend is not asked.
     Own(Vec<u8>),
+    /// The backend's as it is, if it can say it. It is told what the driver stores there.
+    Passed {
+        /// Its length; zero: there is none.
+        bytes: u32,
+    },
 }
 
 impl Class {
-    /// As many queues a backend has to have that says no number.
-    pub(super) fn least(&self) -> u16 {
-        self.always.max(1)
-    }
-
     /// How many queues are in use as soon as the driver is ready: of those in pairs, one pair, until it says otherwise.
     pub(super) fn used_at_first(&self) -> u16 {
         if self.in_pairs { 2 } else { u16::MAX }
     }
 
     /// The configuration space, of what a backend says that it is.
-    pub(super) fn config(&self, mut theirs: Vec<u8>, shape: Shape) -> Vec<u8> {
+    pub(super) fn config(&self, mut theirs: Vec<u8>, shape: &Shape) -> Vec<u8> {
         match &self.config {
             Config::Backend { fit, .. } => {
                 fit(&mut theirs, shape);
                 theirs
             }
             Config::Own(ours) => ours.clone(),
+            Config::Passed { .. } => theirs,
         }
     }
 }
 
-/// What this side decides of a device.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Shape {
-    /// How many queues.
-    pub queues: u16,
-    /// How long each is.
-    pub queue_size: u16,
+/// What this side decides of a device: how long each of its queues is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Shape(Vec<u16>);
+
+impl Shape {
+    /// Queues of one length.
+    pub fn even(queues: u16, size: u16) -> Self {
+        Self(vec![size; queues.into()])
+    }
+
+    /// One queue for each length: at most 65535.
+    pub fn of(sizes: Vec<u16>) -> Self {
+        Self(sizes)
+    }
+
+    /// The length of each.
+    pub fn sizes(&self) -> &[u16] {
+        &self.0
+    }
+
+    /// How many there are.
+    pub fn queues(&self) -> u16 {
+        u16::try_from(self.0.len()).unwrap_or(u16::MAX)
+    }
+
+    /// How long the shortest is.
+    pub fn shortest(&self) -> u16 {
+        self.0.iter().copied().min().unwrap_or_default()
+    }
 }

@@ -11,6 +11,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 
 use thiserror::Error;
+use tracing::warn;
 use vhost::vhost_user::message::{
     VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserInflight, VhostUserProtocolFeatures,
     VhostUserVirtioFeatures,
@@ -109,6 +110,19 @@ pub enum ConnectError {
         asked: u16,
         /// What could be asked for.
         most: u64,
+    },
+    /// Fewer queues than are listed.
+    #[error(
+        "the backend at {socket} has {offered} queue(s), queue_sizes= lists {asked}; list {offered} or fewer, or start the backend \
+         with more"
+    )]
+    ListedQueues {
+        /// Where it is.
+        socket: String,
+        /// What it has.
+        offered: u64,
+        /// Asked for.
+        asked: u16,
     },
     /// Another one than before.
     #[error(
@@ -236,6 +250,8 @@ pub(super) struct Connection {
     pub(super) features: u64,
     /// The device's configuration space, where it is the backend's.
     pub(super) config: Vec<u8>,
+    /// How long that is.
+    config_bytes: u32,
     max_regions: usize,
     /// Of a backend that lends memory.
     pub(super) lending: Option<Lending>,
@@ -311,10 +327,18 @@ impl Connection {
                 };
                 said.map_err(failed("GET_QUEUE_NUM"))?
             } else {
-                class.least().into()
+                class.unsaid.into()
             };
+            let is_listed = matches!(class.config, Config::Passed { .. });
+            if u64::from(queues) > offered && is_listed {
+                return Err(ConnectError::ListedQueues {
+                    socket: socket(),
+                    offered,
+                    asked: queues,
+                });
+            }
             if u64::from(queues) > offered {
-                let least = class.least().into();
+                let least = class.always.max(1).into();
                 return Err(ConnectError::Queues {
                     socket: socket(),
                     offered,
@@ -323,14 +347,23 @@ impl Connection {
                 });
             }
         }
-        let mut config = Vec::new();
-        if let Config::Backend { bytes, .. } = class.config {
-            let empty = vec![0; bytes as usize];
-            let flags = VhostUserConfigFlags::empty();
-            (_, config) = frontend
-                .get_config(0, bytes, flags, &empty)
-                .map_err(failed("GET_CONFIG"))?;
-        }
+        let bytes = match class.config {
+            Config::Own(_) => 0,
+            Config::Backend { bytes, .. } => bytes,
+            Config::Passed { bytes } if protocol.contains(VhostUserProtocolFeatures::CONFIG) => {
+                bytes
+            }
+            Config::Passed { bytes } => {
+                if bytes != 0 {
+                    warn!(
+                        socket = socket(),
+                        "the backend can't say the device's configuration space; the guest reads zeros"
+                    );
+                }
+                0
+            }
+        };
+        let config = read_config(&mut frontend, bytes).map_err(failed("GET_CONFIG"))?;
         let lending = if class.lends {
             let (channel, theirs) = Channel::pair().map_err(|source| ConnectError::Socket {
                 socket: socket(),
@@ -363,6 +396,7 @@ impl Connection {
             protocol,
             features,
             config,
+            config_bytes: bytes,
             max_regions,
             lending,
         })
@@ -370,6 +404,32 @@ impl Connection {
 
     fn has(&self, feature: VhostUserProtocolFeatures) -> bool {
         self.protocol.contains(feature)
+    }
+
+    /// Tells it what the driver stores in the configuration space; what that is then. `None`: it is not the backend's, or
+    /// does not go so far.
+    pub(super) fn write_config(
+        &mut self,
+        offset: u32,
+        data: &[u8],
+    ) -> Result<Option<Vec<u8>>, CallError> {
+        let end = offset as usize + data.len();
+        if data.is_empty() || end > self.config_bytes as usize {
+            return Ok(None);
+        }
+        // In the specification 0 is a driver's store and 1 a migration's, whatever `vhost` calls them; QEMU's backends look.
+        let flags = VhostUserConfigFlags::empty();
+        match self
+            .frontend
+            .set_config(offset, flags, data)
+            .map_err(called("SET_CONFIG"))
+        {
+            // It may say no to a store, and the guest reads what it has.
+            Err(error) if !error.is_refusal() => return Err(error),
+            _ => {}
+        }
+        let config = read_config(&mut self.frontend, self.config_bytes);
+        config.map(Some).map_err(called("GET_CONFIG"))
     }
 
     /// Whether it has room for so many regions.
@@ -526,6 +586,17 @@ impl Connection {
         }
         Ok(())
     }
+}
+
+/// The first so many bytes of a backend's configuration space.
+fn read_config(frontend: &mut Frontend, bytes: u32) -> vhost::Result<Vec<u8>> {
+    if bytes == 0 {
+        return Ok(Vec::new());
+    }
+    let empty = vec![0; bytes as usize];
+    let flags = VhostUserConfigFlags::empty();
+    let (_, config) = frontend.get_config(0, bytes, flags, &empty)?;
+    Ok(config)
 }
 
 /// `GET_QUEUE_NUM` of a device whose queues come in pairs. `vhost` takes the answer for the most queues there are and names no

@@ -14,8 +14,8 @@ pub const HIGH_PRIORITY_QUEUES: u16 = 1;
 ///
 /// The configuration space is the tag, padded with zeros, and the number of request queues. `virtiofsd` has none that could be asked
 /// for.
-pub fn file_system(tag: &[u8; TAG_BYTES], shape: Shape) -> Class {
-    let requests = u32::from(shape.queues - HIGH_PRIORITY_QUEUES);
+pub fn file_system(tag: &[u8; TAG_BYTES], shape: &Shape) -> Class {
+    let requests = u32::from(shape.queues() - HIGH_PRIORITY_QUEUES);
     Class {
         name: "vhost-user file system",
         example: "virtiofsd --socket-path=... --shared-dir=...",
@@ -25,6 +25,7 @@ pub fn file_system(tag: &[u8; TAG_BYTES], shape: Shape) -> Class {
         config: Config::Own([&tag[..], &requests.to_le_bytes()].concat()),
         uncounted: HIGH_PRIORITY_QUEUES,
         always: HIGH_PRIORITY_QUEUES + 1,
+        unsaid: HIGH_PRIORITY_QUEUES + 1,
         more_by: 0,
         in_pairs: false,
         has_control: false,
@@ -40,11 +41,8 @@ mod tests {
     fn the_configuration_space_is_a_tag_and_a_number_of_queues() {
         let mut tag = [0; TAG_BYTES];
         tag[..3].copy_from_slice(b"lab");
-        let shape = Shape {
-            queues: 4,
-            queue_size: 1024,
-        };
-        let config = file_system(&tag, shape).config(Vec::new(), shape);
+        let shape = Shape::even(4, 1024);
+        let config = file_system(&tag, &shape).config(Vec::new(), &shape);
         assert_eq!(config[..4], *b"lab\0");
         assert_eq!(config[36..], [3, 0, 0, 0]);
     }

@@ -5,7 +5,7 @@
 //!   Worker ──start, stop──▶├─ Backend ─call─▶ Session ─▶ Connection ─┤   maps guest memory, has doorbells (ioeventfd) and
 //!   watch ──lost, again ──▶┘   (deadlines)    (state)     (messages) └─  interrupts (irqfd): nothing in between
 //! ```
-//! What is a device type's own is a [`Class`] in a file of its own ([`blk`], [`fs`], [`net`], [`pmem`]); all else is here once.
+//! What is a device type's own is a [`Class`] in a file of its own ([`blk`], [`fs`], [`net`], [`pmem`], [`generic`]); all else is here once.
 //!
 //! Invariants:
 //! - Whatever the backend does or leaves undone, every call here comes back in time. One that hangs, talks nonsense or goes
@@ -20,6 +20,7 @@ mod caller;
 mod class;
 mod connection;
 pub mod fs;
+pub mod generic;
 mod lending;
 pub mod net;
 pub mod pmem;
@@ -137,7 +138,7 @@ pub enum OpenError {
         waited: Duration,
         /// What was wrong with the last one that did connect.
         #[source]
-        source: Option<ConnectError>,
+        source: Option<Box<ConnectError>>,
     },
     /// It was told to end meanwhile.
     #[error("device {id}: the wait for a backend at the socket {socket} was ended")]
@@ -268,7 +269,7 @@ impl Backend {
                 Err(OpenError::Connect {
                     source: error @ (ConnectError::Call { .. } | ConnectError::Nobody { .. }),
                     ..
-                }) => last = Some(error),
+                }) => last = Some(Box::new(error)),
                 connected => return connected,
             }
         }
@@ -304,6 +305,12 @@ impl Backend {
     pub fn start(&self, service: Service) -> Result<(), NoAnswer> {
         self.caller
             .call(CALL, move |session| session.start(service))
+    }
+
+    /// Tells it what the driver stores in the configuration space, and reads that again.
+    fn write_config(&self, offset: u32, data: Vec<u8>) -> Result<(), NoAnswer> {
+        self.caller
+            .call(CALL, move |session| session.write_config(offset, &data))
     }
 
     /// Has it serve the first so many queues, of those that it was given, and no others.
@@ -393,14 +400,23 @@ impl Device for VhostUserDevice {
     }
 
     fn queue_sizes(&self) -> Vec<u16> {
-        let Shape { queues, queue_size } = self.0.shared.shape;
-        let mut sizes = vec![queue_size; queues.into()];
+        let mut sizes = self.0.shared.shape.sizes().to_vec();
         sizes.extend(self.0.shared.class.has_control.then_some(CONTROL_SIZE));
         sizes
     }
 
     fn config_read(&self, offset: u64, data: &mut [u8]) {
         read_space(&self.0.shared.space().config, offset, data);
+    }
+
+    /// Waits for the backend: what the driver reads next is the backend's answer. One that gives none is cut off.
+    fn config_write(&self, offset: u64, data: &[u8]) {
+        if matches!(self.0.shared.class.config, Config::Passed { .. })
+            && let Ok(offset) = u32::try_from(offset)
+            && let Err(error) = self.0.write_config(offset, data.to_vec())
+        {
+            tracing::warn!(device = self.0.id(), %error, "what the driver stores is not told");
+        }
     }
 
     fn activate(
@@ -415,7 +431,7 @@ impl Device for VhostUserDevice {
         } = activation;
         let Shared { class, shape, .. } = self.0.shared.as_ref();
         let control = if class.has_control {
-            let pairs = usize::from(shape.queues / net::QUEUES);
+            let pairs = usize::from(shape.queues() / net::QUEUES);
             Control::split_off(&mut queues, features, pairs)
         } else {
             None

@@ -53,6 +53,7 @@ pub fn interface(mac: Mac, mtu: Option<u16>, offers: Offers, pairs: u16) -> Clas
         config: Config::Own(config),
         uncounted: 0,
         always: QUEUES,
+        unsaid: QUEUES,
         more_by: 1 << VIRTIO_NET_F_MQ,
         in_pairs: true,
         has_control: several,
@@ -95,12 +96,9 @@ mod tests {
             ufo: true,
             csum: false,
         };
-        let shape = Shape {
-            queues: QUEUES,
-            queue_size: 256,
-        };
+        let shape = Shape::even(QUEUES, 256);
         let class = interface(mac, Some(9000), none, 1);
-        let config = class.config(Vec::new(), shape);
+        let config = class.config(Vec::new(), &shape);
         assert_eq!(config[..6], [0x52, 0x54, 0, 1, 2, 3]);
         assert_eq!(config[8..10], [0, 0]);
         assert_eq!(config[10..], 9000u16.to_le_bytes());
@@ -114,7 +112,7 @@ mod tests {
         // CSUM, GUEST_CSUM, and six of TSO with ECN, two of UFO, MRG_RXBUF.
         assert_eq!(plain.features, 0xff83);
         let several = interface(mac, None, none, 4);
-        assert_eq!(several.config(Vec::new(), shape)[8..10], [4, 0]);
+        assert_eq!(several.config(Vec::new(), &shape)[8..10], [4, 0]);
         let own = 1 << VIRTIO_NET_F_MAC | 1 << VIRTIO_NET_F_CTRL_VQ;
         assert_eq!(several.own_features, own);
         let theirs = 1 << VIRTIO_NET_F_MRG_RXBUF | 1 << VIRTIO_NET_F_MQ;

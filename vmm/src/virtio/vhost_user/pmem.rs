@@ -17,10 +17,9 @@ use crate::virtio::{ActivateError, Activation};
 const CONFIG_BYTES: u32 = 16;
 
 /// The one queue.
-pub const SHAPE: Shape = Shape {
-    queues: 1,
-    queue_size: 64,
-};
+pub fn shape() -> Shape {
+    Shape::even(1, 64)
+}
 
 /// Persistent memory. Not among the features: `SHMEM_REGION`, by which a driver would look for the memory in a BAR.
 pub const PMEM: Class = Class {
@@ -36,6 +35,7 @@ pub const PMEM: Class = Class {
     },
     uncounted: 0,
     always: 0,
+    unsaid: 1,
     more_by: 0,
     in_pairs: false,
     has_control: false,

@@ -165,7 +165,7 @@ impl Session {
             // Whoever closed it may not have seen this line.
             self.shared.line.cut();
         }
-        let mut connection = Connection::open(stream, socket, class, shape.queues)?;
+        let mut connection = Connection::open(stream, socket, class, shape.queues())?;
         let features = connection.features & (class.features | super::RING_FEATURES);
         let promised = *self.promised.get_or_insert(features);
         if promised & !features != 0 {
@@ -183,7 +183,7 @@ impl Session {
             .add(&self.table, self.table.regions())
             .map_err(failed)?;
         self.borrow(&mut connection)?;
-        let config = class.config(std::mem::take(&mut connection.config), *shape);
+        let config = class.config(std::mem::take(&mut connection.config), shape);
         let changed = self.shared.set_config(config, promised);
         if let Some(service) = &mut self.service {
             match service.give_to(&mut connection, &self.table) {
@@ -385,6 +385,20 @@ impl Session {
             }
         }
         self.service = Some(service);
+    }
+
+    /// The driver has stored something in the configuration space.
+    pub(super) fn write_config(&mut self, offset: u32, data: &[u8]) {
+        let (Some(connection), Some(promised)) = (&mut self.connection, self.promised) else {
+            return;
+        };
+        match connection.write_config(offset, data) {
+            Ok(Some(config)) => {
+                self.shared.set_config(config, promised);
+            }
+            Ok(None) => {}
+            Err(error) => self.lose(&error),
+        }
     }
 
     /// The driver uses the first so many queues from now on.

@@ -27,11 +27,7 @@ pub fn converse(stream: UnixStream) -> Result<(), Box<dyn Error>> {
         unreachable!("a disk's configuration space is its backend's");
     };
     assert_eq!(config.len(), bytes as usize, "what the guest is shown");
-    let shape = Shape {
-        queues: QUEUES,
-        queue_size: QUEUE_SIZE,
-    };
-    DISK.config(config, shape);
+    DISK.config(config, &Shape::even(QUEUES, QUEUE_SIZE));
 
     let file = Arc::new(memfd(2 * REGION, None)?);
     let region = |number: u64| SharedRegion {

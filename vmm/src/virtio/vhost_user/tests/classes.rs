@@ -26,7 +26,7 @@ fn fs_manners() -> Manners {
 fn file_system(queues: u16) -> (Class, Shape) {
     let mut tag = [0; fs::TAG_BYTES];
     tag[..5].copy_from_slice(b"share");
-    (fs::file_system(&tag, shape(queues)), shape(queues))
+    (fs::file_system(&tag, &shape(queues)), shape(queues))
 }
 
 fn network(offers: Offers) -> (Class, Shape) {

@@ -10,7 +10,7 @@ use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use super::*;
 use crate::memory::layout::Gpa;
-use crate::virtio::vhost_user::pmem::{LentPmem, PMEM, SHAPE};
+use crate::virtio::vhost_user::pmem::{self, LentPmem, PMEM};
 
 const MIB: u64 = 1 << 20;
 const SIZE: u64 = 4 * MIB;
@@ -47,7 +47,7 @@ fn lending(bytes: Vec<u8>, file: Option<Arc<File>>) -> Manners {
 }
 
 fn borrow(fake: &Fake) -> Result<Arc<Backend>, OpenError> {
-    open_as(fake, PMEM, SHAPE).map(|(backend, _)| backend)
+    open_as(fake, PMEM, pmem::shape()).map(|(backend, _)| backend)
 }
 
 fn borrowed(manners: Manners) -> (Fake, Arc<Backend>) {

@@ -1,5 +1,6 @@
 //! A frontend against a backend that keeps to the protocol, that breaks it at every message, and that goes and comes.
 
+mod any_type;
 mod classes;
 mod fake;
 mod frames;
@@ -28,10 +29,7 @@ fn region(gpa: u64, size: u64, offset: u64) -> SharedRegion {
 }
 
 fn shape(queues: u16) -> Shape {
-    Shape {
-        queues,
-        queue_size: 128,
-    }
+    Shape::even(queues, 128)
 }
 
 type News = Arc<Mutex<Vec<Change>>>;
