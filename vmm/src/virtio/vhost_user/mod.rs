@@ -69,8 +69,8 @@ const CALL: Duration = Duration::from_millis(if cfg!(test) { 700 } else { 3000 }
 /// For a backend to say what it is. Callers of the API wait five seconds for a device.
 const HANDSHAKE: Duration = Duration::from_millis(if cfg!(test) { 700 } else { 4000 });
 
-/// For a backend that is to connect before a guest starts: as long as Cloud Hypervisor tries to find one that listens.
-pub const AT_START: Duration = Duration::from_mins(1);
+/// For a backend that is to connect before a guest starts. A client of `vm.boot` waits a minute for its answer.
+pub const AT_START: Duration = Duration::from_secs(50);
 /// For one of a device that a running guest is to get.
 pub const WHILE_RUNNING: Duration = Duration::from_secs(3);
 
