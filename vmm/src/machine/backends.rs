@@ -46,8 +46,6 @@ struct Served {
     backend: Arc<Backend>,
     /// Set while it is a consumer of guest memory.
     member: Option<ConsumerId>,
-    /// Whether the device's memory is its own.
-    lends: bool,
 }
 
 /// All of a machine's.
@@ -88,12 +86,10 @@ impl Backends {
             // Only a full counter gives an error, and then the owner is awake anyway.
             let _ = event.write(1);
         };
-        let lends = spec.class.lends;
         let backend = Backend::open(spec, Box::new(on_change))?;
         self.served.push(Served {
             backend: Arc::clone(&backend),
             member: None,
-            lends,
         });
         Ok(backend)
     }
@@ -107,12 +103,6 @@ impl Backends {
             }
             stays
         });
-    }
-
-    /// Whether a device's backend is there for its requests when the host has taken the memory away that it lent.
-    pub(super) fn answers_without_memory(&self, id: &str) -> bool {
-        let is_it = |served: &&Served| served.backend.id() == id;
-        self.served.iter().find(is_it).is_some_and(|it| it.lends)
     }
 
     /// Has those reach guest memory that don't yet.

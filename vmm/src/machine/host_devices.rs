@@ -168,7 +168,15 @@ impl HostResources {
         })?;
         match self.map_lent(valid, &backend) {
             Ok(region) => {
-                let device = LentPmem::new(backend, region.gpa(), region.size());
+                let device = match LentPmem::new(backend, region.gpa(), region.size()) {
+                    Ok(device) => device,
+                    Err(source) => {
+                        self.unmap_pmem(region);
+                        self.backends.lose_sight_of(&valid.id);
+                        let id = valid.id.clone();
+                        return Err(vhost_user::OpenError::Host { id, source }.into());
+                    }
+                };
                 let mut opened = OpenedDevice::new(&valid.id, valid.place, Arc::new(device));
                 opened.region = Some(region);
                 Ok(opened)

@@ -558,7 +558,7 @@ impl Owner {
         self.settle();
     }
 
-    fn on_backends(&self) {
+    fn on_backends(&mut self) {
         let State::Up(vm) = &self.state else {
             return;
         };
@@ -569,8 +569,10 @@ impl Owner {
                     let why = &why;
                     self.monitor.send(&Happened::BackendLost { id: &id, why });
                 }
+                Change::WantedBack => self.on_wanted_back(&id),
             }
         }
+        self.settle();
     }
 
     fn on_signal(&mut self, index: u32) {

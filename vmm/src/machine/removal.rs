@@ -319,10 +319,7 @@ impl RunningVm {
 
     /// Gives everything of the host back that a device has; its place stays taken.
     fn sever(&mut self, id: &str, memory: Option<RegionId>) {
-        // One that has lent it is left, to answer what the guest asks until it ejects the device.
-        if !self.host.backends.answers_without_memory(id) {
-            self.close(id);
-        }
+        self.close(id);
         self.drive(memory.map(|memory| (memory, RegionEvent::GiveUp)));
     }
 

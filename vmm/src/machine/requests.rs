@@ -96,6 +96,22 @@ impl Owner {
         self.claim_until(id, Instant::now() + DEFAULT_REMOVAL_TIMEOUT);
     }
 
+    /// Who has lent a device's memory wants it back, for the host.
+    pub(super) fn on_wanted_back(&mut self, id: &str) {
+        let State::Up(vm) = &self.state else { return };
+        let (policy, timeout) = vm.removal_policy(&User::Device(id.to_owned()));
+        if policy == OnRemoval::Refuse {
+            warn!(
+                id,
+                "the backend wants its memory back; on_removal=refuse keeps it"
+            );
+            return;
+        }
+        warn!(id, "the backend wants its memory back");
+        self.monitor.send(&Happened::DeviceRequested { id });
+        self.claim_until(id, Instant::now() + timeout);
+    }
+
     fn claim_until(&mut self, id: &str, until: Instant) {
         if let State::Up(vm) = &mut self.state {
             vm.claim(id, until);

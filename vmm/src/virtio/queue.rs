@@ -90,6 +90,30 @@ impl Queue {
         }
     }
 
+    /// The same rings and bells once more, for who may have to serve them after another process. One of the two serves at a time.
+    pub fn twin(&self) -> io::Result<Self> {
+        let rings = virtio_queue::Queue::try_from(self.rings.state()).map_err(io::Error::other)?;
+        let kick = self.kick.try_clone()?;
+        let interrupt = Arc::clone(&self.interrupt);
+        Ok(Self::new(self.index, rings, kick, interrupt))
+    }
+
+    /// Goes on where another process has stopped: what it has not given back is served, again if it had begun. Right where it has
+    /// finished in order, what it took.
+    pub fn take_over<M: GuestMemory>(&mut self, memory: &M) -> Result<(), QueueError> {
+        let index = self.index;
+        let used = self
+            .rings
+            .used_idx(memory, Ordering::Acquire)
+            .map_err(|source| QueueError { index, source })?;
+        self.rings.set_next_avail(used.0);
+        self.rings.set_next_used(used.0);
+        self.told = used.0;
+        // The one before may have died between a request's end and its interrupt.
+        self.interrupt.signal();
+        Ok(())
+    }
+
     /// For another process to serve it, by the vector that the driver has chosen by now.
     pub fn into_ring(self) -> io::Result<Ring> {
         let call = match self.interrupt.event()? {

@@ -16,12 +16,14 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 pub use worker::Worker;
 
-use super::device::read_space;
+use super::device::{Signals, read_space};
+use super::queue::Queue;
 use super::worker as workers;
 use super::{ActivateError, Activation, Device, Kind};
 use crate::memory::layout::Gpa;
 use crate::memory::loss::LossMark;
 use crate::memory::pmem::Flush;
+use crate::memory::ram::GuestView;
 
 const QUEUE_SIZE: u16 = 64;
 
@@ -30,6 +32,26 @@ struct Counters {
     requests: AtomicU64,
     errors: AtomicU64,
     host_flushes: AtomicU64,
+}
+
+/// A worker that answers every flush with an error: for memory that is gone, and nobody else answers.
+pub(in crate::virtio) fn worker_without_memory(
+    name: String,
+    memory: GuestView,
+    queue: Queue,
+    signals: Arc<dyn Signals>,
+) -> Result<Worker, ActivateError> {
+    let lost = LossMark::new();
+    lost.lose();
+    Worker::new(worker::Parts {
+        name,
+        memory,
+        queue,
+        flush: Arc::new(UntilSevered(RwLock::new(None))),
+        lost,
+        counters: Arc::default(),
+        signals,
+    })
 }
 
 /// A range of persistent memory.

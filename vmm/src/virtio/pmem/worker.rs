@@ -86,6 +86,17 @@ impl Worker {
         })
     }
 
+    /// Begins to serve a queue that another process has served until now.
+    pub(in crate::virtio) fn take_over(&mut self, ops: &mut EventOps<'_>) {
+        if let Err(error) = self.queue.take_over(&*self.memory.memory()) {
+            self.broken = true;
+            self.signals.needs_reset(&error);
+        }
+        self.init(ops);
+        // Only a full counter gives an error, and then it is readable anyway.
+        let _ = self.again.write(1);
+    }
+
     /// Serves what is available, without a thread or a doorbell. `true`: there is more, call again.
     pub fn process_queue(&mut self) -> bool {
         if self.broken {

@@ -6,7 +6,8 @@
 //!                                         └── answer ◀───────────┘ is compared with the first one's and not mapped
 //! ```
 //! Only then is the answer sent. Nothing else that a backend asks for is done: above all memory is not unmapped under a guest
-//! because a backend wants it back ([`Asked::Other`] is refused); it leaves as all memory does, by a removal of its device.
+//! because a backend wants it back. [`Asked::Unmap`] is answered with "no", for "not yet", and told of: the memory leaves as all
+//! memory does, by a removal of its device.
 //!
 //! `vhost` has such a channel, too; its receiver waits for whole messages without a limit, and can't be told to stop.
 
@@ -325,6 +326,8 @@ pub(super) struct Lending {
     owed: Option<Reply>,
     /// It was said that it asks for what is not done.
     pub(super) is_told: bool,
+    /// It was said that it wants its memory back.
+    pub(super) is_wanted_back: bool,
 }
 
 impl Lending {
@@ -337,6 +340,7 @@ impl Lending {
             size,
             owed: None,
             is_told: false,
+            is_wanted_back: false,
         })
     }
 

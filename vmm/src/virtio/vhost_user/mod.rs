@@ -27,6 +27,7 @@ pub mod pmem;
 mod session;
 mod shared;
 mod socket;
+mod stand_in;
 mod table;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod testing;
@@ -334,10 +335,11 @@ impl Backend {
         self.caller.call(CALL, Session::loan_is_mapped)
     }
 
-    /// The host has taken the memory away: no backend lends it again.
+    /// The host takes the memory away: no backend lends it again, and when this returns none serves the device. One that does not
+    /// stop is cut off.
     pub fn borrow_no_more(&self) {
         if let Err(error) = self.caller.call(CALL, Session::borrow_no_more) {
-            tracing::warn!(device = self.id(), %error, "the backend may lend its memory again");
+            tracing::warn!(device = self.id(), %error, "the backend may serve on, and lend its memory again");
         }
     }
 
@@ -373,6 +375,33 @@ fn thread_name(id: &str, what: &str) -> String {
         end -= 1;
     }
     format!("{}{what}", &id[..end])
+}
+
+/// What a backend is to serve.
+fn service(class: &Class, activation: Activation) -> Result<Service, ActivateError> {
+    let Activation {
+        memory,
+        features,
+        queues,
+        signals,
+    } = activation;
+    let mut rings = Vec::new();
+    for queue in queues.into_iter().flatten() {
+        let ring = queue.into_ring().map_err(|source| ActivateError::Host {
+            what: "no descriptor of a queue's interrupt for the backend",
+            source,
+        })?;
+        rings.push(ring);
+    }
+    Ok(Service {
+        features,
+        rings,
+        used: class.used_at_first(),
+        memory,
+        signals,
+        inflight: None,
+        was_served: false,
+    })
 }
 
 /// A virtio device whose queues a backend serves.
@@ -423,48 +452,30 @@ impl Device for VhostUserDevice {
         &self,
         activation: Activation,
     ) -> Result<Vec<Box<dyn workers::Worker>>, ActivateError> {
-        let Activation {
-            memory,
-            features,
-            mut queues,
-            signals,
-        } = activation;
+        let mut activation = activation;
         let Shared { class, shape, .. } = self.0.shared.as_ref();
         let control = if class.has_control {
             let pairs = usize::from(shape.queues() / net::QUEUES);
-            Control::split_off(&mut queues, features, pairs)
+            Control::split_off(&mut activation.queues, activation.features, pairs)
         } else {
             None
         };
-        let control = control.map(|control| Orderly {
+        let orderly = control.map(|control| Orderly {
             control,
-            memory: memory.clone(),
-            signals: Arc::clone(&signals),
+            memory: activation.memory.clone(),
+            signals: Arc::clone(&activation.signals),
             // A driver may leave out pairs at the end.
-            pairs: queues.iter().take_while(|queue| queue.is_some()).count()
+            pairs: activation
+                .queues
+                .iter()
+                .take_while(|queue| queue.is_some())
+                .count()
                 / usize::from(net::QUEUES),
         });
-        let mut rings = Vec::new();
-        for queue in queues.into_iter().flatten() {
-            let ring = queue.into_ring().map_err(|source| ActivateError::Host {
-                what: "no descriptor of a queue's interrupt for the backend",
-                source,
-            })?;
-            rings.push(ring);
-        }
-        let service = Service {
-            features,
-            rings,
-            used: class.used_at_first(),
-            memory,
-            signals,
-            inflight: None,
-            was_served: false,
-        };
         Ok(vec![Box::new(worker::Worker {
             backend: Arc::clone(&self.0),
-            service: Some(service),
-            orderly: control,
+            service: Some(service(class, activation)?),
+            orderly,
         })])
     }
 

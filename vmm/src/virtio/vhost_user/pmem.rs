@@ -1,15 +1,19 @@
 //! Persistent memory that a vhost-user backend lends: what is its own.
 //!
 //! The memory is mapped here and is a region of guest memory like any other. The backend is left with the queue of flush
-//! requests: a guest whose backend is gone stores on, and its flushes wait for the next one. The guest is told where the
+//! requests: a guest whose backend is gone stores on, and its flushes wait for the next one. When the memory is taken away nobody
+//! is waited for: flushes are answered here, with errors ([`super::stand_in`]). The guest is told where the
 //! memory is by the configuration space, which drivers of all ages read.
 
+use std::io;
 use std::sync::Arc;
 
 use super::class::{Class, Config, Shape};
-use super::{Backend, VhostUserDevice};
+use super::stand_in::{self, End};
+use super::{Backend, VhostUserDevice, worker};
 use crate::memory::layout::Gpa;
 use crate::virtio::device::{Device, Kind, read_space};
+use crate::virtio::pmem::worker_without_memory;
 use crate::virtio::worker::Worker;
 use crate::virtio::{ActivateError, Activation};
 
@@ -46,20 +50,22 @@ pub const PMEM: Class = Class {
 pub struct LentPmem {
     queue: VhostUserDevice,
     backend: Arc<Backend>,
+    end: Arc<End>,
     space: [u8; CONFIG_BYTES as usize],
 }
 
 impl LentPmem {
     /// For memory that the guest has at `gpa`, `size` bytes long.
-    pub fn new(backend: Arc<Backend>, gpa: Gpa, size: u64) -> Self {
+    pub fn new(backend: Arc<Backend>, gpa: Gpa, size: u64) -> io::Result<Self> {
         let mut space = [0; CONFIG_BYTES as usize];
         space[..8].copy_from_slice(&gpa.0.to_le_bytes());
         space[8..].copy_from_slice(&size.to_le_bytes());
-        Self {
+        Ok(Self {
             queue: VhostUserDevice::new(Arc::clone(&backend)),
             backend,
+            end: Arc::new(End::new()?),
             space,
-        }
+        })
     }
 }
 
@@ -85,16 +91,38 @@ impl Device for LentPmem {
     }
 
     fn activate(&self, activation: Activation) -> Result<Vec<Box<dyn Worker>>, ActivateError> {
-        self.queue.activate(activation)
+        let host = |source| ActivateError::Host {
+            what: "no descriptor of a queue's doorbell",
+            source,
+        };
+        let queue = activation.queues.first().and_then(Option::as_ref);
+        let queue = queue.ok_or(ActivateError::MissingQueue { index: 0 })?;
+        let stand_in = worker_without_memory(
+            super::thread_name(self.backend.id(), ""),
+            activation.memory.clone(),
+            queue.twin().map_err(host)?,
+            Arc::clone(&activation.signals),
+        )?;
+        let served = worker::Worker {
+            backend: Arc::clone(&self.backend),
+            service: Some(super::service(&PMEM, activation)?),
+            orderly: None,
+        };
+        Ok(vec![Box::new(stand_in::Worker {
+            served,
+            stand_in,
+            end: Arc::clone(&self.end),
+            has_taken_over: false,
+        })])
     }
 
-    /// Linux waits for the answer to a flush without a limit: the backend, which sees the loss as well, answers on.
+    /// Linux waits for the answer to a flush without a limit: it gets one from here.
     fn outlives_host(&self) -> bool {
         true
     }
 
     fn sever(&self) {
-        self.backend.borrow_no_more();
+        self.end.sever(&self.backend);
     }
 
     fn counters(&self) -> Vec<(&'static str, u64)> {

@@ -22,7 +22,7 @@ use vm_memory::{GuestAddress, GuestAddressSpace};
 use super::connection::{
     CallError, ConnectError, Connection, Inflight, StartError, TooManyRegions,
 };
-use super::lending::{Known, Loan, Message};
+use super::lending::{Asked, Known, Loan, Message};
 use super::shared::Shared;
 use super::table::{SharedRegion, Table};
 use crate::memory::ram::GuestView;
@@ -263,12 +263,14 @@ impl Session {
         }
     }
 
-    /// The guest has it no more, and gets nothing instead.
+    /// The guest has it no more, and gets nothing instead. When this returns no backend serves it.
     pub(super) fn borrow_no_more(&mut self) {
+        self.stop();
         self.borrowed = Borrowed::TakenAway;
     }
 
-    /// A backend says something by itself. Memory stays where it is, whatever it wants.
+    /// A backend says something by itself. Memory stays where it is, whatever it wants: one that wants it back is told of, and its
+    /// device is removed as the host's wish has any device removed.
     pub(super) fn asked(&mut self) {
         let Some(lending) = self.connection.as_mut().and_then(|it| it.lending.as_mut()) else {
             return;
@@ -278,8 +280,12 @@ impl Session {
             let error = match lending.channel.receive() {
                 Ok(None) => return,
                 Ok(Some(Message { asked, reply })) => {
+                    let wants_back = matches!(asked, Asked::Unmap);
+                    if wants_back && !std::mem::replace(&mut lending.is_wanted_back, true) {
+                        self.shared.wanted_back();
+                    }
                     // Once: it may ask as often as it likes.
-                    if !std::mem::replace(&mut lending.is_told, true) {
+                    if !wants_back && !std::mem::replace(&mut lending.is_told, true) {
                         warn!(
                             device = self.shared.id,
                             ?asked,

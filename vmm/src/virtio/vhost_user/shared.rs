@@ -24,6 +24,8 @@ pub enum Change {
         /// What was noticed.
         why: String,
     },
+    /// It wants the memory back that it has lent.
+    WantedBack,
 }
 
 /// Called on the backend's threads; to hand the news on, not to act on it.
@@ -181,6 +183,10 @@ impl Shared {
         drop(status);
         (self.on_change)(Change::Lost { why });
         self.wake();
+    }
+
+    pub(super) fn wanted_back(&self) {
+        (self.on_change)(Change::WantedBack);
     }
 
     /// A try that failed.

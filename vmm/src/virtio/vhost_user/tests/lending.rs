@@ -10,6 +10,7 @@ use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use super::*;
 use crate::memory::layout::Gpa;
+use crate::virtio::testing::{Piece, Sent};
 use crate::virtio::vhost_user::pmem::{self, LentPmem, PMEM};
 
 const MIB: u64 = 1 << 20;
@@ -92,7 +93,7 @@ fn what_is_lent_is_answered_when_it_is_mapped_and_kept_when_the_backend_goes() {
     assert_eq!(answer(&channel), (MAP, 0));
 
     // The guest is told where this side has put it.
-    let device = LentPmem::new(Arc::clone(&backend), Gpa(5 << 30), SIZE);
+    let device = LentPmem::new(Arc::clone(&backend), Gpa(5 << 30), SIZE).unwrap();
     let mut space = [0xff; 16];
     device.config_read(0, &mut space);
     assert_eq!(space[..], [5 << 30, SIZE].map(u64::to_le_bytes).concat());
@@ -193,7 +194,9 @@ fn a_backend_that_can_t_lend_or_talks_nonsense_is_none() {
 
 #[test]
 fn memory_stays_whatever_its_backend_asks_for_later() {
-    let (fake, backend) = borrowed(lending(whole(), Some(file())));
+    let mut fake = Fake::new();
+    fake.serve(lending(whole(), Some(file())));
+    let (backend, news) = open_as(&fake, PMEM, pmem::shape()).unwrap();
     drop(backend.take_loan().unwrap().unwrap());
     backend.loan_is_mapped().unwrap();
     let mut channel = fake.channel();
@@ -208,9 +211,83 @@ fn memory_stays_whatever_its_backend_asks_for_later() {
     channel.write_all(&header(2, NEED_REPLY, 0)).unwrap();
     assert_eq!(answer(&channel), (2, 1));
     assert_eq!(backend.status().lost, None);
+    // Who owns the device hears of it: once, however often it is said.
+    channel.write_all(&unmap).unwrap();
+    assert_eq!(answer(&channel), (UNMAP, 1));
+    assert_eq!(*news.lock().unwrap(), [Change::WantedBack]);
     // Nonsense is the end of that backend, and the next one is looked for.
     channel.write_all(&[0xff; 12]).unwrap();
     until("it is cut off", || backend.status().losses == 1);
     until("the next is found", || backend.status().lost.is_none());
     assert!(backend.take_loan().unwrap().is_none());
+}
+
+fn flush() -> [Piece; 2] {
+    [Piece::Readable(vec![0; 4]), Piece::Writable(4)]
+}
+
+/// The response to the flush that was sent.
+fn response(driver: &mut Driver, sent: &Sent) -> Vec<u8> {
+    assert_eq!(driver.used(0), (sent.head, 4));
+    driver.bytes(*sent.buffers.last().unwrap())
+}
+
+fn with_a_driver(manners: Manners) -> (Fake, Arc<Backend>, LentPmem, Driver) {
+    let (fake, backend) = borrowed(manners);
+    drop(backend.take_loan().unwrap().unwrap());
+    backend.loan_is_mapped().unwrap();
+    backend.attach(vec![region(0, MEMORY, 0)]).unwrap();
+    let device = LentPmem::new(Arc::clone(&backend), Gpa(5 << 30), SIZE).unwrap();
+    let driver = Driver::new(&device);
+    (fake, backend, device, driver)
+}
+
+const FAILED: [u8; 4] = [1, 0, 0, 0];
+
+#[test]
+fn flushes_of_memory_that_is_taken_away_are_answered_whatever_the_backend_does() {
+    let good = lending(whole(), Some(file()));
+    let misdeed = |misdeed| Manners {
+        misdeed: Some((GET_VRING_BASE, misdeed)),
+        ..good.clone()
+    };
+    for manners in [
+        good.clone(),
+        misdeed(Misdeed::Silence),
+        misdeed(Misdeed::End),
+    ] {
+        let (mut fake, backend, device, mut driver) = with_a_driver(manners);
+        driver.start(&device, 1 << 32).unwrap();
+        fake.await_message(SET_VRING_ENABLE);
+        // This backend never answers any.
+        let sent = [driver.send(0, &flush()), driver.send(0, &flush())];
+        device.sever();
+        for sent in &sent {
+            assert_eq!(response(&mut driver, sent), FAILED);
+        }
+        // The backend goes for good, and the guest goes on asking.
+        backend.close();
+        fake.die();
+        let sent = driver.send(0, &flush());
+        assert_eq!(response(&mut driver, &sent), FAILED);
+        driver.stop();
+        let mut driver = Driver::new(&device);
+        driver.start(&device, 1 << 32).unwrap();
+        let sent = driver.send(0, &flush());
+        assert_eq!(response(&mut driver, &sent), FAILED);
+        driver.stop();
+    }
+}
+
+#[test]
+fn a_backend_that_is_lost_when_the_memory_is_taken_away_is_not_waited_for() {
+    let (mut fake, backend, device, mut driver) = with_a_driver(lending(whole(), Some(file())));
+    driver.start(&device, 1 << 32).unwrap();
+    fake.await_message(SET_VRING_ENABLE);
+    fake.die();
+    until("it is lost", || backend.status().lost.is_some());
+    let sent = driver.send(0, &flush());
+    device.sever();
+    assert_eq!(response(&mut driver, &sent), FAILED);
+    driver.stop();
 }
