@@ -5,8 +5,7 @@
 use std::path::PathBuf;
 
 use clap::{ArgAction, Parser};
-
-use crate::config::{RemovalGuard, Seccomp};
+use daxhund_vhost_user::policy::{RemovalGuard, Seccomp};
 
 /// Serves a range of device-dax memory, or a file, as a virtio disk over vhost-user.
 #[derive(Debug, Parser)]

@@ -3,10 +3,9 @@
 #![forbid(unsafe_code)]
 
 use std::path::PathBuf;
-use std::time::Duration;
 
-use clap::ValueEnum;
-use daxhund_vhost_user::source::{SourceError, number};
+use daxhund_vhost_user::policy::{self, PolicyError, RemovalGuard, RemovalPolicy, Seccomp};
+use daxhund_vhost_user::source::SourceError;
 use thiserror::Error;
 
 use crate::args::Args;
@@ -16,11 +15,6 @@ pub use daxhund_vhost_user::source::Source as DiskSource;
 
 /// The crate tells queues apart by the bits of a word.
 pub const MOST_QUEUES: u16 = 64;
-/// How long a frontend has to go by itself when the host wants the device, unless `removal_timeout=` says otherwise.
-pub const REMOVAL_TIMEOUT: Duration = Duration::from_secs(10);
-/// In seconds. A removal that is held longer than that is as good as refused.
-const LONGEST_REMOVAL_TIMEOUT: u64 = 3600;
-
 /// What the daemon does.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
@@ -44,87 +38,20 @@ pub struct Config {
     pub metrics_socket: Option<PathBuf>,
 }
 
-/// What is done when somebody on the host wants to take the disk's device away, and waits.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct RemovalPolicy {
-    /// Whether it is given.
-    pub on_removal: OnRemoval,
-    /// How long a frontend has to go by itself.
-    pub timeout: Duration,
-}
-
-/// `on_removal=`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum OnRemoval {
-    /// Whoever asked gets an error; the disk is served on.
-    Refuse,
-    /// When the frontend has gone, or its time is up, requests fail and the device is let go of.
-    #[default]
-    Stop,
-}
-
-/// `--removal-guard`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-pub enum RemovalGuard {
-    /// The daemon where there is one, else nobody, with a warning.
-    #[default]
-    #[value(skip)]
-    Auto,
-    /// Nobody.
-    Off,
-    /// The daemon, which has to be there at the start.
-    Daemon,
-}
-
-/// `--seccomp`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-pub enum Seccomp {
-    /// They kill.
-    #[default]
-    True,
-    /// There is no filter.
-    False,
-    /// The kernel logs them.
-    Log,
-}
-
 /// The command line makes no sense.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum ConfigError {
     /// Not a disk.
     #[error(transparent)]
     Source(#[from] SourceError),
-    /// `--event-monitor` says no place.
-    #[error("--event-monitor {text}: write path=PATH, of a file or a FIFO")]
-    Events {
-        /// What was given.
-        text: String,
-    },
+    /// What is said of removals or events.
+    #[error(transparent)]
+    Policy(#[from] PolicyError),
     /// No such queues.
     #[error("--num-queues {asked}: give 1 to {MOST_QUEUES}")]
     Queues {
         /// What was asked for.
         asked: u16,
-    },
-    /// A part of `--dax` that is not known, or is there twice.
-    #[error(
-        "--dax: `{part}` is not offset=BYTES, size=BYTES, on_removal=stop|refuse or removal_timeout=SECONDS, or is given twice"
-    )]
-    Part {
-        /// The part.
-        part: String,
-    },
-    /// A policy that there is not.
-    #[error("--dax: `{part}`: write on_removal=stop or on_removal=refuse")]
-    OnRemoval {
-        /// The part.
-        part: String,
-    },
-    /// No such time.
-    #[error("--dax: `{part}`: write a number of seconds up to {LONGEST_REMOVAL_TIMEOUT}")]
-    Timeout {
-        /// The part.
-        part: String,
     },
 }
 
@@ -147,51 +74,18 @@ impl TryFrom<Args> for Config {
             removal,
             removal_guard: args.removal_guard.unwrap_or_default(),
             seccomp: args.seccomp,
-            events: args.event_monitor.map(events).transpose()?,
+            events: args.event_monitor.map(policy::events).transpose()?,
             metrics_socket: args.metrics_socket,
-        })
-    }
-}
-
-fn events(text: String) -> Result<PathBuf, ConfigError> {
-    match text.strip_prefix("path=") {
-        Some(path) if !path.is_empty() => Ok(path.into()),
-        _ => Err(ConfigError::Events { text }),
-    }
-}
-
-impl RemovalPolicy {
-    /// From what is said of the device besides its part.
-    fn parse(parts: &[&str]) -> Result<Self, ConfigError> {
-        let (mut on_removal, mut timeout) = (None, None);
-        for part in parts {
-            let text = || (*part).to_owned();
-            match part.split_once('=') {
-                Some(("on_removal", value)) if on_removal.is_none() => {
-                    on_removal = Some(match value {
-                        "refuse" => OnRemoval::Refuse,
-                        "stop" => OnRemoval::Stop,
-                        _ => return Err(ConfigError::OnRemoval { part: text() }),
-                    });
-                }
-                Some(("removal_timeout", value)) if timeout.is_none() => {
-                    let seconds = number(value).filter(|it| *it <= LONGEST_REMOVAL_TIMEOUT);
-                    let seconds = seconds.ok_or_else(|| ConfigError::Timeout { part: text() })?;
-                    timeout = Some(Duration::from_secs(seconds));
-                }
-                _ => return Err(ConfigError::Part { part: text() }),
-            }
-        }
-        Ok(Self {
-            on_removal: on_removal.unwrap_or_default(),
-            timeout: timeout.unwrap_or(REMOVAL_TIMEOUT),
         })
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use clap::Parser;
+    use daxhund_vhost_user::policy::{OnRemoval, REMOVAL_TIMEOUT};
 
     use super::*;
 
@@ -258,7 +152,10 @@ mod tests {
         assert_eq!(with("path=/e=1").unwrap().events, Some("/e=1".into()));
         for word in ["/e", "path=", "fd=3"] {
             assert!(
-                matches!(with(word), Err(ConfigError::Events { .. })),
+                matches!(
+                    with(word),
+                    Err(ConfigError::Policy(PolicyError::Events { .. }))
+                ),
                 "{word}"
             );
         }

@@ -25,19 +25,29 @@ use daxhund_dax::sigbus::{GuardError, Incidents};
 use daxhund_dax::{Host, Pace, Watch, WatchError};
 use daxhund_guard::{ConnectError, chain};
 use daxhund_monitor::{EventMonitor, Monitor, OpenError};
+use daxhund_vhost_user::event::{Event, Events, Nouns};
 use daxhund_vhost_user::events::{ready, signals};
+use daxhund_vhost_user::metrics::{MetricsSocketError, Server};
+use daxhund_vhost_user::removal::Removals;
 use daxhund_vhost_user::session::{self, FinishError, StartError};
 use thiserror::Error;
 
 use crate::backend::Backend;
 use crate::config::{Config, DiskSource};
 use crate::disk::{OpenDisk, OpenDiskError};
-use crate::event::Event;
-use crate::metrics::{Metrics, MetricsSocketError, Server};
-use crate::removal::Removals;
+use crate::metrics::Metrics;
 use crate::socket::{Socket, SocketError};
 
 type Session = session::Session<Backend>;
+
+/// The words for this daemon.
+pub const NOUNS: Nouns = Nouns {
+    program: "daxhund-vhost-user-blk",
+    source: "vhost-user-blk",
+    thing: "disk",
+    lost: "disk-lost",
+    use_of_it: "served as a disk",
+};
 
 /// How long a session has to finish its requests. Each is at most a copy of 64M; only storage that hangs, or a frontend that
 /// makes its doorbell block, needs longer, and then the end is an error.
@@ -114,7 +124,7 @@ pub struct Daemon {
     socket: Socket,
     signals: UnixStream,
     incidents: Incidents,
-    events: Monitor,
+    events: Events,
     metrics: Arc<Metrics>,
     server: Option<Server>,
     /// `None` when there is nothing to watch, or not any more.
@@ -150,9 +160,10 @@ impl Daemon {
         let host = Host::system();
         let event_monitor = config.events.as_deref().map(EventMonitor::open);
         let event_monitor = event_monitor.transpose().map_err(DaemonError::Events)?;
-        let events = event_monitor
+        let monitor = event_monitor
             .as_ref()
             .map_or_else(Monitor::off, EventMonitor::monitor);
+        let events = Events::new(monitor, NOUNS);
         let metrics = Arc::new(Metrics::default());
         let incidents = Incidents::open()?;
         let signals = signals().map_err(failed("handle signals"))?;
@@ -179,11 +190,9 @@ impl Daemon {
         let socket = Socket::open(config.socket_path.as_deref())?;
         let path = config.disk.path();
         let server = config.metrics_socket.as_deref();
-        let server = server
-            .map(|path| Server::open(path, &metrics))
-            .transpose()?;
-        events.send(&Event::Listening {
-            disk: &path.to_string_lossy(),
+        let server = server.map(|path| metrics.serve(path)).transpose()?;
+        events.send(Event::Listening {
+            path: &path.to_string_lossy(),
             bytes: &disk.shared().len().to_string(),
         });
         tracing::info!(
@@ -214,7 +223,7 @@ impl Daemon {
             Ok(()) => "signal".to_owned(),
             Err(error) => chain(error),
         };
-        self.events.send(&Event::Ending { why: &why });
+        self.events.send(Event::Ending { why: &why });
         outcome
     }
 
@@ -252,7 +261,7 @@ impl Daemon {
                             // It has ended, so this does not wait.
                             Some(session) => {
                                 finish(session)?;
-                                self.events.send(&Event::FrontendGone);
+                                self.events.send(Event::FrontendGone);
                                 None
                             }
                             None => self.accept()?,
@@ -279,13 +288,13 @@ impl Daemon {
             }
             self.let_go();
         } else {
-            removals.follow(disk);
+            removals.follow(|guard, within| disk.hold(guard, within));
         }
     }
 
     fn tell_of_loss(&self, how: &str) {
-        self.events.send(&Event::DiskLost {
-            disk: &self.path.to_string_lossy(),
+        self.events.send(Event::Lost {
+            path: &self.path.to_string_lossy(),
             how,
         });
     }
@@ -373,7 +382,7 @@ impl Daemon {
         match Session::start(backend, self.socket.accepting()) {
             Ok(session) => {
                 self.metrics.sessions.inc();
-                self.events.send(&Event::FrontendConnected);
+                self.events.send(Event::FrontendConnected);
                 tracing::info!("a frontend has connected");
                 Ok(Some(session))
             }

@@ -20,7 +20,7 @@
 //! - Requests of one queue are done one after the other, and each is answered before the next is taken. A frontend that
 //!   connects again goes on at the used index, and nothing is lost or done twice.
 //! - A disk's range is locked before it is mapped and as long as it is served.
-//! - A removal that the guard holds is answered when nothing here maps the device or has it open ([`removal`]).
+//! - A removal that the guard holds is answered when nothing here maps the device or has it open ([`daxhund_vhost_user::removal`]).
 //!
 //! # Not here
 //! In-flight tracking (there is nothing in flight when a queue stops), migration.
@@ -34,10 +34,7 @@ pub mod backend;
 pub mod config;
 pub mod daemon;
 pub mod disk;
-pub mod event;
 pub mod metrics;
-pub mod removal;
 pub mod request;
-pub mod seccomp;
 pub mod serve;
 pub mod space;

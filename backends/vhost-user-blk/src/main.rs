@@ -6,20 +6,19 @@ use std::error::Error;
 use std::process::ExitCode;
 
 use clap::Parser;
-use daxhund_vhost_user::program;
+use daxhund_vhost_user::{program, seccomp};
 use daxhund_vhost_user_blk::args::Args;
 use daxhund_vhost_user_blk::config::Config;
-use daxhund_vhost_user_blk::daemon::Daemon;
-use daxhund_vhost_user_blk::seccomp::confine;
+use daxhund_vhost_user_blk::daemon::{Daemon, NOUNS};
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    program::run("daxhund-vhost-user-blk", args.verbose, || serve(args))
+    program::run(NOUNS.program, args.verbose, || serve(args))
 }
 
 fn serve(args: Args) -> Result<(), Box<dyn Error>> {
     let config = Config::try_from(args)?;
     let daemon = Daemon::new(&config)?;
-    confine(config.seccomp)?;
+    seccomp::confine(config.seccomp, NOUNS.program, &[])?;
     Ok(daemon.run()?)
 }

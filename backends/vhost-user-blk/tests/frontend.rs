@@ -3,14 +3,14 @@
 mod driver;
 
 use std::fs::{self, File};
-use std::io::{Read, Write};
+use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use daxhund_vhost_user::testing::{Daemon, refuses};
+use daxhund_vhost_user::testing::{self, Daemon, counted, refuses};
 use driver::frontend::{Driver, FAR, IO_ERROR, OK, Piece};
 use tempfile::{NamedTempFile, TempDir};
 use virtio_bindings::virtio_blk as spec;
@@ -98,14 +98,7 @@ fn what_happens_is_told_and_counted() {
     let (events, metrics) = (place("events"), place("metrics"));
     let word = format!("path={}", path(&events));
     let daemon = scene.start(&["--event-monitor", &word, "--metrics-socket", path(&metrics)]);
-    let count = |name: &str| -> u64 {
-        let mut text = String::new();
-        let mut stream = UnixStream::connect(&metrics).unwrap();
-        stream.read_to_string(&mut text).unwrap();
-        let name = format!("daxhund_vhost_user_blk_{name}_total ");
-        let line = text.lines().find_map(|line| line.strip_prefix(&name));
-        line.unwrap().parse().unwrap()
-    };
+    let count = |name: &str| counted(&metrics, &format!("daxhund_vhost_user_blk_{name}"));
     assert_eq!((count("sessions"), count("requests")), (0, 0));
     let mut driver = Driver::connect(&scene.socket(), 1);
     assert_eq!(driver.write(0, 0, &[1; 4096]), OK);
@@ -129,15 +122,6 @@ fn what_happens_is_told_and_counted() {
     daemon.ends_well();
     assert!(!metrics.exists(), "the socket goes with the daemon");
     let told = fs::read_to_string(&events).unwrap();
-    let name = |line: &str| {
-        Some(
-            line.trim()
-                .strip_prefix("\"event\": \"")?
-                .trim_end_matches("\",")
-                .to_owned(),
-        )
-    };
-    let names: Vec<_> = told.lines().filter_map(name).collect();
     let expected = [
         "listening",
         "frontend-connected",
@@ -145,7 +129,7 @@ fn what_happens_is_told_and_counted() {
         "frontend-connected",
         "ending",
     ];
-    assert_eq!(names, expected, "{told}");
+    assert_eq!(testing::told(&told), expected, "{told}");
     assert!(told.contains("\"bytes\": \"8388608\"") && told.contains("\"why\": \"signal\""));
 }
 

@@ -13,9 +13,9 @@ use daxhund_dax::sigbus::{Guard, GuardError, Guarded, Touch};
 use thiserror::Error;
 use vm_memory::bitmap::BS;
 use vm_memory::{
-    GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap, GuestMemoryRegion,
-    GuestMemoryRegionBytes, GuestRegionCollection, GuestRegionCollectionError, GuestRegionMmap,
-    GuestUsize, MemoryRegionAddress, VolatileSlice,
+    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap,
+    GuestMemoryRegion, GuestMemoryRegionBytes, GuestRegionCollection, GuestRegionCollectionError,
+    GuestRegionMmap, GuestUsize, MemoryRegionAddress, VolatileSlice,
 };
 
 const PAGE: usize = 4096;
@@ -96,6 +96,10 @@ impl GuestMemoryRegion for Region {
     }
 
     fn bitmap(&self) -> BS<'_, Self::B> {}
+
+    fn file_offset(&self) -> Option<&FileOffset> {
+        self.mapped.file_offset()
+    }
 
     fn get_slice(
         &self,

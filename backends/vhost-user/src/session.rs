@@ -158,6 +158,16 @@ impl<D: Device> Session<D> {
         })
     }
 
+    /// Its device.
+    pub fn device(&self) -> &D {
+        &self.device
+    }
+
+    /// Shuts the connection down: the session ends, and is finished when that is seen.
+    pub fn cut(&self) {
+        self.connection.shut();
+    }
+
     /// Answers what was taken, takes no more, and waits until nothing of the session is left.
     pub fn finish(self, within: Duration) -> Result<(), FinishError> {
         self.device.stop();

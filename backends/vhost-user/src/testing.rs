@@ -1,6 +1,8 @@
 //! A daemon's process in a test, which is ended with it.
 
 use std::io::{BufRead, BufReader, Read};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::process::{Child, ChildStderr, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -113,4 +115,21 @@ pub fn refuses(program: &str, words: &[&str]) -> String {
     let said = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(1), "{said}");
     said
+}
+
+/// A counter of those that a daemon gives on its `--metrics-socket`, by its whole name.
+pub fn counted(socket: &Path, name: &str) -> u64 {
+    let mut text = String::new();
+    let mut stream = UnixStream::connect(socket).unwrap();
+    stream.read_to_string(&mut text).unwrap();
+    let name = format!("{name}_total ");
+    let line = text.lines().find_map(|line| line.strip_prefix(&name));
+    line.unwrap().parse().unwrap()
+}
+
+/// The names of the events in what `--event-monitor` has got.
+pub fn told(events: &str) -> Vec<&str> {
+    let lines = events.lines().map(str::trim);
+    let names = lines.filter_map(|line| line.strip_prefix("\"event\": \""));
+    names.map(|name| name.trim_end_matches("\",")).collect()
 }

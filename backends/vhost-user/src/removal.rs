@@ -1,4 +1,4 @@
-//! Removals of the disk's device, held back until nothing of it is left here.
+//! Removals of the device that is served, held back until nothing of it is left here.
 //!
 //! ```text
 //!            found, held              wanted, on_removal=refuse ──▶ refused, and held on
@@ -6,16 +6,16 @@
 //!     ▲                    │  ▲       wanted, on_removal=stop ──▶ leaving ──▶ frontend gone, or its time is up:
 //!     └── guard lost ──────┘  └───────── called off ───────────────┘           let go of, then answered
 //! ```
-//! A frontend can't be asked over vhost-user to give its disk back. It gets the time in which whoever manages it may take the
-//! disk from the guest; the guest of one that is still there then sees I/O errors.
+//! A frontend gets the time in which whoever manages it may take the device from the guest; the guest of one that is still there
+//! then sees I/O errors.
 //!
 //! # Invariants
 //! - The answer is given by [`Removals::let_go`], which ends this: by whoever has seen that the device is unmapped and closed.
 //! - A guard that is lost or not there is looked for again, and is no reason not to serve. Removals that nobody holds are found
-//!   out afterwards ([`crate::daemon`]).
+//!   out afterwards, by each daemon.
 //!
 //! # Not here
-//! Memory that a frontend lends: its frontend holds it, and takes it back from here before it answers.
+//! Guest memory that a frontend shares: its frontend holds it, and takes it back from here before it answers.
 
 #![forbid(unsafe_code)]
 
@@ -27,23 +27,21 @@ use daxhund_guard::{
     ConnectError, DEFAULT_SOCKET, Guard, HoldError, LostError, Notice, RequestId, Search, Verdict,
     chain,
 };
-use daxhund_monitor::Monitor;
 
-use crate::config::{OnRemoval, RemovalGuard, RemovalPolicy};
-use crate::disk::DaxDisk;
-use crate::event::Event;
+use crate::event::{Event, Events};
+use crate::policy::{OnRemoval, RemovalGuard, RemovalPolicy};
 
 /// What letting go takes beyond the frontend's time: copies end, the memory is unmapped.
 const SLACK: Duration = Duration::from_secs(30);
 /// When memory that could not be unmapped is unmapped again.
 const AGAIN: Duration = Duration::from_secs(1);
 
-/// The device of a disk, and whoever wants it.
+/// A device that is served, and whoever wants it.
 #[derive(Debug)]
 pub struct Removals {
     wish: RemovalGuard,
     policy: RemovalPolicy,
-    events: Monitor,
+    events: Events,
     guard: Option<Guard>,
     search: Search,
     /// The guard was asked to hold it. One that does not is not asked at each step.
@@ -58,11 +56,11 @@ impl Removals {
     pub fn new(
         wish: RemovalGuard,
         policy: RemovalPolicy,
-        events: Monitor,
+        events: Events,
     ) -> Result<Self, ConnectError> {
         let guard = match wish {
             RemovalGuard::Auto | RemovalGuard::Off => None,
-            RemovalGuard::Daemon => Some(connect()?),
+            RemovalGuard::Daemon => Some(connect(events.nouns().program)?),
         };
         Ok(Self {
             wish,
@@ -88,24 +86,35 @@ impl Removals {
         self.until.into_iter().chain(search).min()
     }
 
-    /// Has removals of the disk's device held, if there is somebody who does.
-    pub fn follow(&mut self, disk: &DaxDisk) {
+    /// Has removals of the device held, if there is somebody who does. `ask` asks the guard, to be answered within that time
+    /// (`None`: there is nothing to hold now).
+    pub fn follow(
+        &mut self,
+        ask: impl FnOnce(&mut Guard, Duration) -> Option<Result<(), HoldError>>,
+    ) {
         let now = Instant::now();
         if self.guard.is_none() && self.wish != RemovalGuard::Off && self.search.is_due(now) {
             self.find(now);
         }
-        let Some(guard) = &mut self.guard else { return };
-        if std::mem::replace(&mut self.is_asked, true) {
+        let Some(guard) = self.guard.as_mut().filter(|_| !self.is_asked) else {
             return;
-        }
-        match disk.hold(guard, self.policy.timeout + SLACK) {
-            Some(Ok(())) => tracing::info!("the removal of the disk's device is held"),
+        };
+        let thing = self.events.nouns().thing;
+        let held = ask(guard, self.policy.timeout + SLACK);
+        self.is_asked = held.is_some();
+        match held {
+            Some(Ok(())) => tracing::info!("the removal of the {thing}'s device is held"),
             Some(Err(HoldError::Lost { source, .. })) => self.lost(&source),
             Some(Err(error)) => {
-                tracing::error!(error = %chain(&error), "the removal of the disk's device is not held");
+                tracing::error!(error = %chain(&error), "the removal of the {thing}'s device is not held");
             }
             None => {}
         }
+    }
+
+    /// Whether somebody waits for the device, and until when its frontends have time.
+    pub fn wanted(&self) -> Option<Instant> {
+        self.until
     }
 
     /// Whether the device is to be let go of now.
@@ -136,14 +145,15 @@ impl Removals {
                 by,
             } => {
                 let by = format!("{} (process {}, {})", by.name, by.pid, by.file);
-                self.events.send(&Event::RemovalRequested {
+                self.events.send(Event::RemovalRequested {
                     device: &device,
                     by: &by,
                 });
                 if self.policy.on_removal == OnRemoval::Refuse {
                     tracing::warn!(device, by, "the removal is refused");
-                    self.events.send(&Event::RemovalRefused { device: &device });
-                    let why = format!("{device} is served as a disk, on_removal=refuse");
+                    self.events.send(Event::RemovalRefused { device: &device });
+                    let use_of_it = self.events.nouns().use_of_it;
+                    let why = format!("{device} is {use_of_it}, on_removal=refuse");
                     self.answer(request, Verdict::Refused { why });
                     return;
                 }
@@ -152,7 +162,8 @@ impl Removals {
                     device,
                     by,
                     seconds,
-                    "the host wants the disk's device: it gets it when the frontend has gone, or its time is up"
+                    "the host wants the {}'s device: it gets it when the frontend has gone, or its time is up",
+                    self.events.nouns().thing
                 );
                 self.waiting.push(request);
                 self.until
@@ -162,9 +173,10 @@ impl Removals {
                 let before = self.waiting.len();
                 self.waiting.retain(|waiting| *waiting != request);
                 if self.waiting.is_empty() && before > 0 {
-                    tracing::info!("the removal was called off: the disk is served on");
+                    let thing = self.events.nouns().thing;
+                    tracing::info!("the removal was called off: the {thing} is served on");
                     self.until = None;
-                    self.events.send(&Event::RemovalCalledOff);
+                    self.events.send(Event::RemovalCalledOff);
                 }
             }
         }
@@ -174,6 +186,17 @@ impl Removals {
         let Some(guard) = &mut self.guard else { return };
         if let Err(error) = guard.answer(request, verdict) {
             self.lost(&error);
+        }
+    }
+
+    /// It is kept after all, and stays held: whoever waits gets an error.
+    pub fn refuse(&mut self, device: &str, why: &str) {
+        tracing::warn!(device, why, "the removal is refused");
+        self.events.send(Event::RemovalRefused { device });
+        self.until = None;
+        for request in std::mem::take(&mut self.waiting) {
+            let why = why.to_owned();
+            self.answer(request, Verdict::Refused { why });
         }
     }
 
@@ -192,7 +215,8 @@ impl Removals {
 
     fn find(&mut self, now: Instant) {
         let is_there = Path::new(DEFAULT_SOCKET).exists();
-        let found = (is_there || self.wish == RemovalGuard::Daemon).then(connect);
+        let found = (is_there || self.wish == RemovalGuard::Daemon)
+            .then(|| connect(self.events.nouns().program));
         let why = match found {
             Some(Ok(guard)) => {
                 self.guard = Some(guard);
@@ -204,8 +228,9 @@ impl Removals {
         if self.search.failed(now) {
             tracing::warn!(
                 why,
-                "nobody holds the removal of the disk's device back: `systemctl enable --now daxhund-guardd.socket` has it held; \
-                 `--removal-guard off` says that it need not be"
+                "nobody holds the removal of the {}'s device back: `systemctl enable --now daxhund-guardd.socket` has it held; \
+                 `--removal-guard off` says that it need not be",
+                self.events.nouns().thing
             );
         }
     }
@@ -220,21 +245,35 @@ impl Removals {
     }
 }
 
-fn connect() -> Result<Guard, ConnectError> {
-    let me = format!("daxhund-vhost-user-blk {}", std::process::id());
+fn connect(program: &str) -> Result<Guard, ConnectError> {
+    let me = format!("{program} {}", std::process::id());
     Guard::connect(Path::new(DEFAULT_SOCKET), &me)
 }
 
 #[cfg(test)]
 mod tests {
+    use daxhund_monitor::Monitor;
+
     use super::*;
+    use crate::event::Nouns;
+
+    fn nobody() -> Events {
+        let nouns = Nouns {
+            program: "daxhund-vhost-user-test",
+            source: "vhost-user-test",
+            thing: "thing",
+            lost: "thing-lost",
+            use_of_it: "tested",
+        };
+        Events::new(Monitor::off(), nouns)
+    }
 
     fn removals(on_removal: OnRemoval, timeout: Duration) -> Removals {
         let policy = RemovalPolicy {
             on_removal,
             timeout,
         };
-        Removals::new(RemovalGuard::Off, policy, Monitor::off()).unwrap()
+        Removals::new(RemovalGuard::Off, policy, nobody()).unwrap()
     }
 
     #[test]
@@ -258,7 +297,7 @@ mod tests {
             on_removal: OnRemoval::Stop,
             timeout: Duration::ZERO,
         };
-        let mut removals = Removals::new(RemovalGuard::Auto, policy, Monitor::off()).unwrap();
+        let mut removals = Removals::new(RemovalGuard::Auto, policy, nobody()).unwrap();
         assert!(removals.wakes_at().unwrap() <= Instant::now(), "at once");
         removals.search.failed(Instant::now());
         assert!(removals.wakes_at().unwrap() > Instant::now());

@@ -4,13 +4,18 @@ use std::ffi::{c_int, c_void};
 use std::io::{self, Write};
 use std::mem;
 use std::ptr;
+use std::sync::OnceLock;
 
 /// Where `si_syscall` is in `siginfo_t` on x86-64 (include/uapi/asm-generic/siginfo.h): after three `int`, their padding and the
 /// pointer `si_call_addr`. libc has no name for it.
 const CALL_AT: usize = 24;
 
+/// Who tells it. Written before the handler is there; reading it is one load.
+static PROGRAM: OnceLock<&str> = OnceLock::new();
+
 /// Has SIGSYS told of.
-pub(super) fn install() -> io::Result<()> {
+pub(super) fn install(program: &'static str) -> io::Result<()> {
+    PROGRAM.get_or_init(|| program);
     // SAFETY: `sigaction` is plain data, of which zeroes are a value.
     let mut action: libc::sigaction = unsafe { mem::zeroed() };
     action.sa_sigaction = on_sigsys as *const () as usize;
@@ -34,10 +39,11 @@ extern "C" fn on_sigsys(signal: c_int, info: *mut libc::siginfo_t, _: *mut c_voi
     let mut line = [0; 160];
     let room = line.len();
     let mut rest = &mut line[..];
+    let program = PROGRAM.get().copied().unwrap_or_default();
     // Too long it is cut off.
     let _ = writeln!(
         rest,
-        "daxhund-vhost-user-blk: killed for system call {call}, which it is not to make (`--seccomp log` has the kernel log it)"
+        "{program}: killed for system call {call}, which it is not to make (`--seccomp log` has the kernel log it)"
     );
     let len = room - rest.len();
     // SAFETY: `len` bytes of the line are there.

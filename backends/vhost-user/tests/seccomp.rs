@@ -4,8 +4,8 @@ use std::fs::{self, File};
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, Output};
 
-use daxhund_vhost_user_blk::config::Seccomp;
-use daxhund_vhost_user_blk::seccomp::confine;
+use daxhund_vhost_user::policy::Seccomp;
+use daxhund_vhost_user::seccomp::{Rule, confine};
 
 const WHAT: &str = "DAXHUND_CONFINED_TEST";
 
@@ -31,7 +31,12 @@ fn confined() {
         "false" => Seccomp::False,
         _ => Seccomp::True,
     };
-    confine(mode).unwrap();
+    let extra = [Rule::Call(libc::SYS_getppid), Rule::OpenToWrite];
+    let (extra, what) = match what.strip_prefix("more ") {
+        Some(what) => (&extra[..], what),
+        None => (&[][..], what),
+    };
+    confine(mode, "the-test", extra).unwrap();
     // A thread that comes later.
     let what = what.to_owned();
     let outcome = std::thread::spawn(move || match what.as_str() {
@@ -42,6 +47,7 @@ fn confined() {
         }
         "parent" => drop(rustix::process::getppid()),
         "file" => drop(File::create("/nonexistent/file")),
+        "write" => drop(File::options().read(true).write(true).open("/dev/null")),
         "network" => drop(std::net::TcpListener::bind("127.0.0.1:0")),
         "panic" => panic!("asked for"),
         "program" => drop(Command::new("/bin/true").status()),
@@ -56,12 +62,14 @@ fn a_call_that_is_not_on_the_list_kills_and_is_named() {
     for (what, call) in [
         ("parent", libc::SYS_getppid),
         ("file", libc::SYS_openat),
+        ("write", libc::SYS_openat),
+        ("more file", libc::SYS_openat),
         ("network", libc::SYS_socket),
     ] {
         let output = child(&format!("true {what}"));
         let said = String::from_utf8_lossy(&output.stderr);
         assert_eq!(output.status.signal(), Some(libc::SIGSYS), "{what}: {said}");
-        let expected = format!("killed for system call {call}, ");
+        let expected = format!("the-test: killed for system call {call}, ");
         assert!(said.contains(&expected), "{what}: {said}");
         assert!(!said.contains("lives"), "{what}: {said}");
     }
@@ -84,7 +92,14 @@ fn a_panic_is_told_as_ever() {
 
 #[test]
 fn what_is_served_with_is_not_forbidden_and_nothing_is_where_asked() {
-    for what in ["true serve", "log parent", "log network", "false file"] {
+    for what in [
+        "true serve",
+        "true more parent",
+        "true more write",
+        "log parent",
+        "log network",
+        "false file",
+    ] {
         let output = child(what);
         let said = String::from_utf8_lossy(&output.stderr);
         assert!(

@@ -1,10 +1,10 @@
-//! The system calls that the daemon makes once it is set up; whatever else it is made to do by a frontend or a guest ends it.
+//! The system calls that a daemon makes once it is set up; whatever else it is made to do by a frontend or a guest ends it.
 //!
 //! One list for all threads: the loop, sessions, and the workers of queues come and go with frontends, and each inherits it. What
 //! opens files, makes sockets or maps memory is looked at more closely: files are opened to be read only, sockets are unix
 //! sockets (the removal guard's), nothing is made executable, and no program is started.
 //!
-//! The list is what the stories of the lab and the tests were seen to make, plus what the C library and the standard library make
+//! A daemon that needs more says so ([`Rule`]). The list is what the stories of the lab and the tests were seen to make, plus what the C library and the standard library make
 //! for the same on other versions.
 
 #![deny(unsafe_code)]
@@ -22,7 +22,7 @@ use seccompiler::{
 };
 use thiserror::Error;
 
-use crate::config::Seccomp;
+use crate::policy::Seccomp;
 
 /// The daemon can't be confined.
 #[derive(Debug, Error)]
@@ -38,22 +38,38 @@ pub enum ConfineError {
     Trap(#[source] io::Error),
 }
 
-/// Every thread that there is and that comes makes only these calls from now on.
-pub fn confine(mode: Seccomp) -> Result<(), ConfineError> {
+/// A system call that one daemon makes and others don't.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rule {
+    /// Whatever its arguments are.
+    Call(c_long),
+    /// `openat` of a file that is there, for reading and writing.
+    OpenToWrite,
+}
+
+/// Every thread that there is and that comes makes only these calls from now on. `program` is named by who is killed.
+pub fn confine(mode: Seccomp, program: &'static str, extra: &[Rule]) -> Result<(), ConfineError> {
     let otherwise = match mode {
         Seccomp::False => return Ok(()),
         Seccomp::Log => SeccompAction::Log,
         Seccomp::True => SeccompAction::Trap,
     };
-    trap::install().map_err(ConfineError::Trap)?;
-    let program = program(otherwise).map_err(ConfineError::Filter)?;
-    apply_filter_all_threads(&program).map_err(ConfineError::Apply)
+    trap::install(program).map_err(ConfineError::Trap)?;
+    let filter = filter(otherwise, extra).map_err(ConfineError::Filter)?;
+    apply_filter_all_threads(&filter).map_err(ConfineError::Apply)
 }
 
-fn program(otherwise: SeccompAction) -> Result<BpfProgram, BackendError> {
+fn filter(otherwise: SeccompAction, extra: &[Rule]) -> Result<BpfProgram, BackendError> {
+    let (mut calls, mut looked_at) = (CALLS.to_vec(), LOOKED_AT.to_vec());
+    for rule in extra {
+        match rule {
+            Rule::Call(call) => calls.push(*call),
+            Rule::OpenToWrite => looked_at.push(OPEN_TO_WRITE),
+        }
+    }
     let mut rules: BTreeMap<c_long, Vec<SeccompRule>> =
-        CALLS.iter().map(|call| (*call, Vec::new())).collect();
-    for (call, argument, mask, value) in LOOKED_AT {
+        calls.iter().map(|call| (*call, Vec::new())).collect();
+    for (call, argument, mask, value) in &looked_at {
         let is = SeccompCmpOp::MaskedEq(*mask);
         let condition = SeccompCondition::new(*argument, SeccompCmpArgLen::Dword, is, *value)?;
         let rule = SeccompRule::new(vec![condition])?;
@@ -71,8 +87,13 @@ const WRITES: u64 =
 const EXECUTABLE: u64 = libc::PROT_EXEC as u64;
 
 /// Call, argument, mask and what is left by it: one of a call's lines has to hold.
+type Line = (c_long, u8, u64, u64);
+
+#[allow(clippy::cast_sign_loss, reason = "bits")]
+const OPEN_TO_WRITE: Line = (libc::SYS_openat, 2, WRITES, libc::O_RDWR as u64);
+
 #[allow(clippy::cast_sign_loss, reason = "small numbers")]
-const LOOKED_AT: &[(c_long, u8, u64, u64)] = &[
+const LOOKED_AT: &[Line] = &[
     (libc::SYS_openat, 2, WRITES, 0),
     (libc::SYS_socket, 0, ALL, libc::AF_UNIX as u64),
     (libc::SYS_socketpair, 0, ALL, libc::AF_UNIX as u64),
@@ -116,6 +137,7 @@ const CALLS: &[c_long] = &[
     libc::SYS_close,
     libc::SYS_newfstatat,
     libc::SYS_statx,
+    libc::SYS_readlink,
     libc::SYS_readlinkat,
     // A panic tells where it was.
     libc::SYS_lseek,

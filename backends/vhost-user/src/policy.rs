@@ -1,0 +1,164 @@
+//! What such daemons are told alike: what is done when the host wants a device back, who holds its removal, what becomes of
+//! system calls that are not needed, and where is told what happens.
+
+#![forbid(unsafe_code)]
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::ValueEnum;
+use thiserror::Error;
+
+use crate::source::number;
+
+/// How long a frontend has to go by itself when the host wants the device, unless `removal_timeout=` says otherwise.
+pub const REMOVAL_TIMEOUT: Duration = Duration::from_secs(10);
+/// In seconds. A removal that is held longer than that is as good as refused.
+const LONGEST_REMOVAL_TIMEOUT: u64 = 3600;
+
+/// What is done when somebody on the host wants to take the device away, and waits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RemovalPolicy {
+    /// Whether it is given.
+    pub on_removal: OnRemoval,
+    /// How long a frontend has to go by itself.
+    pub timeout: Duration,
+}
+
+/// `on_removal=`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OnRemoval {
+    /// Whoever asked gets an error; the device is served on.
+    Refuse,
+    /// When the frontend has gone, or its time is up, requests fail and the device is let go of.
+    #[default]
+    Stop,
+}
+
+/// `--removal-guard`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum RemovalGuard {
+    /// The daemon where there is one, else nobody, with a warning.
+    #[default]
+    #[value(skip)]
+    Auto,
+    /// Nobody.
+    Off,
+    /// The daemon, which has to be there at the start.
+    Daemon,
+}
+
+/// `--seccomp`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Seccomp {
+    /// They kill.
+    #[default]
+    True,
+    /// There is no filter.
+    False,
+    /// The kernel logs them.
+    Log,
+}
+
+/// What is typed makes no sense.
+#[derive(Debug, Error, PartialEq, Eq)]
+pub enum PolicyError {
+    /// `--event-monitor` says no place.
+    #[error("--event-monitor {text}: write path=PATH, of a file or a FIFO")]
+    Events {
+        /// What was given.
+        text: String,
+    },
+    /// A part of `--dax` that is not known, or is there twice.
+    #[error(
+        "--dax: `{part}` is not offset=BYTES, size=BYTES, on_removal=stop|refuse or removal_timeout=SECONDS, or is given twice"
+    )]
+    Part {
+        /// The part.
+        part: String,
+    },
+    /// A policy that there is not.
+    #[error("--dax: `{part}`: write on_removal=stop or on_removal=refuse")]
+    OnRemoval {
+        /// The part.
+        part: String,
+    },
+    /// No such time.
+    #[error("--dax: `{part}`: write a number of seconds up to {LONGEST_REMOVAL_TIMEOUT}")]
+    Timeout {
+        /// The part.
+        part: String,
+    },
+}
+
+impl RemovalPolicy {
+    /// From what is said of the device besides its part ([`crate::source::Source::with_more`]).
+    pub fn parse(parts: &[&str]) -> Result<Self, PolicyError> {
+        let (mut on_removal, mut timeout) = (None, None);
+        for part in parts {
+            let text = || (*part).to_owned();
+            match part.split_once('=') {
+                Some(("on_removal", value)) if on_removal.is_none() => {
+                    on_removal = Some(match value {
+                        "refuse" => OnRemoval::Refuse,
+                        "stop" => OnRemoval::Stop,
+                        _ => return Err(PolicyError::OnRemoval { part: text() }),
+                    });
+                }
+                Some(("removal_timeout", value)) if timeout.is_none() => {
+                    let seconds = number(value).filter(|it| *it <= LONGEST_REMOVAL_TIMEOUT);
+                    let seconds = seconds.ok_or_else(|| PolicyError::Timeout { part: text() })?;
+                    timeout = Some(Duration::from_secs(seconds));
+                }
+                _ => return Err(PolicyError::Part { part: text() }),
+            }
+        }
+        Ok(Self {
+            on_removal: on_removal.unwrap_or_default(),
+            timeout: timeout.unwrap_or(REMOVAL_TIMEOUT),
+        })
+    }
+}
+
+/// The place in `--event-monitor path=PATH`.
+pub fn events(text: String) -> Result<PathBuf, PolicyError> {
+    match text.strip_prefix("path=") {
+        Some(path) if !path.is_empty() => Ok(path.into()),
+        _ => Err(PolicyError::Events { text }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_removal_is_answered_as_the_words_say() {
+        let policy = RemovalPolicy::parse(&["on_removal=refuse", "removal_timeout=0"]).unwrap();
+        assert_eq!(policy.on_removal, OnRemoval::Refuse);
+        assert_eq!(policy.timeout, Duration::ZERO);
+        let usual = RemovalPolicy::parse(&[]).unwrap();
+        assert_eq!(usual.on_removal, OnRemoval::Stop);
+        assert_eq!(usual.timeout, REMOVAL_TIMEOUT);
+        for (parts, expected) in [
+            (&["length=1G"][..], "`length=1G` is not offset="),
+            (&["on_removal=eject"], "on_removal=stop or"),
+            (&["on_removal=stop", "on_removal=stop"], "given twice"),
+            (&["removal_timeout=3601"], "up to 3600"),
+            (&["removal_timeout=1K"], "up to 3600"),
+            (&["removal_timeout=+1"], "up to 3600"),
+        ] {
+            let error = RemovalPolicy::parse(parts).unwrap_err().to_string();
+            assert!(error.contains(expected), "{parts:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn who_watches_says_where() {
+        assert_eq!(events("path=/e=1".into()), Ok("/e=1".into()));
+        for word in ["/e", "path=", "fd=3"] {
+            let error = events(word.into()).unwrap_err();
+            assert!(matches!(error, PolicyError::Events { .. }), "{word}");
+        }
+    }
+}
