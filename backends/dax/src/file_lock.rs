@@ -44,6 +44,12 @@ pub enum FileLockError {
 }
 
 impl Host {
+    /// Whether somebody has a lock on this part of a file that is in the way of one of this kind. Takes none.
+    pub fn is_locked(&self, file: &File, kind: LockKind, range: Range<u64>) -> io::Result<bool> {
+        let conflict = ofd::conflict(file, request(kind), span(range))?;
+        Ok(conflict.is_some())
+    }
+
     /// Takes a lock without waiting; without a range it is on the whole file, however long that becomes. The file
     /// must be open for writing for [`LockKind::Exclusive`] and for reading for [`LockKind::Shared`].
     pub fn lock_file(
@@ -53,15 +59,8 @@ impl Host {
         kind: LockKind,
         range: Option<Range<u64>>,
     ) -> Result<(), FileLockError> {
-        let request = match kind {
-            LockKind::Exclusive => Request::Write,
-            LockKind::Shared => Request::Read,
-        };
-        let span = range.map_or(Span { offset: 0, len: 0 }, |range| Span {
-            offset: range.start,
-            // An empty range would be "to the end" to the kernel.
-            len: range.end.saturating_sub(range.start).max(1),
-        });
+        let request = request(kind);
+        let span = range.map_or(Span { offset: 0, len: 0 }, span);
         let path = path.to_owned();
         match ofd::set(file, request, span) {
             Ok(()) => Ok(()),
@@ -72,6 +71,21 @@ impl Host {
             }
             Err(source) => Err(FileLockError::Refused { path, source }),
         }
+    }
+}
+
+fn request(kind: LockKind) -> Request {
+    match kind {
+        LockKind::Exclusive => Request::Write,
+        LockKind::Shared => Request::Read,
+    }
+}
+
+fn span(range: Range<u64>) -> Span {
+    Span {
+        offset: range.start,
+        // An empty range would be "to the end" to the kernel.
+        len: range.end.saturating_sub(range.start).max(1),
     }
 }
 
@@ -118,7 +132,10 @@ mod tests {
         let lock =
             |file: &File, range| host.lock_file(file, path, LockKind::Exclusive, Some(range));
         let (a, b) = (open(path), open(path));
+        let is_locked = |range| host.is_locked(&b, LockKind::Exclusive, range).unwrap();
+        assert!(!is_locked(0..8192));
         lock(&a, 0..4096).unwrap();
+        assert!(is_locked(0..8192) && !is_locked(4096..8192));
         lock(&b, 4096..8192).unwrap();
         lock(&b, 4095..8192).unwrap_err();
     }

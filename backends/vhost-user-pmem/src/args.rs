@@ -5,6 +5,7 @@
 use std::path::PathBuf;
 
 use clap::{ArgAction, Parser};
+use daxhund_vhost_user::policy::{RemovalGuard, Seccomp};
 
 /// Lends a range of device-dax memory, or a file, to a guest as persistent memory over vhost-user.
 #[derive(Debug, Parser)]
@@ -14,11 +15,12 @@ pub struct Args {
     /// Where the VMM connects; made here and removed at the end. Not with a socket that systemd hands over
     #[arg(long, value_name = "PATH")]
     pub socket_path: Option<PathBuf>,
-    /// The memory is this part of a device-dax device; all of it without offset= and size= (K, M, G, T)
+    /// The memory is this part of a device-dax device; all of it without offset= and size= (K, M, G, T). When the host wants the
+    /// device back: the frontend has the timeout's 10 seconds to give it back (stop), or refuse
     #[arg(
         long,
         group = "memory",
-        value_name = "DEVICE[,offset=BYTES][,size=BYTES]"
+        value_name = "DEVICE[,offset=BYTES][,size=BYTES][,on_removal=stop|refuse][,removal_timeout=SECONDS]"
     )]
     pub dax: Option<String>,
     /// The memory is this file
@@ -30,6 +32,19 @@ pub struct Args {
     /// Start although the range is in use, and lend it to the one that has it: to the guest of a daemon that was killed
     #[arg(long)]
     pub rejoin: bool,
+    /// Who holds removals of the device back until it is let go of: daxhund-guardd, or nobody; without the flag the daemon
+    /// when its socket is there
+    #[arg(long, value_enum, value_name = "WHO", conflicts_with = "file")]
+    pub removal_guard: Option<RemovalGuard>,
+    /// Tell what happens as JSON objects in this file or FIFO
+    #[arg(long, value_name = "path=PATH")]
+    pub event_monitor: Option<String>,
+    /// Give counts of what was done to whoever connects to this unix socket
+    #[arg(long, value_name = "PATH")]
+    pub metrics_socket: Option<PathBuf>,
+    /// System call filter: a call that is not on the list kills (true) or is logged by the kernel (log)
+    #[arg(long, value_enum, value_name = "MODE", default_value_t)]
+    pub seccomp: Seccomp,
     /// Say more of what is done; twice for everything
     #[arg(short, long, action = ArgAction::Count)]
     pub verbose: u8,

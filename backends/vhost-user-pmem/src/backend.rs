@@ -4,6 +4,7 @@
 //!   SET_BACKEND_REQ_FD ─▶ is the range ours? ─yes─▶ SHMEM_MAP, on a thread of its own ─▶ mapped: lent
 //!                            │ no: kept                          ▲       └─▶ refused: the session ends
 //!                            └─▶ memory tables: does one show it? ┘
+//!   the host wants it ─▶ SHMEM_UNMAP, on a thread of its own ─▶ unmapped, or no memory table shows it any more: given back
 //!   SET_FEATURES ─▶ nothing was lent, or could be: that is said, and the session ends
 //!   kick ─▶ take all that wait ─▶ one flush for all of them ─▶ answer all
 //! ```
@@ -31,6 +32,7 @@ use vm_memory::{
 use vmm_sys_util::epoll::EventSet;
 
 use crate::lender::Lender;
+use crate::metrics::Metrics;
 
 /// `VIRTIO_PMEM_F_SHMEM_REGION`: the memory is the device's shared memory region 0.
 const SHMEM_REGION: u32 = 0;
@@ -45,6 +47,7 @@ const EXIT: u64 = 2;
 #[derive(Debug)]
 pub struct Backend {
     lender: Arc<Lender>,
+    metrics: Arc<Metrics>,
     line: Arc<Line>,
     stopping: AtomicBool,
     /// It was said that the ring makes no sense.
@@ -58,6 +61,10 @@ pub struct Backend {
 struct Line {
     state: Mutex<State>,
     connection: Mutex<Ending>,
+    /// The frontend's memory table has shown the range.
+    is_shown: AtomicBool,
+    /// It does not have it any more.
+    is_back: AtomicBool,
 }
 
 #[derive(Default)]
@@ -68,7 +75,7 @@ enum State {
     /// Nothing was lent yet: the range is kept by somebody.
     Open(Channel),
     /// The frontend was asked to map it, and may have.
-    Asked,
+    Asked(Channel),
 }
 
 impl std::fmt::Debug for State {
@@ -76,7 +83,7 @@ impl std::fmt::Debug for State {
         f.write_str(match self {
             Self::Closed => "Closed",
             Self::Open(_) => "Open",
-            Self::Asked => "Asked",
+            Self::Asked(_) => "Asked",
         })
     }
 }
@@ -112,9 +119,10 @@ impl Line {
 
 impl Backend {
     /// For a range.
-    pub fn new(lender: Arc<Lender>) -> Self {
+    pub fn new(lender: Arc<Lender>, metrics: Arc<Metrics>) -> Self {
         Self {
             lender,
+            metrics,
             line: Arc::default(),
             stopping: AtomicBool::new(false),
             is_told: AtomicBool::new(false),
@@ -125,25 +133,18 @@ impl Backend {
     /// Asks the frontend to map what `file` has of the range. Not waited for here: a frontend may answer messages only
     /// when its own are answered. A frontend that answers nothing keeps a thread for as long as it is there.
     fn lend(&self, channel: Channel, file: Arc<File>) {
-        let request = VhostUserMMap {
-            shmid: SHMID,
-            padding: [0; 7],
-            fd_offset: self.lender.offset(),
-            shm_offset: 0,
-            len: self.lender.len(),
-            flags: if self.lender.is_read_only() {
-                VhostUserMMapFlags::default().bits()
-            } else {
-                VhostUserMMapFlags::WRITABLE.bits()
-            },
-        };
-        *locked(&self.line.state) = State::Asked;
+        let request = self.request();
+        *locked(&self.line.state) = State::Asked(channel.clone());
         let (line, path) = (
             Arc::clone(&self.line),
             self.lender.path().display().to_string(),
         );
+        let loans = self.metrics.loans.clone();
         let ask = move || match channel.shmem_map(&request, &*file) {
-            Ok(_) => tracing::info!(path, "lent: the frontend has mapped it"),
+            Ok(_) => {
+                loans.inc();
+                tracing::info!(path, "lent: the frontend has mapped it");
+            }
             Err(error) => {
                 tracing::warn!(
                     %error,
@@ -159,20 +160,97 @@ impl Backend {
         }
     }
 
-    /// The frontend may be the one that has kept the range.
-    fn look_for_the_range(&self, guest: &GuestMemoryMmap) {
+    /// All of the range, as all of the region.
+    fn request(&self) -> VhostUserMMap {
+        VhostUserMMap {
+            shmid: SHMID,
+            padding: [0; 7],
+            fd_offset: self.lender.offset(),
+            shm_offset: 0,
+            len: self.lender.len(),
+            flags: if self.lender.is_read_only() {
+                VhostUserMMapFlags::default().bits()
+            } else {
+                VhostUserMMapFlags::WRITABLE.bits()
+            },
+        }
+    }
+
+    /// The host wants the memory: the frontend is asked for it. One that has none, or can't be asked, is not. The answer is not
+    /// waited for, and "no" may mean "not yet": what counts is whether it has the range mapped ([`Backend::has_given_back`]).
+    pub fn ask_back(&self) {
         let channel = match &*locked(&self.line.state) {
-            State::Open(channel) => channel.clone(),
-            State::Closed | State::Asked => return,
+            State::Asked(channel) => channel.clone(),
+            State::Closed | State::Open(_) => return,
         };
-        let shown = guest.iter().find_map(|region| {
+        let request = VhostUserMMap {
+            fd_offset: 0,
+            flags: 0,
+            ..self.request()
+        };
+        let (line, lender) = (Arc::clone(&self.line), Arc::clone(&self.lender));
+        let ask = move || match channel.shmem_unmap(&request) {
+            Ok(_) => {
+                tracing::info!("the frontend has unmapped the memory");
+                line.is_back.store(true, Ordering::SeqCst);
+                lender.ring();
+            }
+            Err(error) => {
+                tracing::info!(%error, "the frontend has not unmapped the memory (SHMEM_UNMAP), or not yet");
+            }
+        };
+        let spawned = std::thread::Builder::new().name("lend".into()).spawn(ask);
+        if let Err(error) = spawned {
+            tracing::warn!(%error, "no thread to ask for the memory by");
+        }
+    }
+
+    /// Whether the frontend has nothing of the memory, as far as it says: it was lent nothing, has unmapped it, or has taken it
+    /// from its guest's memory.
+    pub fn has_given_back(&self) -> bool {
+        let was_asked = matches!(&*locked(&self.line.state), State::Asked(_));
+        !was_asked || self.line.is_back.load(Ordering::SeqCst)
+    }
+
+    /// The range was let go of and is to be had again: the frontend's memory may show it.
+    pub fn look_again(&self) {
+        let guest = self.guest.read().unwrap_or_else(PoisonError::into_inner);
+        // What comes of it is the lender's; the frontend has it.
+        let _ = self.recognise(&guest);
+    }
+
+    fn recognise(&self, guest: &GuestMemory) -> Option<Arc<File>> {
+        guest.iter().find_map(|region| {
             let part = region.file_offset()?;
             self.lender
                 .recognise(part.file(), part.start(), region.len())
-        });
-        if let Some(file) = shown {
+        })
+    }
+
+    /// The frontend may be the one that has kept the range.
+    fn look_for_the_range(&self, guest: &GuestMemory) {
+        let channel = match &*locked(&self.line.state) {
+            State::Open(channel) => channel.clone(),
+            State::Closed | State::Asked(_) => return,
+        };
+        if let Some(file) = self.recognise(guest) {
             tracing::info!("the frontend has the range already: it is served again");
             self.lend(channel, file);
+        }
+    }
+
+    /// Whether the table still shows what it has shown. Only a frontend that gives the range up takes it out.
+    fn look_at_the_table(&self, guest: &GuestMemory) {
+        let shows = guest.iter().any(|region| {
+            region.file_offset().is_some_and(|part| {
+                self.lender
+                    .is_of_the_range(part.file(), part.start(), region.len())
+            })
+        });
+        let was_shown = self.line.is_shown.swap(shows, Ordering::SeqCst);
+        if was_shown != shows {
+            self.line.is_back.store(was_shown, Ordering::SeqCst);
+            self.lender.ring();
         }
     }
 
@@ -201,6 +279,10 @@ impl Backend {
                     Asked::Flush if flushed => Response::Done,
                     Asked::Flush | Asked::Unknown => Response::Failed,
                 };
+                self.metrics.requests.inc();
+                if response == Response::Failed {
+                    self.metrics.errors.inc();
+                }
                 let written = request.respond(&*guest, response);
                 queue.add_used(&*guest, request.head(), written)?;
             }
@@ -217,6 +299,9 @@ impl Backend {
         let flushed = self.lender.flush();
         if let Err(error) = &flushed {
             tracing::error!(%error, "a flush failed; the guest is told");
+        }
+        if flushed.is_ok() {
+            self.metrics.flushes.inc();
         }
         flushed.is_ok()
     }
@@ -291,7 +376,7 @@ impl VhostUserBackend for Backend {
     /// By now a frontend has said how it can be lent anything.
     fn acked_features(&self, _: u64) {
         match &*locked(&self.line.state) {
-            State::Asked => return,
+            State::Asked(_) => return,
             State::Closed => tracing::error!(
                 "the frontend wants persistent memory and takes no shared memory regions (VHOST_USER_PROTOCOL_F_SHMEM with \
                  SET_BACKEND_REQ_FD), by which this daemon lends it; connect a VMM that does: daxhund --pmem socket=PATH"
@@ -337,7 +422,7 @@ impl VhostUserBackend for Backend {
     }
 
     fn set_backend_req_fd(&self, channel: Channel) {
-        if matches!(&*locked(&self.line.state), State::Asked) {
+        if matches!(&*locked(&self.line.state), State::Asked(_)) {
             tracing::warn!("the frontend opens another channel: the first has what is lent");
             return;
         }
@@ -354,12 +439,13 @@ impl VhostUserBackend for Backend {
 
     /// When this returns, nobody touches what is not shared any more, and it is unmapped here.
     fn update_memory(&self, memory: GuestMemoryAtomic<GuestMemoryMmap>) -> io::Result<()> {
-        let memory = memory.memory();
         let mut guest = self.guest.write().unwrap_or_else(PoisonError::into_inner);
-        let following = GuestMemory::following(&guest, &memory);
+        let following = GuestMemory::following(&guest, &memory.memory());
         *guest = following.map_err(io::Error::other)?;
         drop(guest);
-        self.look_for_the_range(&memory);
+        let guest = self.guest.read().unwrap_or_else(PoisonError::into_inner);
+        self.look_for_the_range(&guest);
+        self.look_at_the_table(&guest);
         Ok(())
     }
 

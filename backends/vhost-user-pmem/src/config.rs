@@ -4,7 +4,9 @@
 
 use std::path::PathBuf;
 
+use daxhund_vhost_user::policy::{self, PolicyError, RemovalGuard, RemovalPolicy, Seccomp};
 use daxhund_vhost_user::source::{Source, SourceError};
+use thiserror::Error;
 
 use crate::args::Args;
 
@@ -19,17 +21,80 @@ pub struct Config {
     pub read_only: bool,
     /// A range that is in use is no error: whoever has it is waited for.
     pub rejoin: bool,
+    /// What is done when somebody wants the device back.
+    pub removal: RemovalPolicy,
+    /// Who holds its removals back.
+    pub removal_guard: RemovalGuard,
+    /// What becomes of system calls that it does not need.
+    pub seccomp: Seccomp,
+    /// Where events are written.
+    pub events: Option<PathBuf>,
+    /// Where metrics are given.
+    pub metrics_socket: Option<PathBuf>,
+}
+
+/// The command line makes no sense.
+#[derive(Debug, Error, PartialEq, Eq)]
+pub enum ConfigError {
+    /// Not memory.
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    /// What is said of removals or events.
+    #[error(transparent)]
+    Policy(#[from] PolicyError),
 }
 
 impl TryFrom<Args> for Config {
-    type Error = SourceError;
+    type Error = ConfigError;
 
-    fn try_from(args: Args) -> Result<Self, SourceError> {
+    fn try_from(args: Args) -> Result<Self, ConfigError> {
+        let (source, more) = Source::with_more(args.dax.as_deref(), args.file)?;
+        let removal = RemovalPolicy::parse(&more)?;
         Ok(Self {
             socket_path: args.socket_path,
-            source: Source::new(args.dax.as_deref(), args.file)?,
+            source,
             read_only: args.read_only,
             rejoin: args.rejoin,
+            removal,
+            removal_guard: args.removal_guard.unwrap_or_default(),
+            seccomp: args.seccomp,
+            events: args.event_monitor.map(policy::events).transpose()?,
+            metrics_socket: args.metrics_socket,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use clap::Parser;
+    use daxhund_vhost_user::policy::OnRemoval;
+
+    use super::*;
+
+    fn parse(words: &[&str]) -> Result<Config, ConfigError> {
+        Config::try_from(Args::try_parse_from([&["pmem"], words].concat()).unwrap())
+    }
+
+    #[test]
+    fn a_part_of_a_device_and_what_becomes_of_it_are_read_once() {
+        let dax = "/dev/dax1.0,removal_timeout=3,size=2G,on_removal=refuse";
+        let config = parse(&["--dax", dax, "--removal-guard", "daemon"]).unwrap();
+        let source = Source::Dax {
+            path: "/dev/dax1.0".into(),
+            offset: None,
+            size: Some(2 << 30),
+        };
+        assert_eq!(config.source, source);
+        assert_eq!(config.removal.on_removal, OnRemoval::Refuse);
+        assert_eq!(config.removal.timeout, Duration::from_secs(3));
+        assert_eq!(config.removal_guard, RemovalGuard::Daemon);
+        let error = parse(&["--dax", "/d,length=1G"]).unwrap_err().to_string();
+        assert!(error.contains("`length=1G`"), "{error}");
+        let error = parse(&["--file", "/f", "--event-monitor", "/e"]).unwrap_err();
+        assert!(matches!(error, ConfigError::Policy(_)), "{error:?}");
+        // Nobody takes a file away.
+        Args::try_parse_from(["pmem", "--file", "/f", "--removal-guard", "off"]).unwrap_err();
     }
 }

@@ -10,6 +10,7 @@
 //!                                          kept ──a frontend shows that it is the one──▶ lent, as it was
 //!                                            └──── it has let go, which is looked for ──▶ ours
 //! ```
+//! What the host wants back is *let go of*: our share is closed, for the host or, if it thinks better of it, to be locked anew.
 //! A range that the host has taken away, or that can't be had again for another reason than its user, is lost.
 //! A lock that is the descriptor's outlives this process in the frontend that has it mapped, so nobody comes between a
 //! daemon that was killed and the next one. Whoever kept the range shows it: it is among the guest memory that it shares
@@ -22,11 +23,13 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use daxhund_dax::{
     ByteSize, DaxMapping, DaxRange, FileLockError, Flusher, FlusherError, Host, LockError,
     LockKind, MapError, OpenError, RangeError, Watch, WatchError, WatchId,
 };
+use daxhund_guard::{Guard, HoldError};
 use daxhund_vhost_user::source::Source;
 use rustix::event::{EventfdFlags, eventfd};
 use thiserror::Error;
@@ -140,6 +143,8 @@ enum Held {
     Ours(Loan),
     /// Not ours: why.
     Kept(LendError),
+    /// For the host.
+    LetGo,
     Lost,
 }
 
@@ -148,18 +153,20 @@ enum Held {
 pub struct Lender {
     host: Host,
     source: Source,
+    /// As in `dax1.0`.
+    device: Option<String>,
     offset: u64,
     len: u64,
     read_only: bool,
     durable: Durable,
     held: Mutex<Held>,
-    regained: OwnedFd,
+    bell: OwnedFd,
 }
 
 impl Lender {
     /// Opens and locks it.
     pub fn open(host: &Host, config: &Config) -> Result<Self, LendError> {
-        let (offset, len, durable) = match &config.source {
+        let (device, offset, len, durable) = match &config.source {
             Source::Dax { path, offset, size } => {
                 let device = host.open(path)?;
                 let offset = offset.unwrap_or(0);
@@ -177,7 +184,9 @@ impl Lender {
                 if let Some(warning) = flusher.warning() {
                     tracing::warn!("{warning}");
                 }
-                (range.offset(), range.len(), Durable::Dax(flusher))
+                let name = device.facts().name.to_string();
+                let durable = Durable::Dax(flusher);
+                (Some(name), range.offset(), range.len(), durable)
             }
             Source::File(path) => {
                 let (file, len) = open_file(path, true)?;
@@ -187,18 +196,19 @@ impl Lender {
                     len,
                     "make the file longer (`truncate -s %2M FILE`)",
                 )?;
-                (0, len, Durable::File(file, AtomicBool::new(false)))
+                (None, 0, len, Durable::File(file, AtomicBool::new(false)))
             }
         };
         let lender = Self {
             host: host.clone(),
             source: config.source.clone(),
+            device,
             offset,
             len,
             read_only: config.read_only,
             durable,
             held: Mutex::new(Held::Lost),
-            regained: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
+            bell: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
                 .map_err(|error| LendError::Host(error.into()))?,
         };
         let held = match lender.take() {
@@ -238,11 +248,17 @@ impl Lender {
         self.source.path()
     }
 
+    /// The device's name, as in `dax1.0`, if it is one.
+    pub fn device(&self) -> Option<&str> {
+        self.device.as_deref()
+    }
+
     /// To give to a frontend; an error is for saying: whoever has it, or that it is gone.
     pub fn lend(&self) -> Result<Arc<File>, String> {
         match &*self.held() {
             Held::Ours(loan) => Ok(Arc::clone(&loan.file)),
             Held::Kept(error) => Err(error.to_string()),
+            Held::LetGo => Err(format!("the host wants {} back", self.path().display())),
             Held::Lost => Err(format!("the host has taken {} away", self.path().display())),
         }
     }
@@ -251,15 +267,7 @@ impl Lender {
     /// is to map, which is what it has. The range is ours, too, from then on.
     pub fn recognise(&self, file: &File, offset: u64, len: u64) -> Option<Arc<File>> {
         let mut held = self.held();
-        if (offset, len) != (self.offset, self.len) || !matches!(&*held, Held::Kept(_)) {
-            return None;
-        }
-        let same = match (file.metadata(), std::fs::metadata(self.path())) {
-            // Locks are the inode's: another node of the same device has others.
-            (Ok(one), Ok(two)) => (one.dev(), one.ino()) == (two.dev(), two.ino()),
-            _ => false,
-        };
-        if !same {
+        if !matches!(&*held, Held::Kept(_)) || !self.is_of_the_range(file, offset, len) {
             return None;
         }
         let loan = file.try_clone().map(|file| self.loan_of(file)).ok()?;
@@ -268,14 +276,76 @@ impl Lender {
             .ok()?;
         let file = Arc::clone(&loan.file);
         *held = Held::Ours(loan);
-        // Only a full counter gives an error, and then it is readable anyway.
-        let _ = rustix::io::write(&self.regained, &1u64.to_ne_bytes());
+        self.ring();
         Some(file)
     }
 
-    /// Readable when the range was recognised: it can be watched now.
-    pub fn regained(&self) -> BorrowedFd<'_> {
-        self.regained.as_fd()
+    /// Whether this part of a file is the range, by whichever descriptor.
+    pub fn is_of_the_range(&self, file: &File, offset: u64, len: u64) -> bool {
+        let is_same_file = match (file.metadata(), std::fs::metadata(self.path())) {
+            // Locks are the inode's: another node of the same device has others.
+            (Ok(one), Ok(two)) => (one.dev(), one.ino()) == (two.dev(), two.ino()),
+            _ => false,
+        };
+        (offset, len) == (self.offset, self.len) && is_same_file
+    }
+
+    /// Something has changed that the daemon is to look at.
+    pub fn ring(&self) {
+        // Only a full counter gives an error, and then it is readable anyway.
+        let _ = rustix::io::write(&self.bell, &1u64.to_ne_bytes());
+    }
+
+    /// Readable when [`Lender::ring`] was called: the range was recognised, or was given back.
+    pub fn bell(&self) -> BorrowedFd<'_> {
+        self.bell.as_fd()
+    }
+
+    /// Not readable any more, until the next time.
+    pub fn acknowledge_bell(&self) {
+        // Nothing to read when it was read before.
+        let _ = rustix::io::read(&self.bell, &mut [0; 8]);
+    }
+
+    /// Has removals of the device held; `None` when it is not ours at the moment.
+    pub fn hold(&self, by: &mut Guard, answer_within: Duration) -> Option<Result<(), HoldError>> {
+        match &*self.held() {
+            Held::Ours(Loan {
+                mapping: Some(mapping),
+                ..
+            }) => Some(by.hold(self.device()?, mapping.file().as_fd(), answer_within)),
+            _ => None,
+        }
+    }
+
+    /// Our share is closed, for the host: nothing is lent, and flushes fail. Not while [`Lender::watch`] has it watched.
+    pub fn let_go(&self) {
+        let mut held = self.held();
+        if !matches!(&*held, Held::Lost) {
+            *held = Held::LetGo;
+        }
+    }
+
+    /// Whether it is the host's to have.
+    pub fn is_let_go(&self) -> bool {
+        matches!(&*self.held(), Held::LetGo)
+    }
+
+    /// Whether nobody has a part of the range locked, and so none of it mapped: neither we nor whom it was lent to.
+    pub fn is_free(&self) -> io::Result<bool> {
+        let file = match File::open(self.path()) {
+            Ok(file) => file,
+            Err(error) => {
+                let is_gone = matches!(
+                    error.raw_os_error(),
+                    Some(libc::ENOENT | libc::ENXIO | libc::ENODEV)
+                );
+                return if is_gone { Ok(true) } else { Err(error) };
+            }
+        };
+        let range = self.offset..self.offset + self.len;
+        let is_locked = self.host.is_locked(&file, LockKind::Exclusive, range)?;
+        Ok(!is_locked)
     }
 
     /// What is so after a session: the range is ours again, or somebody's still. Not while [`Lender::watch`] has it watched.
@@ -332,7 +402,8 @@ impl Lender {
     /// What was stored and written back before is durable when this returns.
     pub fn flush(&self) -> io::Result<()> {
         let lost = || io::Error::other("the memory is gone");
-        if self.is_lost() {
+        let is_lost = || matches!(&*self.held(), Held::LetGo | Held::Lost);
+        if is_lost() {
             return Err(lost());
         }
         if self.read_only {
@@ -351,7 +422,7 @@ impl Lender {
             }
         }
         // Lost meanwhile: what was made durable is not what the guest has.
-        if self.is_lost() { Err(lost()) } else { Ok(()) }
+        if is_lost() { Err(lost()) } else { Ok(()) }
     }
 
     fn take(&self) -> Result<Loan, LendError> {
@@ -456,17 +527,24 @@ fn check_units(path: &Path, offset: u64, len: u64, mend: &'static str) -> Result
 
 #[cfg(test)]
 mod tests {
+    use clap::Parser;
+
     use super::*;
+    use crate::args::Args;
 
     const MIB: u64 = 1 << 20;
 
     fn config(path: &Path, read_only: bool) -> Config {
-        Config {
-            socket_path: None,
-            source: Source::File(path.to_owned()),
-            read_only,
-            rejoin: false,
-        }
+        let args = [
+            "pmem",
+            "--socket-path",
+            "/s",
+            "--file",
+            path.to_str().unwrap(),
+        ];
+        let mut config = Config::try_from(Args::try_parse_from(args).unwrap()).unwrap();
+        config.read_only = read_only;
+        config
     }
 
     fn open(path: &Path, read_only: bool) -> Result<Lender, LendError> {
@@ -530,6 +608,33 @@ mod tests {
         let lent = readers[0].lend().unwrap();
         rustix::io::pwrite(&*lent, b"x", 0).unwrap_err();
         readers[0].flush().unwrap();
+    }
+
+    #[test]
+    fn what_the_host_wants_is_free_when_the_last_one_has_closed_it_and_can_be_had_again() {
+        for read_only in [false, true] {
+            let file = file(2 * MIB);
+            let lender = open(file.path(), read_only).unwrap();
+            assert!(!lender.is_free().unwrap(), "we have it");
+            let theirs = lender.lend().unwrap().try_clone().unwrap();
+            lender.let_go();
+            assert!(!lender.is_free().unwrap(), "the frontend has it");
+            lender.flush().unwrap_err();
+            assert!(lender.lend().unwrap_err().contains("wants"));
+            assert!(!lender.is_lost() && !lender.is_kept());
+            // The host thinks better of it.
+            lender.renew();
+            assert_eq!(lender.is_kept(), !read_only);
+            lender.flush().unwrap();
+            lender.let_go();
+            drop(theirs);
+            assert!(lender.is_free().unwrap());
+            lender.renew();
+            lender.lend().unwrap();
+            lender.lose();
+            lender.let_go();
+            assert!(lender.is_lost(), "that was the last of it");
+        }
     }
 
     #[test]

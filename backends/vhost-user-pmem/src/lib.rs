@@ -16,11 +16,12 @@
 //!   whatever becomes of this daemon ([`lender`]).
 //! - A range that a frontend has kept is lent to nobody else: one that shows that it has it is served again.
 //! - "Done" is said only after a flush that began after the request was seen, and never of memory that is gone.
+//! - A removal that the guard holds is answered when nobody has a part of the range mapped: neither this process nor one that it
+//!   was lent to ([`daemon`]).
 //! - Nothing that a frontend or a guest sends is believed before it is checked.
 //!
 //! # Not here
-//! Several guests of one daemon at once (a daemon for each range does that), migration, a guard that holds removals back: the
-//! VMM that has the memory mapped has one.
+//! Several guests that write (a daemon for each range does that), migration.
 
 #![forbid(unsafe_code)]
 
@@ -29,3 +30,4 @@ pub mod backend;
 pub mod config;
 pub mod daemon;
 pub mod lender;
+pub mod metrics;

@@ -5,11 +5,11 @@ mod driver;
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use daxhund_vhost_user::testing::{Daemon, refuses};
+use daxhund_vhost_user::testing::{self, Daemon, counted, refuses};
 use driver::frontend::{Driver, OK, Reach};
 use tempfile::{NamedTempFile, TempDir};
 
@@ -234,6 +234,63 @@ fn what_is_lent_for_reading_is_lent_by_several_and_can_t_be_written() {
 }
 
 #[test]
+fn one_daemon_lends_to_many_that_read_at_once_and_a_writer_is_told_who_they_are() {
+    let scene = Scene::new();
+    let daemon = scene.start(&["--read-only"]);
+    scene.memory.as_file().write_all_at(b"read", 0).unwrap();
+    let mut readers = [scene.connect(), scene.connect(), scene.connect()];
+    for driver in &mut readers {
+        let ((.., flags), file) = driver.loan();
+        assert_eq!(flags, 0);
+        let mut found = [0; 4];
+        file.read_exact_at(&mut found, 0).unwrap();
+        assert_eq!(&found, b"read");
+        assert_eq!(driver.flush(), OK);
+    }
+    let other = tempfile::tempdir().unwrap();
+    let (socket, memory) = (other.path().join("pmem.sock"), scene.memory.path());
+    let words = [socket.as_path(), memory].map(|path| path.to_str().unwrap());
+    let error = refuses(PROGRAM, &["--socket-path", words[0], "--file", words[1]]);
+    assert!(error.contains("is in use by process"), "{error}");
+    // One that goes takes nothing from the others.
+    let [first, mut second, third] = readers;
+    drop((first, third));
+    assert_eq!(second.flush(), OK);
+    let mut fourth = scene.connect();
+    assert_eq!((fourth.flush(), second.flush()), (OK, OK));
+    drop((second, fourth));
+    daemon.ends_well();
+}
+
+#[test]
+fn what_happens_is_told_and_counted() {
+    let scene = Scene::new();
+    let place = |name: &str| scene.directory.path().join(name);
+    let (events, metrics) = (place("events"), place("metrics"));
+    let word = format!("path={}", events.display());
+    let metrics_word = metrics.to_str().unwrap();
+    let daemon = scene.start(&["--event-monitor", &word, "--metrics-socket", metrics_word]);
+    let count = |name: &str| counted(&metrics, &format!("daxhund_vhost_user_pmem_{name}"));
+    assert_eq!((count("sessions"), count("requests")), (0, 0));
+    let mut driver = scene.connect();
+    assert_eq!((driver.flush(), driver.request(7)), (OK, 1));
+    let names = ["sessions", "requests", "errors", "flushes"];
+    assert_eq!(names.map(count), [1, 2, 1, 1]);
+    drop(driver);
+    // The daemon serves one after the other: when the second one is served, the first has gone.
+    let mut driver = scene.connect();
+    assert_eq!(driver.flush(), OK);
+    assert_eq!(names.map(count), [2, 3, 1, 2]);
+    daemon.ends_well();
+    assert!(!metrics.exists(), "the socket goes with the daemon");
+    let told = std::fs::read_to_string(&events).unwrap();
+    let one = ["frontend-connected", "frontend-gone"];
+    let expected = [&["listening"][..], &one, &one[..1], &["ending"]].concat();
+    assert_eq!(testing::told(&told), expected, "{told}");
+    assert!(told.contains("\"source\": \"vhost-user-pmem\""), "{told}");
+}
+
+#[test]
 fn what_is_no_vhost_user_ends_its_own_session_only() {
     use std::io::Write;
     let scene = Scene::new();
@@ -244,7 +301,7 @@ fn what_is_no_vhost_user_ends_its_own_session_only() {
         &[1, 0, 0],
         &[],
     ] {
-        let mut stream = std::os::unix::net::UnixStream::connect(scene.socket()).unwrap();
+        let mut stream = UnixStream::connect(scene.socket()).unwrap();
         // The daemon may have hung up by then.
         let _ = stream.write_all(garbage);
     }
