@@ -37,7 +37,7 @@ const RSS_ROOM_BYTES: u64 = 96 * 1024;
 /// Has the allocator keep nothing for later by size: seven pieces of each of 64 sizes for each thread, which fill up over a
 /// hundred cycles to more than that room.
 const WITHOUT_CACHE: (&str, &str) = ("GLIBC_TUNABLES", "glibc.malloc.tcache_count=0");
-const COMPLAINTS: [&str; 4] = ["WARNING:", "BUG:", "Bad page state", "Call Trace"];
+pub(super) const COMPLAINTS: [&str; 4] = ["WARNING:", "BUG:", "Bad page state", "Call Trace"];
 
 /// What must not grow.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]

@@ -3,14 +3,17 @@
 
 use lab_agent::host_protocol::ExitStatus;
 
+use super::add_back::COMPLAINTS;
 use super::guard::parties::Daemon as GuardDaemon;
-use super::pmem::boot_spec_with_pmem;
+use super::pmem::{boot_spec_with_pmem, boot_with_pmem};
 use super::removal::{REMOVAL_DEADLINE, is_bound, is_well, unbind_script, with_device};
 use super::served_disk::{Frontend, end, serve, start};
 use super::support::{MIB, no_complaints, power_off, scratch, spec_with};
+use super::vhost_pmem::{lend, word};
 use super::{GuestTest, Lab, TestError, claim, support};
 use crate::guest::Guest;
 use crate::host::DaxDevice;
+use crate::host::account::kernel_says;
 use crate::host::process::Process;
 use crate::suite::SCRATCH;
 
@@ -31,16 +34,27 @@ pub(super) const TESTS: &[GuestTest] = &[
         name: "removal_of_a_device_waits_for_its_guest_and_for_the_daemon_that_serves_of_it",
         run: removal_of_a_device_waits_for_its_guest_and_for_the_daemon_that_serves_of_it,
     },
+    GuestTest {
+        name: "removal_of_a_daemons_pmem_waits_for_its_guest_and_for_the_daemon",
+        run: removal_of_a_daemons_pmem_waits_for_its_guest_and_for_the_daemon,
+    },
+    GuestTest {
+        name: "removal_of_a_daemons_pmem_goes_on_when_its_guest_keeps_it_too_long",
+        run: removal_of_a_daemons_pmem_goes_on_when_its_guest_keeps_it_too_long,
+    },
 ];
 
 /// Where VMMs and daemons look for the guard.
 const GUARD: &str = "/run/daxhund/guard.sock";
 const HELD: &str = "the removal of the disk's device is held";
+const PMEM_HELD: &str = "the removal of the memory's device is held";
+/// The daemon's share is closed, and what the guest flushes is an error.
+const LET_GO: &str = "the memory is let go of, for the host";
 const WANTED: &str = "the host wants the disk's device";
 const GIVEN: &str = "is given to the host";
 const SIGKILL: i32 = 9;
 
-/// Runs a story while the guard's daemon runs where everybody looks for it.
+/// Runs a story while the guard's daemon runs where everybody looks for it. The host's kernel has nothing to say against it.
 fn with_guard(
     lab: &Lab,
     story: impl FnOnce(&GuardDaemon) -> Result<(), TestError>,
@@ -48,11 +62,16 @@ fn with_guard(
     scratch(lab)?;
     lab.host.sh("mkdir -p /run/daxhund")?;
     let guard = GuardDaemon::at(lab, GUARD, &[])?;
+    let before = kernel_says(&lab.host, &COMPLAINTS)?.len();
     let outcome = story(&guard);
     let ended = guard.end();
     // One that was killed leaves it, and those that come would wait for it.
     lab.host.sh(&format!("rm -f {GUARD}; rmdir /run/daxhund"))?;
-    outcome.and(ended)
+    outcome.and(ended)?;
+    let complaints = kernel_says(&lab.host, &COMPLAINTS)?.split_off(before);
+    claim(complaints.is_empty(), || {
+        format!("the host's kernel complains: {complaints:?}")
+    })
 }
 
 /// Prints the processes that have the device mapped or open.
@@ -318,6 +337,94 @@ fn removal_of_a_device_waits_for_its_guest_and_for_the_daemon_that_serves_of_it(
             is_well(&mut guest)?;
             power_off(guest)?;
             gave_it_up(daemon)
+        })
+    })
+}
+
+/// A daemon that lends a part of the device, whose removal it has held.
+fn lend_held(lab: &Lab, dax: &DaxDevice, more: &str) -> Result<Process, TestError> {
+    let daemon = lend(lab, &["--dax", &format!("{},size=512M{more}", dax.path)])?;
+    daemon.wait_for_error(PMEM_HELD, REMOVAL_DEADLINE)?;
+    Ok(daemon)
+}
+
+/// Stores, and what a flush of them came to.
+fn flush(guest: &mut Guest) -> Result<String, TestError> {
+    let dd = "dd if=/dev/zero of=/dev/pmem0 bs=4k count=1 conv=notrunc,fsync";
+    Ok(guest.sh(&format!("{dd} 2>&1 && echo flushed || true"))?)
+}
+
+fn flush_works(guest: &mut Guest) -> Result<(), TestError> {
+    let said = flush(guest)?;
+    claim(said.contains("flushed"), || said.clone())
+}
+
+fn flush_fails(guest: &mut Guest) -> Result<(), TestError> {
+    let said = flush(guest)?;
+    claim(
+        said.contains("I/O error") || said.contains("Input/output error"),
+        || said.clone(),
+    )
+}
+
+fn removal_of_a_daemons_pmem_waits_for_its_guest_and_for_the_daemon(
+    lab: &mut Lab,
+) -> Result<(), TestError> {
+    let dax = lab.host.dax()[1].clone();
+    with_guard(lab, |_| {
+        // Kept by the daemon's word, whatever its guest would do.
+        let daemon = lend_held(lab, &dax, ",on_removal=refuse")?;
+        let refused = take(lab, &dax)?.finish(REMOVAL_DEADLINE)?;
+        claim(
+            refused.stderr.contains("Operation not permitted") && is_bound(lab, &dax.name)?,
+            || format!("{refused:?}"),
+        )?;
+        end(daemon)?;
+        // The guest ejects it: asked by its VMM, which hears of it from the guard, or from the daemon alone.
+        for guard in ["daemon", "off"] {
+            with_device(lab, &dax.name, || {
+                let daemon = lend_held(lab, &dax, ",removal_timeout=3600")?;
+                let words = ["--removal-guard", guard, "--pmem", &word("p0")];
+                let mut guest = boot_with_pmem(lab, &words)?;
+                flush_works(&mut guest)?;
+                let users = [daemon.pid(), guest.vmm().pid()];
+                let held = if guard == "off" { &users[..1] } else { &users };
+                is_used_by(lab, &dax, &users, held)?;
+                has_gone(take(lab, &dax)?)?;
+                guest.await_gone("/dev/pmem0")?;
+                no_complaints(&mut guest)?;
+                power_off(guest)?;
+                gave_it_up(daemon)
+            })?;
+        }
+        Ok(())
+    })
+}
+
+/// The daemon's time is up before its guest's VMM takes the guest off the memory.
+fn removal_of_a_daemons_pmem_goes_on_when_its_guest_keeps_it_too_long(
+    lab: &mut Lab,
+) -> Result<(), TestError> {
+    let dax = lab.host.dax()[1].clone();
+    with_guard(lab, |_| {
+        with_device(lab, &dax.name, || {
+            let daemon = lend_held(lab, &dax, ",removal_timeout=1")?;
+            let lent = format!("{},removal_timeout=10", word("p0"));
+            let mut spec = spec_with(lab, &["--pmem", &lent]);
+            "acpiphp.disable=1".clone_into(&mut spec.cmdline);
+            let mut guest = boot_spec_with_pmem(lab, spec)?;
+            flush_works(&mut guest)?;
+            let removal = take(lab, &dax)?;
+            daemon.wait_for_error(LET_GO, REMOVAL_DEADLINE)?;
+            flush_fails(&mut guest)?;
+            still_waits(lab, &removal, &dax)?;
+            claim(!daemon.has_ended(), || "the session was cut off".to_owned())?;
+            has_gone(removal)?;
+            gave_it_up(daemon)?;
+            // Nobody is left to answer but the VMM.
+            flush_fails(&mut guest)?;
+            is_well(&mut guest)?;
+            power_off(guest)
         })
     })
 }

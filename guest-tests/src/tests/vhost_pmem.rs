@@ -41,7 +41,7 @@ fn socket() -> String {
 }
 
 /// For a guest that is lent what is at the socket.
-fn word(id: &str) -> String {
+pub(super) fn word(id: &str) -> String {
     format!("socket={},id={id}", socket())
 }
 
@@ -54,7 +54,7 @@ fn spawn(lab: &Lab, memory: &[&str]) -> Result<Process, TestError> {
     })?)
 }
 
-fn lend(lab: &Lab, memory: &[&str]) -> Result<Process, TestError> {
+pub(super) fn lend(lab: &Lab, memory: &[&str]) -> Result<Process, TestError> {
     let daemon = spawn(lab, memory)?;
     daemon.wait_for_error("listening", REMOVAL_DEADLINE)?;
     Ok(daemon)
