@@ -153,6 +153,11 @@ impl DaxMapping {
         &self.lock.device().file
     }
 
+    /// Whether the memory can be stored to: not of a device that is lent for reading.
+    pub fn is_writable(&self) -> bool {
+        self.lock.device().writable
+    }
+
     /// What was known of the device when it was opened.
     pub fn facts(&self) -> &DeviceFacts {
         &self.lock.device().facts
@@ -176,7 +181,8 @@ impl DaxMapping {
         Ok(Probe::Present)
     }
 
-    /// Enters every page into this process's page table, so that no later access faults. Changes no byte.
+    /// Enters every page into this process's page table, so that no later access faults. Changes no byte. The memory has to be
+    /// writable.
     pub fn prefault(&self) -> Result<(), MapError> {
         let (path, range) = (self.lock.device().path.clone(), self.range());
         self.pages
@@ -218,6 +224,7 @@ fn map_pages(lock: &RangeLock) -> Result<Pages, MapError> {
             offset: range.offset(),
             len,
             align,
+            writable: device.writable,
         },
         (Err(_), _) | (_, Err(_)) => {
             return Err(MapError::AddressSpace {

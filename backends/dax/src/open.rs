@@ -14,6 +14,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
+use rustix::fs::{OFlags, fcntl_getfl};
 use thiserror::Error;
 
 use crate::classify::{ClassifyError, FileBacking, NotDaxKind, PathKind};
@@ -40,6 +41,8 @@ pub(crate) struct Shared {
     pub(crate) claims: Mutex<Vec<DaxRange>>,
     /// Others have this open file description, too: its locks are theirs as well and end with its last descriptor.
     pub(crate) in_common: bool,
+    /// Whether the descriptor is for writing, too: one that is lent may not be.
+    pub(crate) writable: bool,
 }
 
 /// Why a path is not a usable dax device.
@@ -213,6 +216,9 @@ impl Host {
         in_common: bool,
     ) -> Result<DaxDevice, OpenError> {
         let facts = self.facts_of_opened(path, &file, seen)?;
+        // The flags of a descriptor that is open can always be had.
+        let flags = fcntl_getfl(&file);
+        let writable = flags.is_ok_and(|flags| flags & OFlags::RWMODE == OFlags::RDWR);
         Ok(DaxDevice::assemble(Shared {
             path: path.to_owned(),
             file: Arc::new(file),
@@ -220,6 +226,7 @@ impl Host {
             proc: self.proc().to_owned(),
             claims: Mutex::default(),
             in_common,
+            writable,
         }))
     }
 
@@ -278,6 +285,11 @@ impl DaxDevice {
 
     pub(crate) fn shared(&self) -> &Arc<Shared> {
         &self.shared
+    }
+
+    /// Whether it is open for writing; one that another process has opened, and lends, may not be.
+    pub fn is_writable(&self) -> bool {
+        self.shared.writable
     }
 
     /// The device's facts as of its opening.

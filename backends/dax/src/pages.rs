@@ -41,6 +41,7 @@ pub(crate) struct Part {
     pub(crate) offset: u64,
     pub(crate) len: usize,
     pub(crate) align: usize,
+    pub(crate) writable: bool,
 }
 
 /// The step of [`Pages::map`] that failed.
@@ -56,7 +57,7 @@ impl Pages {
         debug_assert!(part.align.is_power_of_two() && part.len.is_multiple_of(part.align));
         // From here on a failure drops `pages`, which unmaps what is left.
         let pages = Self::reserve(part.len, part.align).map_err(MapStep::Reserve)?;
-        pages.fill(file, part.offset)?;
+        pages.fill(file, part.offset, part.writable)?;
         // A forked child must not keep memory mapped that the host takes away, and guest memory is not for a dump.
         for advice in [Advice::LinuxDontFork, Advice::LinuxDontDump] {
             // SAFETY: the range is this value's own mapping, and neither advice changes its contents or its bounds.
@@ -161,9 +162,13 @@ impl Pages {
     }
 
     /// Maps the file over the reservation.
-    fn fill(&self, file: &File, offset: u64) -> Result<(), MapStep> {
+    fn fill(&self, file: &File, offset: u64, writable: bool) -> Result<(), MapStep> {
         let start = self.ptr.as_ptr().cast();
-        let prot = ProtFlags::READ | ProtFlags::WRITE;
+        let prot = if writable {
+            ProtFlags::READ | ProtFlags::WRITE
+        } else {
+            ProtFlags::READ
+        };
         let flags = MapFlags::SHARED | MapFlags::FIXED;
         // SAFETY: MAP_FIXED replaces exactly this value's own range, which nothing refers to yet.
         unsafe { mmap(start, self.len, prot, flags, file, offset) }
@@ -238,6 +243,7 @@ mod tests {
                 offset: align as u64,
                 len: 2 * align,
                 align,
+                writable: true,
             };
             let pages = Pages::map(&file, part).unwrap();
             assert_eq!(pages.as_ptr() as usize % align, 0);
@@ -262,6 +268,7 @@ mod tests {
             offset: 0,
             len: align,
             align,
+            writable: true,
         };
         for round in 0..256 {
             let pages = Pages::map(&file, part).unwrap();
@@ -279,6 +286,7 @@ mod tests {
             offset: 0,
             len: 2 * 4096,
             align: 4096,
+            writable: true,
         };
         let pages = Pages::map(&file, part).unwrap();
         assert!(pages.can_read(4095).unwrap());
@@ -299,6 +307,7 @@ mod tests {
             offset: 0,
             len,
             align,
+            writable: true,
         };
         let huge = Pages::map(&memfd(4096), part(1 << 62, 4096));
         assert!(matches!(huge, Err(MapStep::Reserve(_))), "{huge:?}");
@@ -318,6 +327,7 @@ mod tests {
             offset: 0,
             len: 1 << 40,
             align: 1 << 30,
+            writable: true,
         };
         // 128 TiB of user address space would be used up by 128 leaks of 1 TiB.
         for _ in 0..200 {

@@ -172,6 +172,7 @@ impl DeviceFile {
             proc: "/proc".into(),
             claims: Mutex::default(),
             in_common: false,
+            writable: true,
         })
     }
 
@@ -185,6 +186,7 @@ impl DeviceFile {
             proc: shared.proc.clone(),
             claims: Mutex::default(),
             in_common: true,
+            writable: true,
         })
     }
 

@@ -6,7 +6,7 @@
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use kvm_bindings::kvm_userspace_memory_region;
+use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
 use thiserror::Error;
 
@@ -19,6 +19,8 @@ pub struct SlotRange {
     pub size: u64,
     /// First host-virtual address.
     pub host_address: u64,
+    /// The guest's stores leave KVM.
+    pub read_only: bool,
 }
 
 /// Proof that a slot exists; give it back to [`MemorySlots::delete`].
@@ -121,7 +123,7 @@ impl MemorySlots {
     ) -> Result<(), SlotError> {
         let region = kvm_userspace_memory_region {
             slot,
-            flags: 0,
+            flags: if range.read_only { KVM_MEM_READONLY } else { 0 },
             guest_phys_addr: range.gpa,
             memory_size: size,
             userspace_addr: range.host_address,

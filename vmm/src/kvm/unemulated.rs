@@ -1,6 +1,7 @@
 //! What becomes of an instruction that KVM can't emulate, and has told of.
 //!
-//! Where memory was taken away, it is answered like any other access: a load is a machine check, a store goes nowhere. A
+//! Where memory was taken away, it is answered like any other access: a load is a machine check, a store goes nowhere, as
+//! it does where memory can only be read. A
 //! program's other one is an invalid instruction to it, as KVM itself has it; the guest's kernel's ends the guest.
 
 use kvm_bindings::kvm_regs;
@@ -60,6 +61,9 @@ impl BoundVcpu {
                 Some((address, Beneath::Tombstone)) if touch.loads || !effects.only_stores => {
                     return self.machine_check(io, address).map(Some);
                 }
+                Some((_, Beneath::ReadOnly)) if !touch.loads && effects.only_stores => {
+                    is_dropped = true;
+                }
                 Some((address, Beneath::Tombstone)) => {
                     io.store_dropped(address);
                     is_dropped = true;
@@ -70,7 +74,7 @@ impl BoundVcpu {
                         address: Some(address),
                     });
                 }
-                Some((_, Beneath::Device)) | None => {}
+                Some((_, Beneath::Device | Beneath::ReadOnly)) | None => {}
             }
         }
         if !is_dropped {

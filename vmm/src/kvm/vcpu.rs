@@ -202,6 +202,8 @@ pub enum Beneath {
     Device,
     /// Guest memory: the access is a fault of the memory behind it.
     Memory,
+    /// Guest memory that can't be stored to: a store goes nowhere, as to ROM; a load that comes here is a fault of the memory.
+    ReadOnly,
     /// Memory was there and was taken away, or is poisoned: a load is a machine check, a store goes nowhere.
     Tombstone,
 }
@@ -546,13 +548,14 @@ impl BoundVcpu {
             Ok(VcpuExit::IoOut(port, data)) => io.port_write(port, data),
             Ok(VcpuExit::MmioRead(address, data)) => match io.beneath(address) {
                 Beneath::Device => io.mmio_read(address, data),
-                Beneath::Memory => return Step::LostLoad(address),
+                Beneath::Memory | Beneath::ReadOnly => return Step::LostLoad(address),
                 Beneath::Tombstone => return Step::DeadLoad(address),
             },
             Ok(VcpuExit::MmioWrite(address, data)) => match io.beneath(address) {
                 Beneath::Device => io.mmio_write(address, data),
                 Beneath::Memory => return Step::Lost(address),
                 Beneath::Tombstone => io.store_dropped(address),
+                Beneath::ReadOnly => {}
             },
             Ok(VcpuExit::Intr) => return Step::Exit(Exit::Kicked),
             Ok(VcpuExit::Shutdown) => return Step::Exit(Exit::TripleFault),

@@ -201,7 +201,11 @@ impl Consumer for BackendMemory {
         Rank::Tables
     }
 
+    /// A backend maps memory for writing: what can only be read is not its to reach.
     fn attach(&mut self, region: &Region) -> Result<Lease, Reason> {
+        if region.is_read_only() {
+            return Ok(Lease(Box::new(())));
+        }
         self.0.attach(vec![shared(region)?])?;
         Ok(Lease(Box::new(())))
     }
@@ -214,7 +218,8 @@ impl Consumer for BackendMemory {
             kept: Vec::new(),
         };
         let mut all = Vec::with_capacity(regions.len());
-        for (index, region) in regions.iter().enumerate() {
+        let written = |(_, region): &(usize, &&Region)| !region.is_read_only();
+        for (index, region) in regions.iter().enumerate().filter(written) {
             all.push(shared(region).map_err(|why| refused(index, why.into()))?);
         }
         // Of too much in all, the first is as good as any: the reason says what is too much.

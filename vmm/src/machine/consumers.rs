@@ -35,6 +35,7 @@ impl KvmSlots {
             gpa: start,
             size: end - start,
             host_address: region.host_address() + (start - region.gpa().0),
+            read_only: region.is_read_only(),
         };
         parts.into_iter().map(slot).collect()
     }

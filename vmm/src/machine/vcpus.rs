@@ -149,6 +149,7 @@ impl Io for GuestIo {
         }
         let memory = self.memory.memory();
         match memory.find_region(GuestAddress(address)) {
+            Some(region) if region.is_read_only() => Beneath::ReadOnly,
             Some(_) => Beneath::Memory,
             None => Beneath::Device,
         }

@@ -149,6 +149,7 @@ impl vfio::BarWindows for KvmWindows {
             gpa: window.gpa,
             size: window.size,
             host_address: window.host_address,
+            read_only: false,
         })?;
         let reach = self.reach(window);
         let mut mapped = self.mapped.lock().unwrap_or_else(PoisonError::into_inner);

@@ -9,6 +9,7 @@ use std::io;
 use std::sync::Arc;
 
 use daxhund_dax::Pages;
+use rustix::fs::OFlags;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 use thiserror::Error;
 
@@ -118,7 +119,11 @@ impl HostMapping {
     /// Replaces the reservation by the memory itself.
     fn place(&self) -> io::Result<()> {
         let (address, len) = (self.pages.as_ptr().cast(), self.pages.len());
-        let prot = ProtFlags::READ | ProtFlags::WRITE;
+        let prot = if self.is_read_only() {
+            ProtFlags::READ
+        } else {
+            ProtFlags::READ | ProtFlags::WRITE
+        };
         match &self.source {
             Source::Anonymous { huge_bytes, .. } => {
                 // Ordinary anonymous memory is not charged up front, a huge page pool is: better an error now than
@@ -181,6 +186,20 @@ impl HostMapping {
     /// Never: an empty range can't be mapped.
     pub fn is_empty(&self) -> bool {
         self.pages.len() == 0
+    }
+
+    /// Whether it can't be stored to: shared with a file that is open for reading only.
+    pub fn is_read_only(&self) -> bool {
+        let (Source::File {
+            file, shared: true, ..
+        }
+        | Source::DaxFile { file, .. }) = &self.source
+        else {
+            return false;
+        };
+        // The flags of a descriptor that is open can always be had.
+        let flags = rustix::fs::fcntl_getfl(file);
+        flags.is_ok_and(|flags| flags & OFlags::RWMODE == OFlags::RDONLY)
     }
 
     /// What it is a mapping of.

@@ -74,6 +74,14 @@ impl Mapping {
         }
     }
 
+    /// Whether stores to it are errors.
+    fn is_read_only(&self) -> bool {
+        match self {
+            Self::Dax(mapping) => !mapping.is_writable(),
+            Self::Host(mapping) => mapping.is_read_only(),
+        }
+    }
+
     fn file_offset(&self) -> Option<FileOffset> {
         match self {
             Self::Dax(mapping) => Some(FileOffset::from_arc(
@@ -270,7 +278,12 @@ impl Region {
             GuestRegionMmap::new(region, gpa.into()).ok_or_else(invalid)
         };
         let mark = LossMark::new();
-        let guest = SnapshotRegion::new(face(loads)?, face(system)?, mark.clone());
+        let guest = SnapshotRegion::new(
+            face(loads)?,
+            face(system)?,
+            mark.clone(),
+            mapping.is_read_only(),
+        );
         let guard = |start: *mut u8, touch| {
             let guarded = Guarded {
                 start: start as usize,
@@ -326,6 +339,11 @@ impl Region {
         &self.mapping
     }
 
+    /// Whether the guest can only load from it, and nobody else reaches it.
+    pub fn is_read_only(&self) -> bool {
+        self.mapping.is_read_only()
+    }
+
     /// Whether it is still there.
     pub fn mark(&self) -> &LossMark {
         &self.faces.mark
@@ -365,7 +383,13 @@ impl Region {
     }
 
     /// Lets devices reach it or not; `None` is as its kind of memory wants it. Before it is attached to anything.
+    /// Devices write: what can only be read is never in their reach.
     pub fn with_dma(mut self, asked: Option<bool>) -> Result<Self, (Self, DmaRefused)> {
+        let asked = if self.is_read_only() {
+            Some(false)
+        } else {
+            asked
+        };
         match self.dma.as_asked(asked) {
             Ok(dma) => {
                 self.dma = dma;

@@ -38,18 +38,31 @@ pub struct SnapshotRegion {
     /// For the kernel: system calls of this process. The same memory.
     system: GuestRegionMmap,
     mark: LossMark,
+    /// Not to be stored to. Who has a slice may, so there is none: such memory is the guest's alone.
+    read_only: bool,
 }
 
 impl SnapshotRegion {
     /// Two mappings of one memory, at one guest address and of one size; or one mapping twice.
-    pub(super) fn new(loads: GuestRegionMmap, system: GuestRegionMmap, mark: LossMark) -> Self {
+    pub(super) fn new(
+        loads: GuestRegionMmap,
+        system: GuestRegionMmap,
+        mark: LossMark,
+        read_only: bool,
+    ) -> Self {
         debug_assert_eq!(loads.start_addr(), system.start_addr());
         debug_assert_eq!(loads.len(), system.len());
         Self {
             loads,
             system,
             mark,
+            read_only,
         }
+    }
+
+    /// Whether the guest can only load from it.
+    pub fn is_read_only(&self) -> bool {
+        self.read_only
     }
 
     /// Whether it is still there.
@@ -58,6 +71,9 @@ impl SnapshotRegion {
     }
 
     fn check(&self, at: MemoryRegionAddress, len: usize) -> Result<()> {
+        if self.read_only {
+            return Err(efault());
+        }
         self.mark.check(at.0, len as u64).map_err(lost)
     }
 }
@@ -94,6 +110,10 @@ impl GuestMemoryRegion for SnapshotRegion {
 impl GuestMemoryRegionBytes for SnapshotRegion {}
 
 fn lost(_: Lost) -> GuestMemoryError {
+    efault()
+}
+
+fn efault() -> GuestMemoryError {
     GuestMemoryError::IOError(io::Error::from_raw_os_error(libc::EFAULT))
 }
 
@@ -226,6 +246,7 @@ impl Snapshot {
                 loads,
                 system,
                 LossMark::new(),
+                false,
             )))
         });
         let regions: std::result::Result<Vec<_>, vm_memory::mmap::FromRangesError> =

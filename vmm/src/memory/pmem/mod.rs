@@ -21,6 +21,7 @@ use std::sync::atomic::{AtomicI32, Ordering};
 use daxhund_dax::{
     ByteSize, DaxDevice, DaxRange, FileBacking, Flusher, Host, LockKind, NotDaxKind, OpenError,
 };
+use rustix::fs::OFlags;
 
 use super::layout::Gpa;
 use super::mapping::{HostMapping, Source};
@@ -197,7 +198,7 @@ impl PmemBacking {
             _ => UNIT,
         };
         check_units(spec, align, offset, size)?;
-        let lock = if spec.discard_writes {
+        let lock = if spec.discard_writes || !is_for_writing(&file) {
             LockKind::Shared
         } else {
             LockKind::Exclusive
@@ -261,8 +262,13 @@ impl PmemBacking {
         let id = || self.id.clone();
         let mapping = match &self.memory {
             Memory::Dax { device, range } => {
+                let kind = if device.is_writable() {
+                    LockKind::Exclusive
+                } else {
+                    LockKind::Shared
+                };
                 let lock = device
-                    .lock(*range, LockKind::Exclusive)
+                    .lock(*range, kind)
                     .map_err(|source| PmemMapError::Lock { id: id(), source })?;
                 Mapping::Dax(
                     lock.map()
@@ -300,6 +306,13 @@ impl Flush for Flusher {
     fn flush(&self) -> io::Result<()> {
         Flusher::flush(self)
     }
+}
+
+/// What is lent for reading is shared with others who read.
+fn is_for_writing(file: &File) -> bool {
+    // The flags of a descriptor that is open can always be had.
+    let flags = rustix::fs::fcntl_getfl(file);
+    flags.is_ok_and(|flags| flags & OFlags::RWMODE == OFlags::RDWR)
 }
 
 /// Writes go nowhere: there is nothing to make durable.

@@ -2,7 +2,7 @@ use std::fs;
 use std::os::unix::fs::{FileExt, symlink};
 
 use tempfile::{NamedTempFile, TempDir};
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use super::*;
 use crate::memory::snapshot::Snapshot;
@@ -357,9 +357,40 @@ fn what_is_lent_is_seen_for_what_it_is() {
         let error = crate::chain(&error);
         assert!(error.contains(says), "{error}");
     }
-    // For reading only, whatever was said of it.
-    let read_only = File::open(good.path()).unwrap();
-    lent(&read_only, 4 * MIB, 0).unwrap_err();
+}
+
+#[test]
+fn what_is_lent_for_reading_is_the_guests_alone_and_shared_with_other_readers() {
+    let host = Host::system();
+    let (_root, dax, node) = dax_host(2 * MIB, GIB, false);
+    let file = file(4 * MIB);
+    for (host, path) in [(&host, file.path()), (&dax, &node)] {
+        let spec = PmemSpec {
+            size: Some(4 * MIB),
+            dma: Some(true),
+            ..spec(path)
+        };
+        let read = || {
+            let backing = PmemBacking::lent(host, &spec, File::open(path).unwrap()).unwrap();
+            backing.map(Gpa(4 * GIB)).unwrap()
+        };
+        let readers = [read(), read()];
+        for region in &readers {
+            assert!(region.is_read_only() && !region.dma().is_reachable());
+            let devices = Snapshot::of(vec![region.guest_region()]).unwrap();
+            let at = GuestAddress(4 * GIB);
+            devices.read_obj::<u8>(at).unwrap_err();
+            devices.write_obj(1u8, at).unwrap_err();
+            devices.get_host_address(at).unwrap_err();
+        }
+        let maps = fs::read_to_string("/proc/self/maps").unwrap();
+        for region in readers {
+            let start = format!("{:x}-", region.host_address());
+            let line = maps.lines().find(|line| line.starts_with(&start)).unwrap();
+            assert!(line.contains(" r--s "), "{line}");
+            region.release().unwrap();
+        }
+    }
 }
 
 #[test]

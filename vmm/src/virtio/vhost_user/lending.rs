@@ -1,7 +1,7 @@
 //! The other direction of a connection: a backend asks for its memory to be mapped into the guest.
 //!
 //! ```text
-//!   SET_BACKEND_REQ_FD ──▶ channel ──SHMEM_MAP, with a file──▶ Loan: is it all of the region, and writable?
+//!   SET_BACKEND_REQ_FD ──▶ channel ──SHMEM_MAP, with a file──▶ Loan: is it all of the region?
 //!        (ours, the other end)            ▲                      │ the owner opens, checks and maps it; a later backend's
 //!                                         └── answer ◀───────────┘ is compared with the first one's and not mapped
 //! ```
@@ -20,6 +20,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
 use rustix::event::{PollFd, PollFlags, poll};
+use rustix::fs::{OFlags, fcntl_getfl};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags, recvmsg, send};
 use thiserror::Error;
 
@@ -43,6 +44,15 @@ pub struct Loan {
     pub offset: u64,
     /// Bytes.
     pub size: u64,
+    /// Whether the guest may store there.
+    pub writable: bool,
+}
+
+/// Whether it can be stored to by this descriptor.
+fn is_for_writing(file: &File) -> bool {
+    // The flags of a descriptor that is open can always be had.
+    let flags = fcntl_getfl(file);
+    flags.is_ok_and(|flags| flags & OFlags::RWMODE == OFlags::RDWR)
 }
 
 /// What is kept of a loan: no descriptor, which would outlive the memory.
@@ -51,6 +61,7 @@ pub(super) struct Known {
     device: u64,
     inode: u64,
     offset: u64,
+    writable: bool,
     pub(super) size: u64,
 }
 
@@ -61,6 +72,7 @@ impl Loan {
             device: metadata.dev(),
             inode: metadata.ino(),
             offset: self.offset,
+            writable: self.writable,
             size: self.size,
         })
     }
@@ -93,11 +105,15 @@ pub enum LoanError {
         /// How much there is.
         size: u64,
     },
-    /// Guests write.
+    /// It says one thing and sends another.
     #[error(
-        "it lends memory for reading only, and a guest's persistent memory is written: start the backend without --read-only"
+        "it lends memory {}, by a descriptor that is for {}",
+        if *writable { "for writing" } else { "for reading only" }, if *writable { "reading only" } else { "writing, too" }
     )]
-    ReadOnly,
+    Mode {
+        /// What it says.
+        writable: bool,
+    },
 }
 
 /// A channel that makes no sense.
@@ -131,7 +147,6 @@ pub(super) enum Asked {
     Map {
         shmid: u8,
         at: u64,
-        writable: bool,
         loan: Loan,
     },
     /// Memory back.
@@ -282,11 +297,11 @@ impl Channel {
             (SHMEM_MAP, BODY, Some(file)) => Asked::Map {
                 shmid: self.bytes[HEADER],
                 at: number(16),
-                writable: number(32) == WRITABLE,
                 loan: Loan {
                     file: File::from(file),
                     offset: number(8),
                     size: number(24),
+                    writable: number(32) == WRITABLE,
                 },
             },
             (SHMEM_UNMAP, BODY, None) => Asked::Unmap,
@@ -351,13 +366,7 @@ impl Lending {
     ) -> Result<Result<Loan, LoanError>, ChannelError> {
         loop {
             let Message { asked, reply } = self.channel.wait(line)?;
-            let Asked::Map {
-                shmid,
-                at,
-                writable,
-                loan,
-            } = asked
-            else {
+            let Asked::Map { shmid, at, loan } = asked else {
                 self.channel.answer(reply, false)?;
                 continue;
             };
@@ -366,8 +375,10 @@ impl Lending {
                 LoanError::OtherRegion { shmid }
             } else if (at, len) != (0, size) {
                 LoanError::NotWhole { at, len, size }
-            } else if !writable {
-                LoanError::ReadOnly
+            } else if loan.writable != is_for_writing(&loan.file) {
+                LoanError::Mode {
+                    writable: loan.writable,
+                }
             } else {
                 self.owed = reply;
                 return Ok(Ok(loan));

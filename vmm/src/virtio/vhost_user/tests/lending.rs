@@ -140,8 +140,8 @@ fn what_can_t_be_the_devices_memory_is_refused_and_said() {
         ([0, 0, 2 * MIB, 1], 0, "0x200000 bytes at 0x0"),
         ([0, 0, 0, 1], 0, "0x0 bytes at 0x0"),
         ([0, u64::MAX, SIZE, 1], 0, "0xffffffffffffffff"),
-        ([0, 0, SIZE, 0], 0, "without --read-only"),
-        ([0, 0, SIZE, 3], 0, "without --read-only"),
+        ([0, 0, SIZE, 0], 0, "that is for writing, too"),
+        ([0, 0, SIZE, 3], 0, "that is for writing, too"),
     ] {
         let said = refusal(lending(request(MAP, shmid, numbers), Some(file())));
         assert!(said.contains(expected), "{numbers:?}: {said}");
@@ -151,6 +151,30 @@ fn what_can_t_be_the_devices_memory_is_refused_and_said() {
         ..lending(whole(), Some(file()))
     });
     assert!(said.contains("which is no memory"), "{said}");
+}
+
+#[test]
+fn what_is_lent_for_reading_comes_by_a_descriptor_for_reading() {
+    let named = tempfile::NamedTempFile::new().unwrap();
+    let reader = Arc::new(File::open(named.path()).unwrap());
+    let to_read = request(MAP, 0, [0, 0, SIZE, 0]);
+    let (mut fake, backend) = borrowed(lending(to_read, Some(Arc::clone(&reader))));
+    assert!(!backend.take_loan().unwrap().unwrap().writable);
+    backend.loan_is_mapped().unwrap();
+    // The next one lends the same to write.
+    fake.die();
+    let writer = File::options().read(true).write(true).open(named.path());
+    let to_write = request(MAP, 0, [0, 0, SIZE, 1]);
+    fake.serve(lending(to_write.clone(), Some(Arc::new(writer.unwrap()))));
+    until("it is said", || {
+        let why = backend.status().lost.unwrap_or_default();
+        why.contains("now lends other memory")
+    });
+    let said = refusal(lending(to_write, Some(reader)));
+    assert!(
+        said.contains("for writing, by a descriptor that is for reading only"),
+        "{said}"
+    );
 }
 
 #[test]
