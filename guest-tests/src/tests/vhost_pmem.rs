@@ -5,10 +5,10 @@ use lab_agent::host_protocol::{ExitStatus, SpawnSpec};
 
 use super::pmem::{boot_spec_with_pmem, boot_with_pmem, is_usable};
 use super::remote::Remote;
-use super::removal::{REMOVAL_DEADLINE, is_bound, unbind, with_device};
+use super::removal::{REMOVAL_DEADLINE, is_bound, is_well, unbind, with_device};
 use super::support::{
     MIB, dax_zone, eventually, holds, kvm_pages, no_complaints, power_off, refused, scratch,
-    spec_with,
+    spec_on, spec_with,
 };
 use super::{GuestTest, Lab, TestError, claim};
 use crate::guest::Guest;
@@ -23,6 +23,10 @@ pub(super) const TESTS: &[GuestTest] = &[
     GuestTest {
         name: "lent_pmem_comes_and_goes_and_is_the_hosts_to_take",
         run: lent_pmem_comes_and_goes_and_is_the_hosts_to_take,
+    },
+    GuestTest {
+        name: "lent_pmem_is_read_by_two_guests_at_once_and_written_by_neither",
+        run: lent_pmem_is_read_by_two_guests_at_once_and_written_by_neither,
     },
     GuestTest {
         name: "pmem_that_can_t_be_lent_is_refused",
@@ -240,6 +244,71 @@ fn lent_pmem_comes_and_goes_and_is_the_hosts_to_take(lab: &mut Lab) -> Result<()
     power_off(guest)
 }
 
+fn keep(guests: &mut [Guest], offsets: &[u64]) -> Result<(), TestError> {
+    for guest in guests {
+        guest.sh("echo 3 > /proc/sys/vm/drop_caches")?;
+        for offset in offsets {
+            keeps(guest, *offset, *offset)?;
+        }
+    }
+    Ok(())
+}
+
+fn lent_pmem_is_read_by_two_guests_at_once_and_written_by_neither(
+    lab: &mut Lab,
+) -> Result<(), TestError> {
+    scratch(lab)?;
+    let lab = &*lab;
+    let dax = lab.host.dax()[1].path.clone();
+    let memory = format!("{dax},size=512M");
+    let offsets = [0, SIZE - PIECE];
+    let daemon = lend(lab, &["--dax", &memory])?;
+    let mut guest = boot_with_pmem(lab, &["--pmem", &word("p0")])?;
+    for offset in offsets {
+        guest.fill_blocks("/dev/pmem0", offset, PIECE, offset)?;
+    }
+    guest.sh("sync")?;
+    power_off(guest)?;
+    end(daemon)?;
+
+    let daemon = lend(lab, &["--dax", &memory, "--read-only"])?;
+    let lent = word("p0");
+    let boot = |ram: u64| {
+        let mut spec = spec_on(lab, &[&dax_zone(lab, "z0", 0, 512 * MIB, ram)]);
+        let words = ["--pmem", &lent].map(str::to_owned);
+        spec.arguments.extend(words);
+        boot_spec_with_pmem(lab, spec)
+    };
+    let mut guests = [boot(0)?, boot(512 * MIB)?];
+    keep(&mut guests, &offsets)?;
+    for guest in &mut guests {
+        let maps = lab
+            .host
+            .sh(&format!("cat /proc/{}/maps", guest.vmm().pid()))?;
+        let mut mapped = maps.lines().filter(|line| line.ends_with(&dax)).peekable();
+        claim(
+            mapped.peek().is_some() && mapped.all(|line| line.contains(" r--s ")),
+            || format!("mapped for writing: {maps}"),
+        )?;
+    }
+    // Nobody writes meanwhile, by whichever way.
+    does_not_lend(lab, &["--dax", &memory], &["is in use by process"])?;
+    let zone = dax_zone(lab, "z1", 0, 256 * MIB, 1024 * MIB);
+    let direct = format!("file={dax},size=512M,id=p0");
+    let words = ["--memory-zone", &zone, "--pmem", &direct];
+    refused(lab, &words, 1, &["p0", "is in use by process"])?;
+    // What a guest stores goes nowhere, and no harm comes of it: Linux does not know that it can't write.
+    let [one, _] = &mut guests;
+    one.sh("dd if=/dev/zero of=/dev/pmem0 bs=4k count=16 conv=notrunc,fsync")?;
+    keep(&mut guests, &offsets)?;
+    for mut guest in guests {
+        is_well(&mut guest)?;
+        no_complaints(&mut guest)?;
+        power_off(guest)?;
+    }
+    end(daemon)
+}
+
 fn pmem_that_can_t_be_lent_is_refused(lab: &mut Lab) -> Result<(), TestError> {
     scratch(lab)?;
     let lab = &*lab;
@@ -269,12 +338,6 @@ fn pmem_that_can_t_be_lent_is_refused(lab: &mut Lab) -> Result<(), TestError> {
     blk.wait_for_error("listening", REMOVAL_DEADLINE)?;
     with(&word("p0"), 1, &["VHOST_USER_PROTOCOL_F_SHMEM", "pmem"])?;
     end(blk)?;
-    // Guests write.
-    let memory = format!("{dax},size=512M");
-    let readers = lend(lab, &["--dax", &memory, "--read-only"])?;
-    with(&word("p0"), 1, &["for reading only", "without --read-only"])?;
-    does_not_lend(lab, &["--dax", &memory], &["is in use by process"])?;
-    end(readers)?;
     let odd = format!("{dax},size=513M");
     does_not_lend(lab, &["--dax", &odd], &["513M"])?;
     // A file can be lent as well, and what is flushed is in it.
