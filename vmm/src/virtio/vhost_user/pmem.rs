@@ -2,7 +2,7 @@
 //!
 //! The memory is mapped here and is a region of guest memory like any other. The backend is left with the queue of flush
 //! requests: a guest whose backend is gone stores on, and its flushes wait for the next one. When the memory is taken away nobody
-//! is waited for: flushes are answered here, with errors ([`super::stand_in`]). The guest is told where the
+//! is waited for: flushes are answered here, with errors (`stand_in`). The guest is told where the
 //! memory is by the configuration space, which drivers of all ages read.
 
 use std::io;
