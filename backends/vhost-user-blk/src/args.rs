@@ -5,7 +5,7 @@
 use std::path::PathBuf;
 
 use clap::{ArgAction, Parser};
-use daxhund_vhost_user::policy::{RemovalGuard, Seccomp};
+use daxhund_vhost_user::policy::PolicyArgs;
 
 /// Serves a range of device-dax memory, or a file, as a virtio disk over vhost-user.
 #[derive(Debug, Parser)]
@@ -32,19 +32,9 @@ pub struct Args {
     /// Queues that are offered, each served by a thread of its own
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub num_queues: u16,
-    /// Who holds removals of the device back until it is let go of: daxhund-guardd, or nobody; without the flag the daemon
-    /// when its socket is there
-    #[arg(long, value_enum, value_name = "WHO", conflicts_with = "file")]
-    pub removal_guard: Option<RemovalGuard>,
-    /// Tell what happens as JSON objects in this file or FIFO
-    #[arg(long, value_name = "path=PATH")]
-    pub event_monitor: Option<String>,
-    /// Give counts of what was served to whoever connects to this unix socket
-    #[arg(long, value_name = "PATH")]
-    pub metrics_socket: Option<PathBuf>,
-    /// System call filter: a call that is not on the list kills (true) or is logged by the kernel (log)
-    #[arg(long, value_enum, value_name = "MODE", default_value_t)]
-    pub seccomp: Seccomp,
+    /// Of removals, events, metrics and system calls
+    #[command(flatten)]
+    pub policy: PolicyArgs,
     /// Say more of what is done; twice for everything
     #[arg(short, long, action = ArgAction::Count)]
     pub verbose: u8,

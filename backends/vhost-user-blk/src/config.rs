@@ -4,7 +4,7 @@
 
 use std::path::PathBuf;
 
-use daxhund_vhost_user::policy::{self, PolicyError, RemovalGuard, RemovalPolicy, Seccomp};
+use daxhund_vhost_user::policy::{Policy, PolicyError};
 use daxhund_vhost_user::source::SourceError;
 use thiserror::Error;
 
@@ -26,16 +26,8 @@ pub struct Config {
     pub read_only: bool,
     /// 1 to [`MOST_QUEUES`].
     pub num_queues: u16,
-    /// What is done when somebody wants the disk's device back.
-    pub removal: RemovalPolicy,
-    /// Who holds its removals back.
-    pub removal_guard: RemovalGuard,
-    /// What becomes of system calls that it does not need.
-    pub seccomp: Seccomp,
-    /// Where events are written.
-    pub events: Option<PathBuf>,
-    /// Where metrics are given.
-    pub metrics_socket: Option<PathBuf>,
+    /// Of removals, events, metrics and system calls.
+    pub policy: Policy,
 }
 
 /// The command line makes no sense.
@@ -60,7 +52,7 @@ impl TryFrom<Args> for Config {
 
     fn try_from(args: Args) -> Result<Self, ConfigError> {
         let (disk, more) = DiskSource::with_more(args.dax.as_deref(), args.file)?;
-        let removal = RemovalPolicy::parse(&more)?;
+        let policy = Policy::new(args.policy, &more)?;
         if !(1..=MOST_QUEUES).contains(&args.num_queues) {
             return Err(ConfigError::Queues {
                 asked: args.num_queues,
@@ -71,11 +63,7 @@ impl TryFrom<Args> for Config {
             disk,
             read_only: args.read_only,
             num_queues: args.num_queues,
-            removal,
-            removal_guard: args.removal_guard.unwrap_or_default(),
-            seccomp: args.seccomp,
-            events: args.event_monitor.map(policy::events).transpose()?,
-            metrics_socket: args.metrics_socket,
+            policy,
         })
     }
 }
@@ -85,7 +73,9 @@ mod tests {
     use std::time::Duration;
 
     use clap::Parser;
-    use daxhund_vhost_user::policy::{OnRemoval, REMOVAL_TIMEOUT};
+    use daxhund_vhost_user::policy::{
+        OnRemoval, REMOVAL_TIMEOUT, RemovalGuard, RemovalPolicy, Seccomp,
+    };
 
     use super::*;
 
@@ -111,14 +101,16 @@ mod tests {
             },
             read_only: false,
             num_queues: 4,
-            removal: RemovalPolicy {
-                on_removal: OnRemoval::Stop,
-                timeout: REMOVAL_TIMEOUT,
+            policy: Policy {
+                removal: RemovalPolicy {
+                    on_removal: OnRemoval::Stop,
+                    timeout: REMOVAL_TIMEOUT,
+                },
+                removal_guard: RemovalGuard::Auto,
+                seccomp: Seccomp::True,
+                events: None,
+                metrics_socket: None,
             },
-            removal_guard: RemovalGuard::Auto,
-            seccomp: Seccomp::True,
-            events: None,
-            metrics_socket: None,
         };
         assert_eq!(config, Ok(expected));
         let file = parse(&["--file", "/a,b=c", "--read-only"]).unwrap();
@@ -135,9 +127,9 @@ mod tests {
             "daemon",
         ]);
         let config = config.unwrap();
-        assert_eq!(config.removal.on_removal, OnRemoval::Refuse);
-        assert_eq!(config.removal.timeout, Duration::ZERO);
-        assert_eq!(config.removal_guard, RemovalGuard::Daemon);
+        assert_eq!(config.policy.removal.on_removal, OnRemoval::Refuse);
+        assert_eq!(config.policy.removal.timeout, Duration::ZERO);
+        assert_eq!(config.policy.removal_guard, RemovalGuard::Daemon);
         for word in ["on", "auto"] {
             let words = ["blk", "--dax", "/d", "--removal-guard", word];
             Args::try_parse_from(words).unwrap_err();
@@ -149,7 +141,10 @@ mod tests {
     #[test]
     fn who_watches_says_where() {
         let with = |word| parse(&["--file", "/f", "--event-monitor", word]);
-        assert_eq!(with("path=/e=1").unwrap().events, Some("/e=1".into()));
+        assert_eq!(
+            with("path=/e=1").unwrap().policy.events,
+            Some("/e=1".into())
+        );
         for word in ["/e", "path=", "fd=3"] {
             assert!(
                 matches!(

@@ -158,7 +158,7 @@ impl Daemon {
     /// Opens and locks the disk, then listens. On an error nothing is left.
     pub fn new(config: &Config) -> Result<Self, DaemonError> {
         let host = Host::system();
-        let event_monitor = config.events.as_deref().map(EventMonitor::open);
+        let event_monitor = config.policy.events.as_deref().map(EventMonitor::open);
         let event_monitor = event_monitor.transpose().map_err(DaemonError::Events)?;
         let monitor = event_monitor
             .as_ref()
@@ -170,7 +170,7 @@ impl Daemon {
         let disk = OpenDisk::open(&host, config)?;
         let removals = match &config.disk {
             DiskSource::Dax { .. } => {
-                let (guard, policy) = (config.removal_guard, config.removal);
+                let (guard, policy) = (config.policy.removal_guard, config.policy.removal);
                 let removals = Removals::new(guard, policy, events.clone());
                 Some(removals.map_err(DaemonError::NoGuard)?)
             }
@@ -189,7 +189,7 @@ impl Daemon {
         };
         let socket = Socket::open(config.socket_path.as_deref())?;
         let path = config.disk.path();
-        let server = config.metrics_socket.as_deref();
+        let server = config.policy.metrics_socket.as_deref();
         let server = server.map(|path| metrics.serve(path)).transpose()?;
         events.send(Event::Listening {
             path: &path.to_string_lossy(),

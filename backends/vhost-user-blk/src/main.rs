@@ -19,6 +19,6 @@ fn main() -> ExitCode {
 fn serve(args: Args) -> Result<(), Box<dyn Error>> {
     let config = Config::try_from(args)?;
     let daemon = Daemon::new(&config)?;
-    seccomp::confine(config.seccomp, NOUNS.program, &[])?;
+    seccomp::confine(config.policy.seccomp, NOUNS.program, &[])?;
     Ok(daemon.run()?)
 }

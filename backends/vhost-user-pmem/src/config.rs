@@ -4,7 +4,7 @@
 
 use std::path::PathBuf;
 
-use daxhund_vhost_user::policy::{self, PolicyError, RemovalGuard, RemovalPolicy, Seccomp};
+use daxhund_vhost_user::policy::{Policy, PolicyError};
 use daxhund_vhost_user::source::{Source, SourceError};
 use thiserror::Error;
 
@@ -21,16 +21,8 @@ pub struct Config {
     pub read_only: bool,
     /// A range that is in use is no error: whoever has it is waited for.
     pub rejoin: bool,
-    /// What is done when somebody wants the device back.
-    pub removal: RemovalPolicy,
-    /// Who holds its removals back.
-    pub removal_guard: RemovalGuard,
-    /// What becomes of system calls that it does not need.
-    pub seccomp: Seccomp,
-    /// Where events are written.
-    pub events: Option<PathBuf>,
-    /// Where metrics are given.
-    pub metrics_socket: Option<PathBuf>,
+    /// Of removals, events, metrics and system calls.
+    pub policy: Policy,
 }
 
 /// The command line makes no sense.
@@ -49,17 +41,13 @@ impl TryFrom<Args> for Config {
 
     fn try_from(args: Args) -> Result<Self, ConfigError> {
         let (source, more) = Source::with_more(args.dax.as_deref(), args.file)?;
-        let removal = RemovalPolicy::parse(&more)?;
+        let policy = Policy::new(args.policy, &more)?;
         Ok(Self {
             socket_path: args.socket_path,
             source,
             read_only: args.read_only,
             rejoin: args.rejoin,
-            removal,
-            removal_guard: args.removal_guard.unwrap_or_default(),
-            seccomp: args.seccomp,
-            events: args.event_monitor.map(policy::events).transpose()?,
-            metrics_socket: args.metrics_socket,
+            policy,
         })
     }
 }
@@ -69,7 +57,7 @@ mod tests {
     use std::time::Duration;
 
     use clap::Parser;
-    use daxhund_vhost_user::policy::OnRemoval;
+    use daxhund_vhost_user::policy::{OnRemoval, RemovalGuard};
 
     use super::*;
 
@@ -87,9 +75,9 @@ mod tests {
             size: Some(2 << 30),
         };
         assert_eq!(config.source, source);
-        assert_eq!(config.removal.on_removal, OnRemoval::Refuse);
-        assert_eq!(config.removal.timeout, Duration::from_secs(3));
-        assert_eq!(config.removal_guard, RemovalGuard::Daemon);
+        assert_eq!(config.policy.removal.on_removal, OnRemoval::Refuse);
+        assert_eq!(config.policy.removal.timeout, Duration::from_secs(3));
+        assert_eq!(config.policy.removal_guard, RemovalGuard::Daemon);
         let error = parse(&["--dax", "/d,length=1G"]).unwrap_err().to_string();
         assert!(error.contains("`length=1G`"), "{error}");
         let error = parse(&["--file", "/f", "--event-monitor", "/e"]).unwrap_err();

@@ -186,7 +186,7 @@ impl Daemon {
     /// Opens and locks the range, then listens. On an error nothing is left.
     pub fn new(config: &Config) -> Result<Self, DaemonError> {
         let host = Host::system();
-        let event_monitor = config.events.as_deref().map(EventMonitor::open);
+        let event_monitor = config.policy.events.as_deref().map(EventMonitor::open);
         let event_monitor = event_monitor.transpose().map_err(DaemonError::Events)?;
         let monitor = event_monitor
             .as_ref()
@@ -197,7 +197,7 @@ impl Daemon {
         let signals = signals().map_err(failed("handle signals"))?;
         let lender = Arc::new(Lender::open(&host, config)?);
         let removals = lender.device().map(|_| {
-            let (guard, policy) = (config.removal_guard, config.removal);
+            let (guard, policy) = (config.policy.removal_guard, config.policy.removal);
             Removals::new(guard, policy, events.clone())
         });
         let removals = removals.transpose().map_err(DaemonError::NoGuard)?;
@@ -209,7 +209,7 @@ impl Daemon {
             }
         }
         let socket = Socket::open(config.socket_path.as_deref())?;
-        let server = config.metrics_socket.as_deref();
+        let server = config.policy.metrics_socket.as_deref();
         let server = server.map(|path| metrics.serve(path)).transpose()?;
         events.send(Event::Listening {
             path: &lender.path().to_string_lossy(),

@@ -27,6 +27,6 @@ fn main() -> ExitCode {
 fn serve(args: Args) -> Result<(), Box<dyn Error>> {
     let config = Config::try_from(args)?;
     let daemon = Daemon::new(&config)?;
-    seccomp::confine(config.seccomp, NOUNS.program, &RULES)?;
+    seccomp::confine(config.policy.seccomp, NOUNS.program, &RULES)?;
     Ok(daemon.run()?)
 }

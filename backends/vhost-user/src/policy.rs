@@ -6,7 +6,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::ValueEnum;
+use clap::{Args, ValueEnum};
 use thiserror::Error;
 
 use crate::source::number;
@@ -60,6 +60,39 @@ pub enum Seccomp {
     Log,
 }
 
+/// The words that every such daemon takes, as they are typed. A daemon whose device can't be taken away has `--file`.
+#[derive(Debug, Args)]
+pub struct PolicyArgs {
+    /// Who holds removals of the device back until it is let go of: daxhund-guardd, or nobody; without the flag the daemon
+    /// when its socket is there
+    #[arg(long, value_enum, value_name = "WHO", conflicts_with = "file")]
+    pub removal_guard: Option<RemovalGuard>,
+    /// Tell what happens as JSON objects in this file or FIFO
+    #[arg(long, value_name = "path=PATH")]
+    pub event_monitor: Option<String>,
+    /// Give counts of what was done to whoever connects to this unix socket
+    #[arg(long, value_name = "PATH")]
+    pub metrics_socket: Option<PathBuf>,
+    /// System call filter: a call that is not on the list kills (true) or is logged by the kernel (log)
+    #[arg(long, value_enum, value_name = "MODE", default_value_t)]
+    pub seccomp: Seccomp,
+}
+
+/// What they mean.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Policy {
+    /// What is done when somebody wants the device back.
+    pub removal: RemovalPolicy,
+    /// Who holds its removals back.
+    pub removal_guard: RemovalGuard,
+    /// What becomes of system calls that are not needed.
+    pub seccomp: Seccomp,
+    /// Where events are written.
+    pub events: Option<PathBuf>,
+    /// Where metrics are given.
+    pub metrics_socket: Option<PathBuf>,
+}
+
 /// What is typed makes no sense.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum PolicyError {
@@ -91,9 +124,21 @@ pub enum PolicyError {
     },
 }
 
+impl Policy {
+    /// `parts`: what is said of the device besides its part ([`crate::source::Source::with_more`]).
+    pub fn new(args: PolicyArgs, parts: &[&str]) -> Result<Self, PolicyError> {
+        Ok(Self {
+            removal: RemovalPolicy::parse(parts)?,
+            removal_guard: args.removal_guard.unwrap_or_default(),
+            seccomp: args.seccomp,
+            events: args.event_monitor.map(events).transpose()?,
+            metrics_socket: args.metrics_socket,
+        })
+    }
+}
+
 impl RemovalPolicy {
-    /// From what is said of the device besides its part ([`crate::source::Source::with_more`]).
-    pub fn parse(parts: &[&str]) -> Result<Self, PolicyError> {
+    fn parse(parts: &[&str]) -> Result<Self, PolicyError> {
         let (mut on_removal, mut timeout) = (None, None);
         for part in parts {
             let text = || (*part).to_owned();
@@ -121,7 +166,7 @@ impl RemovalPolicy {
 }
 
 /// The place in `--event-monitor path=PATH`.
-pub fn events(text: String) -> Result<PathBuf, PolicyError> {
+fn events(text: String) -> Result<PathBuf, PolicyError> {
     match text.strip_prefix("path=") {
         Some(path) if !path.is_empty() => Ok(path.into()),
         _ => Err(PolicyError::Events { text }),
