@@ -91,8 +91,13 @@ impl Owner {
         let valid = config
             .validate()
             .map_err(|error| ApiError::from_error(ErrorKind::Internal, &error))?;
-        let vm = RunningVm::boot(valid, &self.monitor, &mut self.removals)
-            .map_err(|error| ApiError::from_error(ErrorKind::Internal, &error))?;
+        let vm = RunningVm::boot(
+            valid,
+            &self.monitor,
+            &mut self.removals,
+            self.signals.told(),
+        )
+        .map_err(|error| ApiError::from_error(ErrorKind::Internal, &error))?;
         self.state = State::Up(Box::new(vm));
         self.watch(ops);
         self.monitor.send(&Event::Booted);

@@ -8,7 +8,8 @@
 //! A backend outlives resets of the guest, and so does its memory: only the rings are new.
 
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 
@@ -55,16 +56,19 @@ pub(super) struct Backends {
     sender: Sender<(String, Change)>,
     /// Written with each piece of news.
     event: Arc<EventFd>,
+    /// Readable once this process was told to end: no backend is waited for any longer.
+    told: Arc<UnixStream>,
 }
 
 impl Backends {
-    pub(super) fn new() -> io::Result<Self> {
+    pub(super) fn new(told: Arc<UnixStream>) -> io::Result<Self> {
         let (sender, news) = channel();
         Ok(Self {
             served: Vec::new(),
             news,
             sender,
             event: Arc::new(EventFd::new(EFD_NONBLOCK)?),
+            told,
         })
     }
 
@@ -86,7 +90,7 @@ impl Backends {
             // Only a full counter gives an error, and then the owner is awake anyway.
             let _ = event.write(1);
         };
-        let backend = Backend::open(spec, Box::new(on_change))?;
+        let backend = Backend::open(spec, Box::new(on_change), self.told.as_fd())?;
         self.served.push(Served {
             backend: Arc::clone(&backend),
             member: None,

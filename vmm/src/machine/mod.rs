@@ -153,7 +153,7 @@ pub fn run(options: Options) -> Result<Ending, RunError> {
         None => None,
         Some(valid) => {
             monitor.send(&Happened::Booting);
-            let vm = RunningVm::boot(valid, &monitor, &mut removals)?;
+            let vm = RunningVm::boot(valid, &monitor, &mut removals, signals.told())?;
             monitor.send(&Happened::Booted);
             Some(vm)
         }

@@ -13,6 +13,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Read};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::time::Duration;
 
 use event_manager::{EventManager, EventOps, MutEventSubscriber, SubscriberOps};
@@ -73,25 +74,45 @@ const ENDING_SIGNALS: [i32; 3] = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP];
 #[derive(Debug)]
 pub(super) struct Signals {
     pipes: Vec<(i32, UnixStream)>,
+    /// Readable from the first of them on: nobody reads it.
+    told: Arc<UnixStream>,
     handlers: Vec<signal_hook::SigId>,
 }
 
 impl Signals {
     pub(super) fn install() -> Result<Self, OwnerError> {
+        let pipe = || {
+            let (read, write) = UnixStream::pair()?;
+            read.set_nonblocking(true)?;
+            write.set_nonblocking(true)?;
+            Ok((read, write))
+        };
+        let (told, teller) = pipe().map_err(|source| OwnerError::Descriptor {
+            what: "pair of sockets for signals",
+            source,
+        })?;
         let mut signals = Self {
             pipes: Vec::new(),
+            told: Arc::new(told),
             handlers: Vec::new(),
         };
         for signal in ENDING_SIGNALS {
             let failed = |source| OwnerError::Signal { signal, source };
-            let (read, write) = UnixStream::pair().map_err(failed)?;
-            read.set_nonblocking(true).map_err(failed)?;
-            write.set_nonblocking(true).map_err(failed)?;
-            let handler = signal_hook::low_level::pipe::register(signal, write).map_err(failed)?;
-            signals.handlers.push(handler);
+            let (read, write) = pipe().map_err(failed)?;
+            let teller = teller.try_clone().map_err(failed)?;
+            for end in [write, teller] {
+                let handler =
+                    signal_hook::low_level::pipe::register(signal, end).map_err(failed)?;
+                signals.handlers.push(handler);
+            }
             signals.pipes.push((signal, read));
         }
         Ok(signals)
+    }
+
+    /// For waits outside the loop: readable once this process was told to end.
+    pub(super) fn told(&self) -> Arc<UnixStream> {
+        Arc::clone(&self.told)
     }
 }
 
@@ -188,7 +209,7 @@ const SETTLE_INTERVAL: Duration = Duration::from_millis(20);
 /// The loop's state.
 pub(super) struct Owner {
     calls: Calls,
-    signals: Signals,
+    pub(super) signals: Signals,
     timer: Timer,
     /// When a guard is looked for again.
     guard_timer: Timer,

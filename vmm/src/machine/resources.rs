@@ -3,6 +3,7 @@
 //! Nothing here is changed by the guest; a reset builds the next VM on the same resources. Whatever fails, everything
 //! taken so far is given back by going out of scope: locks, mappings, terminal mode, socket path.
 
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
 use daxhund_dax::Host;
@@ -132,6 +133,7 @@ impl HostResources {
         config: &ValidConfig,
         monitor: &Monitor,
         removals: &mut Removals,
+        told: Arc<UnixStream>,
     ) -> Result<(Self, Vec<Region>), PrepareError> {
         let hypervisor = Hypervisor::open()?;
         let asked = config.cpus().max_vcpus;
@@ -199,7 +201,7 @@ impl HostResources {
             balloon: None,
             monitor: monitor.clone(),
             notices: Notices::new().map_err(PrepareError::Notices)?,
-            backends: Backends::new().map_err(PrepareError::Notices)?,
+            backends: Backends::new(told).map_err(PrepareError::Notices)?,
             iommufd: config.iommufd(),
             p2p: config.vfio_p2p_dma(),
             dma: None,

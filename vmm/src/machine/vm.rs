@@ -1,6 +1,8 @@
 //! A machine that runs, with what it was taken from: what the owner does to it, each step beside its undo.
 
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -202,13 +204,15 @@ pub(super) struct RunningVm {
 }
 
 impl RunningVm {
-    /// Takes everything from the host, builds the machine and lets the guest run.
+    /// Takes everything from the host, builds the machine and lets the guest run. What has to be waited for is, until `told` is
+    /// readable.
     pub(super) fn boot(
         valid: ValidConfig,
         monitor: &Monitor,
         removals: &mut Removals,
+        told: Arc<UnixStream>,
     ) -> Result<Self, BootError> {
-        let (mut host, regions) = HostResources::open(&valid, monitor, removals)
+        let (mut host, regions) = HostResources::open(&valid, monitor, removals, told)
             .map_err(|e| BootError::Prepare(Box::new(e)))?;
         // From here on it is taken from everybody before the host's resources go.
         let mut ram = Ram::new(vec![host.discard.consumer()]);

@@ -37,6 +37,7 @@ mod watch;
 mod worker;
 
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{Builder, JoinHandle};
@@ -49,7 +50,7 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 use self::caller::Caller;
 use self::session::Session;
 use self::shared::Shared;
-use self::socket::Listening;
+use self::socket::{Listening, Waited};
 use self::worker::Orderly;
 use super::device::read_space;
 use super::net::{CONTROL_SIZE, Control};
@@ -148,9 +149,6 @@ pub enum OpenError {
         id: String,
         /// Where it listens.
         socket: String,
-        /// By what.
-        #[source]
-        source: io::Error,
     },
     /// Something of the host.
     #[error(
@@ -174,8 +172,12 @@ pub struct Backend {
 
 impl Backend {
     /// Finds the backend and asks it what it is. One that goes away later is waited for; one that is not there now is an error,
-    /// or, where this side listens, waited for as long as it was said.
-    pub fn open(spec: Spec, on_change: OnChange) -> Result<Arc<Self>, OpenError> {
+    /// or, where this side listens, waited for as long as it was said, or until `told` is readable.
+    pub fn open(
+        spec: Spec,
+        on_change: OnChange,
+        told: BorrowedFd<'_>,
+    ) -> Result<Arc<Self>, OpenError> {
         let Spec {
             id,
             socket,
@@ -211,7 +213,7 @@ impl Backend {
         };
         match mode {
             Mode::Client => backend.connect()?,
-            Mode::Server { patience } => backend.await_first(patience)?,
+            Mode::Server { patience } => backend.await_first(patience, told)?,
         }
         let watch = Builder::new()
             .name(name("_watch"))
@@ -244,7 +246,7 @@ impl Backend {
 
     /// Waits for the first backend that connects. Who connects and leaves, or talks like none, is none: whoever looks whether the
     /// socket is in use does so.
-    fn await_first(&self, patience: Duration) -> Result<(), OpenError> {
+    fn await_first(&self, patience: Duration, told: BorrowedFd<'_>) -> Result<(), OpenError> {
         let id = || self.id().to_owned();
         let socket = || self.socket().display().to_string();
         let Some(listening) = self.shared.listening() else {
@@ -253,18 +255,23 @@ impl Backend {
         let end = Instant::now() + patience;
         let mut last = None;
         loop {
-            let waits = listening.wait(end).map_err(|source| OpenError::Ended {
-                id: id(),
-                socket: socket(),
-                source,
-            })?;
-            if !waits {
-                return Err(OpenError::Nobody {
-                    id: id(),
-                    socket: socket(),
-                    waited: patience,
-                    source: last,
-                });
+            let waited = listening.wait(end, told);
+            match waited.map_err(|source| OpenError::Host { id: id(), source })? {
+                Waited::Somebody => {}
+                Waited::Nobody => {
+                    return Err(OpenError::Nobody {
+                        id: id(),
+                        socket: socket(),
+                        waited: patience,
+                        source: last,
+                    });
+                }
+                Waited::Ended => {
+                    return Err(OpenError::Ended {
+                        id: id(),
+                        socket: socket(),
+                    });
+                }
             }
             match self.connect() {
                 Err(OpenError::Connect {

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use daxhund_listen::{BindError, Place};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use thiserror::Error;
 
@@ -85,13 +86,36 @@ impl Listening {
         }
     }
 
-    /// Whether a backend waits; not before `end` if none does. A signal ends the wait with an error.
-    pub(super) fn wait(&self, end: Instant) -> io::Result<bool> {
-        let left = end.saturating_duration_since(Instant::now());
-        let left = Timespec::try_from(left).map_err(io::Error::other)?;
-        let mut fds = [PollFd::new(&self.listener, PollFlags::IN)];
-        Ok(poll(&mut fds, Some(&left))? > 0)
+    /// Waits for a backend, until `end` at most or until `told` is readable.
+    pub(super) fn wait(&self, end: Instant, told: BorrowedFd<'_>) -> io::Result<Waited> {
+        loop {
+            let left = end.saturating_duration_since(Instant::now());
+            let left = Timespec::try_from(left).map_err(io::Error::other)?;
+            let mut fds = [
+                PollFd::new(&self.listener, PollFlags::IN),
+                PollFd::from_borrowed_fd(told, PollFlags::IN),
+            ];
+            match poll(&mut fds, Some(&left)) {
+                // A terminal has got another size, for one. What ends the wait is readable.
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+                Ok(_) if !fds[1].revents().is_empty() => return Ok(Waited::Ended),
+                Ok(0) => return Ok(Waited::Nobody),
+                Ok(_) => return Ok(Waited::Somebody),
+            }
+        }
     }
+}
+
+/// What came of a wait.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Waited {
+    /// Somebody has connected.
+    Somebody,
+    /// Nobody has in time.
+    Nobody,
+    /// It was to end before.
+    Ended,
 }
 
 impl AsFd for Listening {

@@ -7,6 +7,8 @@ mod frames;
 mod lending;
 mod server;
 
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
 use std::sync::Mutex;
 use std::time::Instant;
 
@@ -48,6 +50,17 @@ fn open_by(
     class: Class,
     shape: Shape,
 ) -> Result<(Arc<Backend>, News), OpenError> {
+    // Nobody tells it to end.
+    let (told, _teller) = UnixStream::pair().unwrap();
+    open_until(fake, mode, (class, shape), &told)
+}
+
+fn open_until(
+    fake: &Fake,
+    mode: Mode,
+    (class, shape): (Class, Shape),
+    told: &UnixStream,
+) -> Result<(Arc<Backend>, News), OpenError> {
     let news = News::default();
     let heard = Arc::clone(&news);
     let on_change = Box::new(move |change| heard.lock().unwrap().push(change));
@@ -58,7 +71,7 @@ fn open_by(
         class,
         shape,
     };
-    Ok((Backend::open(spec, on_change)?, news))
+    Ok((Backend::open(spec, on_change, told.as_fd())?, news))
 }
 
 fn served(manners: Manners, queues: u16) -> (Fake, Arc<Backend>, News) {

@@ -1,7 +1,7 @@
 //! This side listens, and backends connect.
 
 use std::io::Write;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 
 use super::classes::{CTRL_VQ, MQ, several_pairs};
 use super::*;
@@ -98,6 +98,21 @@ fn who_is_no_backend_is_passed_over() {
     backend.close();
     last.die();
     fake.die();
+}
+
+#[test]
+fn who_is_told_to_end_waits_no_longer() {
+    let fake = Fake::new();
+    let (told, mut teller) = UnixStream::pair().unwrap();
+    // Before it waits, so that no signal would end the wait.
+    teller.write_all(&[1]).unwrap();
+    let mode = Mode::Server {
+        patience: Duration::from_hours(1),
+    };
+    let opened = open_until(&fake, mode, several_pairs(2), &told);
+    let error = crate::chain(&opened.err().unwrap());
+    assert!(error.contains("was ended"), "{error}");
+    assert!(!fake.socket().exists());
 }
 
 #[test]
