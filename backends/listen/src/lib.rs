@@ -119,7 +119,8 @@ mod tests {
         let path = directory.path().join("a.sock");
         let (listener, place) = bind(&path).unwrap();
         assert!(matches!(bind(&path), Err(BindError::InUse)));
-        // As long as it does not accept, and there is no room for one more.
+        // As long as it does not accept, and there is no room for one more: for fewer than this process may have descriptors.
+        rustix::net::listen(&listener, 3).unwrap();
         let mut clients = Vec::new();
         while let Ok(client) = nonblocking(&path) {
             clients.push(client);
