@@ -405,9 +405,9 @@ fn what_is_not_built_is_refused_by_name(lab: &mut Lab) -> Result<(), TestError> 
     )?;
     refused(
         lab,
-        &["--memory", "size=512M", "--net", "vhost_mode=server"],
+        &["--memory", "size=512M", "--net", "bw_size=1000"],
         2,
-        &["not supported by daxhund", "vhost_mode"],
+        &["not supported by daxhund", "bw_size"],
     )?;
     refused(lab, &["--no-such-flag"], 2, &["--no-such-flag"])
 }
