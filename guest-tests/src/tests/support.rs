@@ -23,7 +23,7 @@ const EVENTUALLY: Duration = Duration::from_secs(30);
 
 /// What Linux says about the emulated processor, whoever the VMM is: mitigations that want microcode, and frequency
 /// scaling, for which a guest has no firmware.
-const NOT_OF_OUR_MAKING: [&str; 13] = [
+const NOT_OF_OUR_MAKING: [&str; 14] = [
     // The emulated host says it of itself: "Marking TSC unstable due to TSCs unsynchronized".
     "Unstable clock detected",
     // The emulator did not get a processor for a while.
@@ -39,6 +39,8 @@ const NOT_OF_OUR_MAKING: [&str; 13] = [
     // Of any virtio-pmem: a region without DIMMs has no "flushing capability" (`nvdimm_has_flush`, drivers/nvdimm/region_devs.c),
     // although flushes go to the device.
     "unable to guarantee persistence of writes",
+    // The agent, which waits for a block device by opening its node, was earlier than the kernel with the device.
+    "block device autoloading is deprecated",
     // 6.12 of the emulated drive: "ata1.00: Model 'QEMU HARDDISK', rev '2.5+', applying quirks: bridgeok", and what follows from that.
     "Model 'QEMU HARDDISK'",
     "LPM support broken, forcing max_power",
