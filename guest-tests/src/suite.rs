@@ -10,6 +10,7 @@ use std::num::NonZero;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use libtest_mimic::{Arguments, Conclusion, Failed, Trial};
 
@@ -30,6 +31,8 @@ pub const SCRATCH: &str = "/tmp/scratch";
 /// Name under which the workspace's own tests appear beside the guest tests.
 const WORKSPACE_TEST: &str = "workspace::unit_and_property_tests";
 const HOST_TEST: &str = "host_comes_up";
+/// How many of the tests that took longest are told of.
+const SLOWEST: usize = 400;
 
 /// What to run.
 #[derive(Clone, Debug, Default)]
@@ -60,8 +63,30 @@ struct Runner {
     full: bool,
     /// Whether a shell is wanted on the host of the next test that fails, on whichever kernel.
     keep: Arc<AtomicBool>,
+    durations: Durations,
     /// The host that is up, and how it was before any test.
     current: Option<(Lab, Inventory)>,
+}
+
+/// How long each test took, on whichever kernel.
+#[derive(Clone, Debug, Default)]
+struct Durations(Arc<Mutex<Vec<(Duration, String)>>>);
+
+impl Durations {
+    fn add(&self, name: &str, duration: Duration) {
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        all.push((duration, name.to_owned()));
+    }
+
+    /// The longest ones, a line each, longest first.
+    fn longest(&self, count: usize) -> Vec<String> {
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        all.sort_by(|one, other| other.cmp(one));
+        all.iter()
+            .take(count)
+            .map(|(duration, name)| format!("{:6.1} s {name}", duration.as_secs_f64()))
+            .collect()
+    }
 }
 
 /// Why a test counts as failed.
@@ -103,12 +128,14 @@ pub fn run(
     };
     let setup = Arc::new(setup);
     let keep = Arc::new(AtomicBool::new(selection.keep));
+    let durations = Durations::default();
     let by_kernel = kernels.into_iter().map(|kernel| {
         let runner = Runner {
             setup: Arc::clone(&setup),
             kernel,
             full: selection.full,
             keep: Arc::clone(&keep),
+            durations: durations.clone(),
             current: None,
         };
         trials(runner, selection)
@@ -118,7 +145,12 @@ pub fn run(
         test_threads: Some(test_threads),
         ..Arguments::default()
     };
-    libtest_mimic::run(&arguments, all)
+    let conclusion = libtest_mimic::run(&arguments, all);
+    let longest = durations.longest(SLOWEST);
+    if !longest.is_empty() {
+        note(&format!("took longest:\n{}", longest.join("\n")));
+    }
+    conclusion
 }
 
 /// The selected tests on a runner's kernel.
@@ -175,7 +207,9 @@ pub fn run_workspace_tests(workspace: &artifacts::Workspace) -> Result<(), Comma
 
 impl Runner {
     fn run(&mut self, test: &GuestTest, name: &str) -> Result<(), String> {
+        let begun = Instant::now();
         let verdict = self.run_on_host(test);
+        self.durations.add(name, begun.elapsed());
         let Err(verdict) = verdict else { return Ok(()) };
         let evidence = self
             .current
@@ -302,6 +336,16 @@ mod tests_of_selection {
     fn kernels_take_turns() {
         let lists = vec![vec!["a1", "a2", "a3"], vec![], vec!["b1", "b2"]];
         assert_eq!(by_turns(lists), ["a1", "b1", "a2", "b2", "a3"]);
+    }
+
+    #[test]
+    fn the_longest_are_told_of_longest_first() {
+        let durations = Durations::default();
+        for (name, seconds) in [("b", 2), ("c", 30), ("a", 1)] {
+            durations.add(name, Duration::from_secs(seconds));
+        }
+        assert_eq!(durations.longest(2), ["  30.0 s c", "   2.0 s b"]);
+        assert_eq!(durations.longest(9).len(), 3);
     }
 
     #[test]

@@ -1,8 +1,11 @@
-//! Waiting for what nobody tells of.
+//! Waiting: for how long at most, and for what nobody tells of.
 
 use std::thread;
 use std::time::{Duration, Instant};
 
+/// For what takes a second or less on a real machine. It says that something stands still, not how fast it is: emulated twice
+/// over, on a machine that has other work, a second has been a minute.
+pub const PATIENCE: Duration = Duration::from_mins(3);
 /// What is waited for is announced by nobody: the lab asks again, as a person would.
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
 

@@ -9,7 +9,6 @@ pub mod acpi;
 pub mod api;
 pub mod boot;
 pub mod bus;
-mod chain;
 pub mod cli;
 pub mod config;
 pub mod devices;
@@ -28,4 +27,4 @@ pub mod remote;
 pub mod vfio;
 pub mod virtio;
 
-pub use chain::chain;
+pub use daxhund_guard::chain;

@@ -81,7 +81,7 @@ pub use holder::Holder;
 pub use host::Host;
 pub use lock::{LockError, LockKind, RangeLock, ReleaseError};
 pub use mapping::{DaxMapping, MapError, Probe, ProbeError, UnmapError};
-pub use open::{DaxDevice, OpenError};
+pub use open::{DaxDevice, OpenError, is_for_writing};
 pub use pages::Pages;
 pub use persistence::{Flusher, FlusherError, PersistenceDomain};
 pub use range::{Asked, DaxRange, RangeError};

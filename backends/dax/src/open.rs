@@ -216,9 +216,7 @@ impl Host {
         in_common: bool,
     ) -> Result<DaxDevice, OpenError> {
         let facts = self.facts_of_opened(path, &file, seen)?;
-        // The flags of a descriptor that is open can always be had.
-        let flags = fcntl_getfl(&file);
-        let writable = flags.is_ok_and(|flags| flags & OFlags::RWMODE == OFlags::RDWR);
+        let writable = is_for_writing(&file);
         Ok(DaxDevice::assemble(Shared {
             path: path.to_owned(),
             file: Arc::new(file),
@@ -376,6 +374,13 @@ fn open_error(path: &Path, number: DeviceNumber, source: io::Error) -> OpenError
         },
         _ => OpenError::Refused { path, source },
     }
+}
+
+/// Whether a file, or a device, can be stored to by this descriptor once it is mapped.
+pub fn is_for_writing(file: &File) -> bool {
+    // The flags of a descriptor that is open can always be had.
+    let flags = fcntl_getfl(file);
+    flags.is_ok_and(|flags| flags & OFlags::RWMODE == OFlags::RDWR)
 }
 
 #[cfg(test)]

@@ -96,13 +96,19 @@ pub use release::{ListError, ReleaseError, list, release};
 pub use search::Search;
 pub use server::{DaemonConfig, ServeError, serve_daemon, serve_inherited};
 
-/// An error and what caused it, in one line.
+/// An error and what caused it, in one line: from the outermost to the innermost, with colons between.
 pub fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
+    let mut last = text.clone();
     let mut cause = error.source();
     while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
+        // Transparent wrappers say the same as what they wrap.
+        let this = error.to_string();
+        if this != last {
+            text.push_str(": ");
+            text.push_str(&this);
+            last = this;
+        }
         cause = error.source();
     }
     text

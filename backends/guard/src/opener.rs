@@ -5,7 +5,7 @@
 
 #![forbid(unsafe_code)]
 
-use std::fs;
+use std::{fmt, fs};
 
 use nix::libc;
 use serde::{Deserialize, Serialize};
@@ -21,6 +21,13 @@ pub struct Opener {
     pub name: String,
     /// The file it opens.
     pub file: String,
+}
+
+impl fmt::Display for Opener {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { pid, name, file } = self;
+        write!(f, "{name} (process {pid}, {file})")
+    }
 }
 
 /// What is known of an opener beyond its name.

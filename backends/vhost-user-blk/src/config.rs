@@ -15,6 +15,7 @@ pub use daxhund_vhost_user::source::Source as DiskSource;
 
 /// The crate tells queues apart by the bits of a word.
 pub const MOST_QUEUES: u16 = 64;
+
 /// What the daemon does.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {

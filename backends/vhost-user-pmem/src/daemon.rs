@@ -26,13 +26,13 @@ use std::time::{Duration, Instant};
 
 use daxhund_dax::sigbus::{GuardError, Incidents};
 use daxhund_dax::{Host, Pace, Watch, WatchError, WatchId};
-use daxhund_guard::{ConnectError, chain};
-use daxhund_monitor::{EventMonitor, Monitor, OpenError};
+use daxhund_guard::ConnectError;
+use daxhund_monitor::OpenError;
 use daxhund_vhost_user::event::{Event, Events, Nouns};
 use daxhund_vhost_user::events::{ready, signals};
 use daxhund_vhost_user::metrics::{MetricsSocketError, Server};
 use daxhund_vhost_user::removal::Removals;
-use daxhund_vhost_user::session::{self, FinishError, StartError};
+use daxhund_vhost_user::session::{self, FinishError};
 use daxhund_vhost_user::socket::{Socket, SocketError};
 use thiserror::Error;
 
@@ -145,8 +145,6 @@ pub struct Daemon {
     leaving: Leaving,
     /// The host was given what it wanted.
     is_given_up: bool,
-    /// Dropped last: it writes what was sent.
-    _event_monitor: Option<EventMonitor>,
 }
 
 /// What frontends were told of a removal.
@@ -186,12 +184,8 @@ impl Daemon {
     /// Opens and locks the range, then listens. On an error nothing is left.
     pub fn new(config: &Config) -> Result<Self, DaemonError> {
         let host = Host::system();
-        let event_monitor = config.policy.events.as_deref().map(EventMonitor::open);
-        let event_monitor = event_monitor.transpose().map_err(DaemonError::Events)?;
-        let monitor = event_monitor
-            .as_ref()
-            .map_or_else(Monitor::off, EventMonitor::monitor);
-        let events = Events::new(monitor, NOUNS);
+        let events = Events::open(config.policy.events.as_deref(), NOUNS);
+        let events = events.map_err(DaemonError::Events)?;
         let metrics = Arc::new(Metrics::default());
         let incidents = Incidents::open()?;
         let signals = signals().map_err(failed("handle signals"))?;
@@ -233,18 +227,13 @@ impl Daemon {
             removals,
             leaving: Leaving::Not,
             is_given_up: false,
-            _event_monitor: event_monitor,
         })
     }
 
     /// Serves until a signal, which is an orderly end, or until the memory is gone.
     pub fn run(mut self) -> Result<(), DaemonError> {
         let outcome = self.serve();
-        let why = match &outcome {
-            Ok(()) => "signal".to_owned(),
-            Err(error) => chain(error),
-        };
-        self.events.send(Event::Ending { why: &why });
+        self.events.ending(&outcome);
         outcome
     }
 
@@ -478,19 +467,9 @@ impl Daemon {
             self.renew()?;
         }
         let backend = Backend::new(Arc::clone(&self.lender), Arc::clone(&self.metrics));
-        match Session::start(backend, self.socket.accepting()) {
-            Ok(session) => {
-                self.metrics.sessions.inc();
-                self.events.send(Event::FrontendConnected);
-                tracing::info!("a frontend has connected");
-                Ok(Some(session))
-            }
-            Err(StartError::Crate(error)) => {
-                tracing::warn!(%error, "a frontend can't be served");
-                Ok(None)
-            }
-            Err(StartError::Host(source)) => Err(failed("start a session")(source)),
-        }
+        let (events, sessions) = (&self.events, &self.metrics.sessions);
+        let session = Session::accept(backend, self.socket.accepting(), events, sessions);
+        session.map_err(failed("start a session"))
     }
 }
 

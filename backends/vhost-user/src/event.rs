@@ -2,7 +2,12 @@
 
 #![forbid(unsafe_code)]
 
-use daxhund_monitor::Monitor;
+use std::error::Error;
+use std::path::Path;
+use std::sync::Arc;
+
+use daxhund_guard::chain;
+use daxhund_monitor::{EventMonitor, Monitor, OpenError};
 
 /// The words for a daemon and for what it serves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,12 +71,22 @@ pub enum Event<'a> {
 pub struct Events {
     monitor: Monitor,
     nouns: Nouns,
+    /// What was sent is written before the last of them goes.
+    _writer: Option<Arc<EventMonitor>>,
 }
 
 impl Events {
-    /// To this monitor.
-    pub fn new(monitor: Monitor, nouns: Nouns) -> Self {
-        Self { monitor, nouns }
+    /// To a file or a FIFO; without one they are only logged.
+    pub fn open(path: Option<&Path>, nouns: Nouns) -> Result<Self, OpenError> {
+        let writer = path.map(EventMonitor::open).transpose()?.map(Arc::new);
+        let monitor = writer
+            .as_deref()
+            .map_or_else(Monitor::off, EventMonitor::monitor);
+        Ok(Self {
+            monitor,
+            nouns,
+            _writer: writer,
+        })
     }
 
     /// The words.
@@ -82,6 +97,15 @@ impl Events {
     /// Never waits.
     pub fn send(&self, event: Event<'_>) {
         self.monitor.send(&Told(self.nouns, event));
+    }
+
+    /// The daemon ends: by a signal, or by an error.
+    pub fn ending<E: Error>(&self, outcome: &Result<(), E>) {
+        let why = match outcome {
+            Ok(()) => "signal".to_owned(),
+            Err(error) => chain(error),
+        };
+        self.send(Event::Ending { why: &why });
     }
 }
 

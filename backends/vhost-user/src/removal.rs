@@ -144,7 +144,7 @@ impl Removals {
                 device,
                 by,
             } => {
-                let by = format!("{} (process {}, {})", by.name, by.pid, by.file);
+                let by = by.to_string();
                 self.events.send(Event::RemovalRequested {
                     device: &device,
                     by: &by,
@@ -252,8 +252,6 @@ fn connect(program: &str) -> Result<Guard, ConnectError> {
 
 #[cfg(test)]
 mod tests {
-    use daxhund_monitor::Monitor;
-
     use super::*;
     use crate::event::Nouns;
 
@@ -265,7 +263,7 @@ mod tests {
             lost: "thing-lost",
             use_of_it: "tested",
         };
-        Events::new(Monitor::off(), nouns)
+        Events::open(None, nouns).unwrap()
     }
 
     fn removals(on_removal: OnRemoval, timeout: Duration) -> Removals {

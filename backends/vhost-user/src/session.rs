@@ -25,7 +25,9 @@ use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use crate::event::{Event, Events};
 use crate::events::ready;
+use crate::metrics::Counter;
 
 /// A device of one session.
 pub trait Device: VhostUserBackend<Bitmap = (), Vring = VringMutex> + 'static {
@@ -61,7 +63,7 @@ impl fmt::Debug for Connection {
 
 /// A session did not come to be.
 #[derive(Debug)]
-pub enum StartError {
+enum StartError {
     /// The frontend's doing, or nobody's.
     Crate(CrateError),
     /// The host has no descriptor or thread.
@@ -128,8 +130,30 @@ impl<D: Device> Drop for Serving<D> {
 }
 
 impl<D: Device> Session<D> {
-    /// Accepts the connection that waits.
-    pub fn start(device: D, listener: &mut Listener) -> Result<Self, StartError> {
+    /// Accepts the connection that waits, which is told of and counted. `None` when its frontend could not be served; the next one
+    /// may.
+    pub fn accept(
+        device: D,
+        listener: &mut Listener,
+        events: &Events,
+        accepted: &Counter,
+    ) -> io::Result<Option<Self>> {
+        match Self::start(device, listener) {
+            Ok(session) => {
+                accepted.inc();
+                events.send(Event::FrontendConnected);
+                tracing::info!("a frontend has connected");
+                Ok(Some(session))
+            }
+            Err(StartError::Crate(error)) => {
+                tracing::warn!(%error, "a frontend can't be served");
+                Ok(None)
+            }
+            Err(StartError::Host(error)) => Err(error),
+        }
+    }
+
+    fn start(device: D, listener: &mut Listener) -> Result<Self, StartError> {
         let (ended, end) = UnixStream::pair().map_err(StartError::Host)?;
         let mut serving = Serving::new(device)?;
         serving.daemon.start(listener).map_err(StartError::Crate)?;

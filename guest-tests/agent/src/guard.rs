@@ -13,7 +13,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use daxhund_dax::{Host, LockKind};
-use daxhund_guard::{Guard, Helper, Notice, RequestId, Verdict};
+use daxhund_guard::{Guard, Helper, Notice, RequestId, Verdict, chain};
 use rustix::event::{PollFd, PollFlags, poll};
 
 /// What is locked of a device: a granule of every alignment.
@@ -222,15 +222,4 @@ pub(crate) fn list(socket: &str) -> Result<(), String> {
     let text = serde_json::to_string(&listing).map_err(|error| error.to_string())?;
     println!("{text}");
     Ok(())
-}
-
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
 }

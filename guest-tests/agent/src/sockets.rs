@@ -15,7 +15,7 @@ use lab_agent::guest_protocol::{RateReport, pattern_word};
 use crate::wait;
 
 /// A peer that says nothing for so long is taken for dead.
-pub(crate) const SILENCE: Duration = Duration::from_secs(20);
+pub(crate) const SILENCE: Duration = Duration::from_mins(1);
 /// Longest transfer that a server takes part in.
 const TRANSFER_LIMIT_BYTES: u64 = 1 << 32;
 const CHUNK_BYTES: usize = 64 * 1024;

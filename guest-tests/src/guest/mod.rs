@@ -22,14 +22,15 @@ use crate::host::Host;
 use crate::host::channel::HostError;
 use crate::host::process::Process;
 use crate::share::{ImageForm, Initramfs, initramfs_path, kernel_path};
+use crate::wait::PATIENCE;
 pub use load::load_disk;
 
 /// From the VMM's start to the guest's first word; usually 5 to 15 s.
-pub const READY_DEADLINE: Duration = Duration::from_mins(3);
+pub const READY_DEADLINE: Duration = Duration::from_mins(5);
 /// A question that needs no work.
-const ASK_DEADLINE: Duration = Duration::from_mins(1);
+const ASK_DEADLINE: Duration = PATIENCE;
 /// From a command to power off, or the like, to the end of the VMM.
-pub const LEAVE_DEADLINE: Duration = Duration::from_mins(1);
+pub const LEAVE_DEADLINE: Duration = PATIENCE;
 /// Bytes of memory that a guest fills and reads back in a second, with both levels emulated, at the very least.
 const PATTERN_BYTES_PER_SECOND: u64 = 4 << 20;
 /// A panic is a reboot, so that it is noticed.

@@ -8,6 +8,7 @@ use super::{Guest, GuestError};
 use crate::host::Host;
 use crate::host::channel::HostError;
 use crate::host::process::Process;
+use crate::wait::PATIENCE;
 
 /// The host's address on the tap.
 pub const HOST_ADDRESS: &str = "192.168.77.1";
@@ -19,7 +20,7 @@ pub const SERVER: &str = "192.168.77.1:5201";
 const LEASE_TRIES: u32 = 10;
 /// Makes the program that udhcpc calls with what it was given.
 const LEASE_SCRIPT: &str = r#"printf '#!/bin/sh\n[ "$1" = bound ] || exit 0\nip addr flush dev $interface\nip addr add $ip/24 dev $interface\necho $ip > /tmp/leased\n' > /tmp/lease"#;
-const SERVING_DEADLINE: Duration = Duration::from_secs(30);
+const SERVING_DEADLINE: Duration = PATIENCE;
 
 /// The value of `--net` for a tap that the VMM makes and gives the host's address; `more` is added.
 pub fn tap_word(tap: &str, more: &str) -> String {

@@ -8,8 +8,9 @@ pub use lab_agent::host_protocol::Inventory;
 
 use super::Host;
 use super::channel::HostError;
+use crate::wait::PATIENCE;
 
-const DEADLINE: Duration = Duration::from_mins(1);
+const DEADLINE: Duration = PATIENCE;
 
 pub(super) fn take(host: &Host) -> Result<Inventory, HostError> {
     match host.channel.ask(|id| Request::Inventory { id }, DEADLINE)? {

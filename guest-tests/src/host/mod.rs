@@ -26,6 +26,7 @@ use lab_agent::host_protocol::{Event, ExitStatus, Request, SpawnSpec};
 use serde::Deserialize;
 
 use crate::provision::kernel::Kernel;
+use crate::wait::PATIENCE;
 use channel::{Channel, HostError};
 use machine::{Contents, Dimm, Machine, PageArray};
 use process::Process;
@@ -33,11 +34,11 @@ use qmp::Qmp;
 use vm::{Vm, VmError};
 
 /// From power-on to the agent's first word. Emulation on a busy machine is slow; this is many times the usual.
-const BOOT_DEADLINE: Duration = Duration::from_mins(2);
+const BOOT_DEADLINE: Duration = Duration::from_mins(4);
 /// From power-on until the kernel has found a namespace that was there before.
-const KEPT_DEADLINE_SECONDS: &str = "30";
+const KEPT_DEADLINE_SECONDS: &str = "120";
 /// A program that only looks something up or changes a setting.
-pub const RUN_DEADLINE: Duration = Duration::from_mins(1);
+pub const RUN_DEADLINE: Duration = PATIENCE;
 
 /// A host that did not come up.
 #[derive(Debug, thiserror::Error)]

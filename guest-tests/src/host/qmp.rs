@@ -1,5 +1,6 @@
 //! QEMU's monitor protocol: one JSON object per line; commands are answered in order, events come between.
 
+use crate::wait::PATIENCE;
 use std::io::{self, BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
@@ -7,7 +8,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 /// QEMU answers from its main loop, which an emulated processor can hold up for a while.
-const ANSWER_DEADLINE: Duration = Duration::from_secs(30);
+const ANSWER_DEADLINE: Duration = PATIENCE;
 
 /// A command that was not carried out.
 #[derive(Debug, thiserror::Error)]

@@ -11,6 +11,7 @@ use super::{GuestTest, Lab, TestError, claim};
 use crate::guest::Guest;
 use crate::share::{ImageForm, kernel_path};
 use crate::suite::SCRATCH;
+use crate::wait::PATIENCE;
 
 pub(super) const TESTS: &[GuestTest] = &[
     GuestTest {
@@ -23,7 +24,7 @@ pub(super) const TESTS: &[GuestTest] = &[
     },
 ];
 
-const END: Duration = Duration::from_mins(1);
+const END: Duration = PATIENCE;
 
 /// A VM's configuration as a file on the host; gives its path and its text.
 fn config(lab: &Lab) -> Result<(String, String), TestError> {

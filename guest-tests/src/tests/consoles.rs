@@ -10,6 +10,7 @@ use crate::guest::{Guest, READY_DEADLINE};
 use crate::host::process::Process;
 use crate::share::{ImageForm, kernel_path};
 use crate::suite::SCRATCH;
+use crate::wait::PATIENCE;
 
 pub(super) const TESTS: &[GuestTest] = &[
     GuestTest {
@@ -42,7 +43,7 @@ pub(super) const TESTS: &[GuestTest] = &[
     },
 ];
 
-const LEAVE: Duration = Duration::from_mins(1);
+const LEAVE: Duration = PATIENCE;
 
 /// daxhund with a guest on device-dax and this serial port.
 fn command(lab: &Lab, serial: &str) -> Vec<String> {

@@ -6,14 +6,15 @@ use lab_agent::host_protocol::ExitStatus;
 
 use super::remote::Remote;
 use super::support::{
-    MIB, VirtioKind, comes_back_to, dax_zone, eventually, no_complaints, power_off, refused,
-    scratch, spec_with,
+    MIB, comes_back_to, dax_zone, descriptors_and_threads, eventually, no_complaints, power_off,
+    refused, scratch, spec_with,
 };
-use super::vhost_user::{DISK_BYTES, PIECE, StorageDaemon, is_usable, keeps};
-use super::{GuestTest, Lab, TestError, claim, pci};
+use super::vhost_user::{DISK_BYTES, PIECE, StorageDaemon, has_the_daemons_disk, is_usable, keeps};
+use super::{GuestTest, Lab, TestError, claim};
 use crate::guest::Guest;
 use crate::served::serve_dax;
 use crate::suite::SCRATCH;
+use crate::wait::PATIENCE;
 
 pub(super) const TESTS: &[GuestTest] = &[
     GuestTest {
@@ -28,14 +29,7 @@ pub(super) const TESTS: &[GuestTest] = &[
 
 const MODULES: [&str; 2] = ["virtio_pci", "virtio_blk"];
 const SIGTERM: i32 = 15;
-const END: Duration = Duration::from_secs(30);
-
-fn descriptors(lab: &Lab, guest: &mut Guest) -> Result<String, TestError> {
-    let pid = guest.vmm().pid();
-    Ok(lab.host.sh(&format!(
-        "ls /proc/{pid}/fd | wc -l; ls /proc/{pid}/task | wc -l"
-    ))?)
-}
+const END: Duration = PATIENCE;
 
 fn a_generic_vhost_user_device_is_what_its_backend_says(lab: &mut Lab) -> Result<(), TestError> {
     scratch(lab)?;
@@ -55,14 +49,7 @@ fn a_generic_vhost_user_device_is_what_its_backend_says(lab: &mut Lab) -> Result
     ];
     let mut guest = Guest::boot(&lab.host, &spec_with(lab, &words))?;
     guest.modprobe(&MODULES)?;
-    guest.await_path("/dev/vda")?;
-    pci::is_driven(&mut guest, VirtioKind::Block)?;
-    let size = guest.cat("/sys/block/vda/size")?;
-    claim(size.trim() == (DISK_BYTES / 512).to_string(), || {
-        format!("vda should have {DISK_BYTES} bytes, it has {size} sectors")
-    })?;
-    let queues = guest.sh("ls /sys/block/vda/mq | wc -l")?;
-    claim(queues.trim() == "2", || format!("{queues} queues"))?;
+    has_the_daemons_disk(&mut guest)?;
     is_usable(&mut guest, "/dev/vda", 1)?;
     // A store to the configuration space, which the backend hears of, and says what it is then.
     for mode in ["write through", "write back"] {
@@ -101,7 +88,7 @@ fn another_backend_comes_and_goes(
     remote: &Remote,
     guest: &mut Guest,
 ) -> Result<(), TestError> {
-    let at_first = descriptors(lab, guest)?;
+    let at_first = descriptors_and_threads(lab, guest)?;
     let socket = format!("{SCRATCH}/ours.sock");
     let range = format!(
         "{},offset=0,size={}M",
@@ -124,7 +111,7 @@ fn another_backend_comes_and_goes(
         Ok(!remote.knows(lab, "g1")?)
     })?;
     comes_back_to("descriptors and threads", &at_first, || {
-        descriptors(lab, guest)
+        descriptors_and_threads(lab, guest)
     })?;
     let more = format!("device_type=2,socket={socket},queue_sizes=[64,64],id=g1");
     let said = ["g1", "has 1 queue(s)", "list 1 or fewer"];
@@ -183,7 +170,7 @@ fn bad_generic_vhost_user_devices_and_sockets_to_connect_to_are_refused(
         &lab.host,
         &spec_with(lab, &["--api-socket", remote.socket()]),
     )?;
-    let at_first = descriptors(lab, &mut guest)?;
+    let at_first = descriptors_and_threads(lab, &mut guest)?;
     remote.refused(
         lab,
         &["add-net", &server("api.sock")],
@@ -198,7 +185,7 @@ fn bad_generic_vhost_user_devices_and_sockets_to_connect_to_are_refused(
         "the socket of a device that there is not is left".to_owned()
     })?;
     comes_back_to("descriptors and threads", &at_first, || {
-        descriptors(lab, &mut guest)
+        descriptors_and_threads(lab, &mut guest)
     })?;
     no_complaints(&mut guest)?;
     power_off(guest)?;

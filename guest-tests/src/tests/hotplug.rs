@@ -7,6 +7,7 @@ use super::support::{
 };
 use super::{GuestTest, Lab, TestError, claim, pci, pmem, small_devices};
 use crate::guest::{Guest, network};
+use crate::host::account;
 use crate::suite::SCRATCH;
 
 pub(super) const TESTS: &[GuestTest] = &[
@@ -72,9 +73,7 @@ fn remove(
 }
 
 fn descriptors(lab: &Lab, guest: &mut Guest) -> Result<u64, TestError> {
-    let pid = guest.vmm().pid();
-    let text = lab.host.sh(&format!("ls /proc/{pid}/fd | wc -l"))?;
-    Ok(text.trim().parse().unwrap_or_default())
+    Ok(account::descriptors(&lab.host, guest.vmm().pid())?)
 }
 
 fn devices_come_and_go_while_the_guest_runs(lab: &mut Lab) -> Result<(), TestError> {

@@ -14,9 +14,10 @@ use rustix::process::{Pid, PidfdFlags, Signal, kill_process, kill_process_group,
 use super::support::eventually;
 use super::{GuestTest, Lab, TestError, claim};
 use crate::provision::QEMU;
+use crate::wait::PATIENCE;
 
 /// What a killed QEMU may take to give back a host's memory.
-const QEMU_ENDS: Duration = Duration::from_mins(1);
+const QEMU_ENDS: Duration = PATIENCE;
 /// A shell's status after the signal that `^C` sends.
 const INTERRUPTED: i32 = 130;
 

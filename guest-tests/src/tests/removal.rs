@@ -16,6 +16,7 @@ use super::{GuestTest, Lab, TestError, claim};
 use crate::guest::Guest;
 use crate::host::{DaxDevice, Output};
 use crate::suite::SCRATCH;
+use crate::wait::PATIENCE;
 
 pub(super) const TESTS: &[GuestTest] = &[
     GuestTest {
@@ -50,8 +51,8 @@ pub(super) const TESTS: &[GuestTest] = &[
 
 /// What the guest's program finds in the first word of its file.
 pub(super) const WORD: u64 = 0x6461_7868_756e_6421;
-/// From the guest's eject to the host's unbind there is little to do; emulated, some seconds.
-pub(super) const REMOVAL_DEADLINE: Duration = Duration::from_mins(1);
+/// From the guest's eject to the host's unbind there is little to do.
+pub(super) const REMOVAL_DEADLINE: Duration = PATIENCE;
 /// 128 + SIGBUS, as the shell tells it.
 pub(super) const KILLED_BY_SIGBUS: &str = "135";
 

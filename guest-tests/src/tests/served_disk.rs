@@ -5,7 +5,9 @@ use lab_agent::host_protocol::{ExitStatus, SpawnSpec};
 
 use super::remote::Remote;
 use super::removal::{REMOVAL_DEADLINE, bind, unbind, with_device};
-use super::support::{MIB, eventually, no_complaints, power_off, scratch, spec_with};
+use super::support::{
+    MIB, eventually, no_complaints, power_off, says_i_o_error, scratch, spec_with,
+};
 use super::{GuestTest, Lab, TestError, claim};
 use crate::guest::{Guest, load_disk};
 use crate::host::DaxDevice;
@@ -287,10 +289,7 @@ fn served_disk_of_a_guest_outlives_its_daemon_and_not_its_device(
         claim(gone.status.success(), || format!("{gone:?}"))?;
         let read = "dd if=/dev/vda of=/dev/null bs=64k count=1 iflag=direct 2>&1 || true";
         let said = guest.sh(read)?;
-        claim(
-            said.contains("I/O error") || said.contains("Input/output error"),
-            || said.clone(),
-        )?;
+        says_i_o_error(&said)?;
         eventually("the daemon lets go of the device", || {
             Ok(!holds(lab, &daemon, &dax.path)?)
         })?;

@@ -8,7 +8,7 @@ use super::guard::parties::Daemon as GuardDaemon;
 use super::pmem::{boot_spec_with_pmem, boot_with_pmem};
 use super::removal::{REMOVAL_DEADLINE, is_bound, is_well, unbind_script, with_device};
 use super::served_disk::{Frontend, end, serve, start};
-use super::support::{MIB, no_complaints, power_off, scratch, spec_with};
+use super::support::{MIB, no_complaints, power_off, says_i_o_error, scratch, spec_with};
 use super::vhost_pmem::{lend, word};
 use super::{GuestTest, Lab, TestError, claim, support};
 use crate::guest::Guest;
@@ -231,11 +231,7 @@ fn disk_works(guest: &mut Guest) -> Result<(), TestError> {
 }
 
 fn disk_fails(guest: &mut Guest) -> Result<(), TestError> {
-    let said = read_of_the_disk(guest)?;
-    claim(
-        said.contains("I/O error") || said.contains("Input/output error"),
-        || said.clone(),
-    )
+    says_i_o_error(&read_of_the_disk(guest)?)
 }
 
 fn removal_of_a_guests_served_disk_waits_until_the_daemon_is_off_it(
@@ -360,11 +356,7 @@ fn flush_works(guest: &mut Guest) -> Result<(), TestError> {
 }
 
 fn flush_fails(guest: &mut Guest) -> Result<(), TestError> {
-    let said = flush(guest)?;
-    claim(
-        said.contains("I/O error") || said.contains("Input/output error"),
-        || said.clone(),
-    )
+    says_i_o_error(&flush(guest)?)
 }
 
 fn removal_of_a_daemons_pmem_waits_for_its_guest_and_for_the_daemon(

@@ -7,19 +7,19 @@ use lab_agent::host_protocol::{ExitStatus, SpawnSpec};
 
 use super::{Lab, TestError, claim};
 use crate::guest::{Guest, GuestSpec};
+use crate::host::account;
 use crate::host::figures::{MappedPages, mapped_pages};
 use crate::host::process::Process;
 use crate::share::{ImageForm, Initramfs, initramfs_path, kernel_path};
 use crate::suite::SCRATCH;
-use crate::wait;
+use crate::wait::{self, PATIENCE};
 
 pub(super) const MIB: u64 = 1 << 20;
 pub(super) const GIB: u64 = 1 << 30;
-/// A start that fails does so within a second; emulated and on a busy machine, within this.
-const REFUSAL_DEADLINE: Duration = Duration::from_mins(1);
-
+/// A start that fails does so within a second.
+const REFUSAL_DEADLINE: Duration = PATIENCE;
 /// What takes a few milliseconds on a real machine.
-const EVENTUALLY: Duration = Duration::from_secs(30);
+const EVENTUALLY: Duration = PATIENCE;
 
 /// What Linux says about the emulated processor, whoever the VMM is: mitigations that want microcode, and frequency
 /// scaling, for which a guest has no firmware.
@@ -100,6 +100,26 @@ pub(super) fn no_complaints(guest: &mut Guest) -> Result<(), TestError> {
     claim(ours.is_empty(), || {
         format!("the guest's kernel complains:\n{}", ours.join("\n"))
     })
+}
+
+/// How many of each the VMM has.
+pub(super) fn descriptors_and_threads(
+    lab: &Lab,
+    guest: &mut Guest,
+) -> Result<(u64, u64), TestError> {
+    let pid = guest.vmm().pid();
+    Ok((
+        account::descriptors(&lab.host, pid)?,
+        account::threads(&lab.host, pid)?,
+    ))
+}
+
+/// It says that the storage failed.
+pub(super) fn says_i_o_error(said: &str) -> Result<(), TestError> {
+    claim(
+        said.contains("I/O error") || said.contains("Input/output error"),
+        || said.to_owned(),
+    )
 }
 
 /// Waits until an account is what it was.

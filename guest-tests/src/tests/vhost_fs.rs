@@ -6,13 +6,14 @@ use lab_agent::host_protocol::SpawnSpec;
 
 use super::remote::Remote;
 use super::support::{
-    MIB, VirtioKind, comes_back_to, count, dax_zone, eventually, mapped, no_complaints, power_off,
-    refused, scratch, spec_on, spec_with,
+    MIB, VirtioKind, comes_back_to, count, dax_zone, descriptors_and_threads, eventually, mapped,
+    no_complaints, power_off, refused, scratch, spec_on, spec_with,
 };
 use super::{GuestTest, Lab, TestError, claim, pci};
 use crate::guest::Guest;
 use crate::host::process::Process;
 use crate::suite::SCRATCH;
+use crate::wait::PATIENCE;
 
 pub(super) const TESTS: &[GuestTest] = &[
     GuestTest {
@@ -38,7 +39,7 @@ const MODULES: [&str; 2] = ["virtio_pci", "virtiofs"];
 const MOUNT: &str = "mkdir -p /mnt && mount -t virtiofs share /mnt";
 const SIGKILL: i32 = 9;
 /// For it to start, and to end when its frontend has gone.
-const DEADLINE: Duration = Duration::from_secs(30);
+const DEADLINE: Duration = PATIENCE;
 /// More than the memory above the hole has.
 const BIG: u64 = 192 * MIB;
 const ABOVE_THE_HOLE: u64 = 128 * MIB;
@@ -198,18 +199,12 @@ fn shared_directories_come_and_go(lab: &mut Lab) -> Result<(), TestError> {
     let mut guest = Guest::boot(&lab.host, &spec)?;
     guest.modprobe(&MODULES)?;
     let ram = &lab.host.dax()[0].path;
-    let descriptors = |lab: &Lab, guest: &mut Guest| -> Result<String, TestError> {
-        let pid = guest.vmm().pid();
-        Ok(lab.host.sh(&format!(
-            "ls /proc/{pid}/fd | wc -l; ls /proc/{pid}/task | wc -l"
-        ))?)
-    };
-    let at_first = descriptors(lab, &mut guest)?;
+    let at_first = descriptors_and_threads(lab, &mut guest)?;
     for round in 0..2 {
         let daemon = FsDaemon::start(lab)?;
         let place = remote.add(lab, "add-fs", &daemon.word(",id=f0"))?;
         guest.sh(&format!(
-            "until test -e /sys/bus/pci/devices/{place}/virtio*/driver; do true; done"
+            "until test -e /sys/bus/pci/devices/{place}/virtio*/driver; do usleep 10000; done"
         ))?;
         guest.sh(MOUNT)?;
         claim(mapped(lab, &daemon.process, ram)? >= 512 * MIB, || {
@@ -230,7 +225,7 @@ fn shared_directories_come_and_go(lab: &mut Lab) -> Result<(), TestError> {
         })?;
         daemon.has_served()?;
         comes_back_to("descriptors and threads", &at_first, || {
-            descriptors(lab, &mut guest)
+            descriptors_and_threads(lab, &mut guest)
         })?;
     }
     let nobody = format!("tag=share,socket={SCRATCH}/nobody.sock,id=f1");
@@ -247,7 +242,7 @@ fn shared_directories_come_and_go(lab: &mut Lab) -> Result<(), TestError> {
         &["cache_size"],
     )?;
     comes_back_to("descriptors and threads", &at_first, || {
-        descriptors(lab, &mut guest)
+        descriptors_and_threads(lab, &mut guest)
     })?;
     no_complaints(&mut guest)?;
     power_off(guest)

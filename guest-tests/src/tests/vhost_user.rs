@@ -4,14 +4,15 @@ use std::time::Duration;
 
 use super::remote::Remote;
 use super::support::{
-    MIB, VirtioKind, comes_back_to, count, dax_zone, eventually, mapped, no_complaints, power_off,
-    refused, scratch, spec_on, spec_with,
+    MIB, VirtioKind, comes_back_to, count, dax_zone, descriptors_and_threads, eventually, mapped,
+    no_complaints, power_off, refused, scratch, spec_on, spec_with,
 };
 use super::{GuestTest, Lab, TestError, claim, pci, pmem};
 use crate::guest::Guest;
 use crate::host::process::Process;
 use crate::served::storage_daemon;
 use crate::suite::SCRATCH;
+use crate::wait::PATIENCE;
 
 pub(super) const TESTS: &[GuestTest] = &[
     GuestTest {
@@ -39,7 +40,7 @@ const SIGKILL: i32 = 9;
 const SIGTERM: i32 = 15;
 const SIGCONT: i32 = 18;
 const SIGSTOP: i32 = 19;
-const END: Duration = Duration::from_secs(30);
+const END: Duration = PATIENCE;
 
 /// A storage daemon that exports a file as a disk.
 pub(super) struct StorageDaemon {
@@ -93,6 +94,18 @@ impl StorageDaemon {
     }
 }
 
+/// It has come, whole, with two queues.
+pub(super) fn has_the_daemons_disk(guest: &mut Guest) -> Result<(), TestError> {
+    guest.await_path("/dev/vda")?;
+    pci::is_driven(guest, VirtioKind::Block)?;
+    let size = guest.cat("/sys/block/vda/size")?;
+    claim(size.trim() == (DISK_BYTES / 512).to_string(), || {
+        format!("vda should have {DISK_BYTES} bytes, it has {size} sectors")
+    })?;
+    let queues = guest.sh("ls /sys/block/vda/mq | wc -l")?;
+    claim(queues.trim() == "2", || format!("{queues} queues"))
+}
+
 /// Fills a piece, at its end as well, and reads it back.
 pub(super) fn is_usable(guest: &mut Guest, disk: &str, seed: u64) -> Result<(), TestError> {
     for offset in [4096, DISK_BYTES - PIECE] {
@@ -128,14 +141,7 @@ fn a_vhost_user_disk_reaches_all_of_the_guests_dax_memory(lab: &mut Lab) -> Resu
         .extend(["--cpus", "boot=2", "--disk", &disk].map(str::to_owned));
     let mut guest = Guest::boot(&lab.host, &spec)?;
     guest.modprobe(&MODULES)?;
-    guest.await_path("/dev/vda")?;
-    pci::is_driven(&mut guest, VirtioKind::Block)?;
-    let size = guest.cat("/sys/block/vda/size")?;
-    claim(size.trim() == (DISK_BYTES / 512).to_string(), || {
-        format!("vda should have {DISK_BYTES} bytes, it has {size} sectors")
-    })?;
-    let queues = guest.sh("ls /sys/block/vda/mq | wc -l")?;
-    claim(queues.trim() == "2", || format!("{queues} queues"))?;
+    has_the_daemons_disk(&mut guest)?;
     let cache = guest.cat("/sys/block/vda/queue/write_cache")?;
     claim(cache.trim() == "write back", || {
         format!("a disk that is flushed has a write-back cache, not {cache}")
@@ -185,13 +191,7 @@ fn vhost_user_disks_and_memory_come_and_go(lab: &mut Lab) -> Result<(), TestErro
     );
     let mut guest = Guest::boot(&lab.host, &spec)?;
     guest.modprobe(&["virtio_pci", "virtio_blk", "virtio_pmem", "nd_pmem"])?;
-    let descriptors = |lab: &Lab, guest: &mut Guest| -> Result<String, TestError> {
-        let pid = guest.vmm().pid();
-        Ok(lab.host.sh(&format!(
-            "ls /proc/{pid}/fd | wc -l; ls /proc/{pid}/task | wc -l"
-        ))?)
-    };
-    let at_first = descriptors(lab, &mut guest)?;
+    let at_first = descriptors_and_threads(lab, &mut guest)?;
     let (ram, pmem_path) = (&lab.host.dax()[0].path, &lab.host.dax()[1].path);
     for round in 0..2 {
         let disk_at = remote.add(lab, "add-disk", &daemon.word(",id=d0"))?;
@@ -233,7 +233,7 @@ fn vhost_user_disks_and_memory_come_and_go(lab: &mut Lab) -> Result<(), TestErro
             Ok(!remote.knows(lab, "d0")?)
         })?;
         comes_back_to("descriptors and threads", &at_first, || {
-            descriptors(lab, &mut guest)
+            descriptors_and_threads(lab, &mut guest)
         })?;
         eventually("the daemon lets go of the memory", || {
             Ok(mapped(lab, &daemon.process, ram)? == 0)
@@ -244,7 +244,7 @@ fn vhost_user_disks_and_memory_come_and_go(lab: &mut Lab) -> Result<(), TestErro
     let more = daemon.word(",num_queues=2,id=d1");
     remote.refused(lab, &["add-disk", &more], &["d1", "num_queues=1"])?;
     comes_back_to("descriptors and threads", &at_first, || {
-        descriptors(lab, &mut guest)
+        descriptors_and_threads(lab, &mut guest)
     })?;
     no_complaints(&mut guest)?;
     power_off(guest)?;

@@ -60,7 +60,8 @@ pub enum BackendError {
     },
     /// A mode of nothing.
     #[error(
-        "{device}: vhost_mode=server is for a device that a vhost-user backend serves; give vhost_user=on,socket=PATH as well, or          leave it out"
+        "{device}: vhost_mode=server is for a device that a vhost-user backend serves; give vhost_user=on,socket=PATH as well, or \
+         leave it out"
     )]
     ServerAlone {
         /// The device.

@@ -1,9 +1,8 @@
 //! KVM: present, permitted, complete, and with nested paging.
 
-use std::error::Error;
-
 use super::report::Row;
 use super::roots::{Live, Roots};
+use crate::chain;
 use crate::kvm::OpenError;
 
 pub(super) fn check(roots: &Roots, live: &dyn Live) -> Vec<Row> {
@@ -44,16 +43,6 @@ fn device(roots: &Roots, live: &dyn Live) -> Row {
         ),
     };
     Row::fail("kvm", found, mend)
-}
-
-fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(source) = next {
-        text = format!("{text}: {source}");
-        next = source.source();
-    }
-    text
 }
 
 fn nested_paging(roots: &Roots) -> Row {

@@ -259,7 +259,7 @@ impl Removals {
                     device,
                     by,
                 } => {
-                    let by = format!("{} (process {}, {})", by.name, by.pid, by.file);
+                    let by = by.to_string();
                     self.waiting.push(Waiting {
                         request,
                         device: device.clone(),

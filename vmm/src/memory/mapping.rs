@@ -8,8 +8,7 @@ use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
-use daxhund_dax::Pages;
-use rustix::fs::OFlags;
+use daxhund_dax::{Pages, is_for_writing};
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 use thiserror::Error;
 
@@ -197,9 +196,7 @@ impl HostMapping {
         else {
             return false;
         };
-        // The flags of a descriptor that is open can always be had.
-        let flags = rustix::fs::fcntl_getfl(file);
-        flags.is_ok_and(|flags| flags & OFlags::RWMODE == OFlags::RDONLY)
+        !is_for_writing(file)
     }
 
     /// What it is a mapping of.

@@ -9,9 +9,10 @@ use super::super::{Lab, TestError, claim};
 use crate::host::Output;
 use crate::host::process::Process;
 use crate::suite::SCRATCH;
+use crate::wait::PATIENCE;
 
 /// What takes milliseconds on a real machine.
-pub(in crate::tests) const SOON: Duration = Duration::from_mins(1);
+pub(in crate::tests) const SOON: Duration = PATIENCE;
 /// A holder that is to answer in time: far more than any step of a story takes.
 pub(in crate::tests) const PATIENT_MS: u64 = 300_000;
 pub(in crate::tests) const SIGTERM: i32 = 15;

@@ -20,8 +20,8 @@ use std::sync::atomic::{AtomicI32, Ordering};
 
 use daxhund_dax::{
     ByteSize, DaxDevice, DaxRange, FileBacking, Flusher, Host, LockKind, NotDaxKind, OpenError,
+    is_for_writing,
 };
-use rustix::fs::OFlags;
 
 use super::layout::Gpa;
 use super::mapping::{HostMapping, Source};
@@ -198,6 +198,7 @@ impl PmemBacking {
             _ => UNIT,
         };
         check_units(spec, align, offset, size)?;
+        // What is lent for reading is shared with others who read.
         let lock = if spec.discard_writes || !is_for_writing(&file) {
             LockKind::Shared
         } else {
@@ -306,13 +307,6 @@ impl Flush for Flusher {
     fn flush(&self) -> io::Result<()> {
         Flusher::flush(self)
     }
-}
-
-/// What is lent for reading is shared with others who read.
-fn is_for_writing(file: &File) -> bool {
-    // The flags of a descriptor that is open can always be had.
-    let flags = rustix::fs::fcntl_getfl(file);
-    flags.is_ok_and(|flags| flags & OFlags::RWMODE == OFlags::RDWR)
 }
 
 /// Writes go nowhere: there is nothing to make durable.

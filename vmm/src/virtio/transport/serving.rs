@@ -17,6 +17,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::common::CommonRegisters;
 use super::signals::{QueueWire, Wires};
+use crate::chain;
 use crate::memory::ram::GuestView;
 use crate::virtio::device::{Activation, Device, Signals};
 use crate::virtio::queue::Queue;
@@ -90,18 +91,6 @@ impl Serving {
             _ => None,
         }
     }
-}
-
-/// An error with its causes, for a log line.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
 }
 
 /// The queues that the driver enabled. Their rings have to lie in guest memory.

@@ -19,8 +19,8 @@ use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
+use daxhund_dax::is_for_writing;
 use rustix::event::{PollFd, PollFlags, poll};
-use rustix::fs::{OFlags, fcntl_getfl};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags, recvmsg, send};
 use thiserror::Error;
 
@@ -46,13 +46,6 @@ pub struct Loan {
     pub size: u64,
     /// Whether the guest may store there.
     pub writable: bool,
-}
-
-/// Whether it can be stored to by this descriptor.
-fn is_for_writing(file: &File) -> bool {
-    // The flags of a descriptor that is open can always be had.
-    let flags = fcntl_getfl(file);
-    flags.is_ok_and(|flags| flags & OFlags::RWMODE == OFlags::RDWR)
 }
 
 /// What is kept of a loan: no descriptor, which would outlive the memory.

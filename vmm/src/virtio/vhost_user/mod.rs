@@ -129,7 +129,8 @@ pub enum OpenError {
     },
     /// This side listens, and no backend came that is one.
     #[error(
-        "device {id}: no backend has connected to the socket {socket} within {waited:?}; start one that connects there (for one: a          port of Open vSwitch of type dpdkvhostuserclient)"
+        "device {id}: no backend has connected to the socket {socket} within {waited:?}; start one that connects there (for one: a \
+         port of Open vSwitch of type dpdkvhostuserclient)"
     )]
     Nobody {
         /// Which device.
