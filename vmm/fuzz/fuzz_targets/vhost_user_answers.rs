@@ -12,7 +12,7 @@ use std::sync::OnceLock;
 
 use daxhund::memory::mapping::memfd;
 use daxhund::virtio::vhost_user::testing::converse;
-use daxhund_fuzz::Input;
+use daxhund_fuzz_support::input::Input;
 use libfuzzer_sys::fuzz_target;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
