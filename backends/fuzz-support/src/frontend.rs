@@ -29,7 +29,6 @@ pub const DATA: u64 = 0x2_0000;
 pub const SLOT: u64 = 64;
 
 /// Messages, by the names and numbers of the specification.
-#[allow(missing_docs)]
 pub mod codes {
     pub const GET_FEATURES: u32 = 1;
     pub const SET_FEATURES: u32 = 2;

@@ -30,7 +30,7 @@ pub fn offer(frontend: &mut Frontend, how: u8, input: &mut Input<'_>) {
         }
         _ => odd(slot, input),
     };
-    if how % 2 == 0 {
+    if how.is_multiple_of(2) {
         frontend.offer(0, &parts);
         return;
     }
