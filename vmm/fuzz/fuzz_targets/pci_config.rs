@@ -7,7 +7,7 @@ use std::sync::Arc;
 use daxhund::bus::BusDevice;
 use daxhund::pci::testing::{FakeFunction, Told, bar32, bar64, windows};
 use daxhund::pci::{ConfigPorts, Ecam, Segment};
-use daxhund_fuzz::Input;
+use daxhund_fuzz_support::input::Input;
 use libfuzzer_sys::fuzz_target;
 
 const SLOTS: u8 = 4;

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 
 use daxhund::bus::BusDevice;
 use daxhund::pci::{Ejected, Hotplug, Slot, Slots};
-use daxhund_fuzz::Input;
+use daxhund_fuzz_support::input::Input;
 use libfuzzer_sys::fuzz_target;
 
 const SEGMENTS: u16 = 2;

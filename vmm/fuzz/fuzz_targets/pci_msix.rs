@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use daxhund::pci::testing::{FakeRoutes, IDENTITY};
 use daxhund::pci::{BarOffset, ConfigSpace, Msix, MsixLayout, MsiMessage, MsiRoutes};
-use daxhund_fuzz::Input;
+use daxhund_fuzz_support::input::Input;
 use libfuzzer_sys::fuzz_target;
 
 const VECTORS: u16 = 67;

@@ -8,7 +8,7 @@ use daxhund::bus::BusDevice;
 use daxhund::pci::testing::windows;
 use daxhund::pci::{Ecam, Segment};
 use daxhund::vfio::testing::{Bench, FakeHost};
-use daxhund_fuzz::Input;
+use daxhund_fuzz_support::input::Input;
 use libfuzzer_sys::fuzz_target;
 
 const SLOT: u8 = 3;

@@ -12,7 +12,7 @@ use std::sync::OnceLock;
 
 use daxhund::memory::mapping::memfd;
 use daxhund::virtio::vhost_user::testing::converse;
-use daxhund_fuzz::Input;
+use daxhund_fuzz_support::input::Input;
 use libfuzzer_sys::fuzz_target;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
@@ -77,10 +77,11 @@ fn right(protocol: u64) -> Vec<Answer> {
             done(&mut answers, code);
         }
     }
+    // The first queue with the start, the other one when it comes into use.
     for _ in 0..2 {
         done(&mut answers, 18);
+        settled(&mut answers);
     }
-    settled(&mut answers);
     for queue in 0..2 {
         done(&mut answers, 18);
         answers.push(words(11, &[queue]));

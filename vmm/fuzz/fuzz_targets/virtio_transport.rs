@@ -11,7 +11,7 @@ use daxhund::memory::snapshot::Snapshot;
 use daxhund::pci::{Function, MsiMessage, MsiRoutes};
 use daxhund::virtio::rng::{RngDevice, RngSpec};
 use daxhund::virtio::transport::{Doorbells, Parts, VirtioPci};
-use daxhund_fuzz::Input;
+use daxhund_fuzz_support::input::Input;
 use libfuzzer_sys::fuzz_target;
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;

@@ -1,4 +1,4 @@
-//! What fuzz targets share: a reader that makes a hostile guest's deeds out of bytes.
+//! A reader that makes the deeds of a hostile guest, frontend or backend out of bytes.
 //!
 //! Bytes, not derived types: a corpus stays good when a target learns a new deed at the end of its list, and a seed can be
 //! written by hand.
