@@ -32,7 +32,7 @@ pub const SCRATCH: &str = "/tmp/scratch";
 const WORKSPACE_TEST: &str = "workspace::unit_and_property_tests";
 const HOST_TEST: &str = "host_comes_up";
 /// How many of the tests that took longest are told of.
-const SLOWEST: usize = 400;
+const SLOWEST: usize = 20;
 
 /// What to run.
 #[derive(Clone, Debug, Default)]

@@ -256,11 +256,35 @@ impl Lender {
     /// To give to a frontend; an error is for saying: whoever has it, or that it is gone.
     pub fn lend(&self) -> Result<Arc<File>, String> {
         match &*self.held() {
-            Held::Ours(loan) => Ok(Arc::clone(&loan.file)),
+            Held::Ours(loan) => {
+                self.check_is_whole(loan)?;
+                Ok(Arc::clone(&loan.file))
+            }
             Held::Kept(error) => Err(error.to_string()),
             Held::LetGo => Err(format!("the host wants {} back", self.path().display())),
             Held::Lost => Err(format!("the host has taken {} away", self.path().display())),
         }
+    }
+
+    /// A file that is lent for writing can be shortened by whom it is lent to, and then loads of the next one would fault.
+    fn check_is_whole(&self, loan: &Loan) -> Result<(), String> {
+        if loan.mapping.is_some() {
+            return Ok(());
+        }
+        let path = self.path().display();
+        let metadata = loan.file.metadata();
+        let len = metadata
+            .map_err(|error| format!("cannot look at {path}: {error}"))?
+            .len();
+        if len < self.len {
+            return Err(format!(
+                "{path} was shortened to {} of {}, by whom it was lent to or on the host: lengthen it (`truncate -s {} {path}`)",
+                ByteSize(len),
+                ByteSize(self.len),
+                self.len
+            ));
+        }
+        Ok(())
     }
 
     /// For a frontend that shares this part of a file, if it has the range from a daemon before, and with it its lock: what it
@@ -648,6 +672,20 @@ mod tests {
         lender.renew();
         assert!(lender.is_lost());
         open(file.path(), false).unwrap();
+    }
+
+    #[test]
+    fn what_a_frontend_has_shortened_is_not_lent_on_until_it_is_whole() {
+        let file = file(4 * MIB);
+        let lender = open(file.path(), false).unwrap();
+        lender.lend().unwrap().set_len(2 * MIB).unwrap();
+        let said = lender.lend().unwrap_err();
+        assert!(
+            said.contains("shortened to 2M of 4M") && said.contains("truncate -s 4194304"),
+            "{said}"
+        );
+        file.as_file().set_len(4 * MIB).unwrap();
+        lender.lend().unwrap();
     }
 
     #[test]
