@@ -71,11 +71,11 @@ fn boots_on_one_dax_zone_with_2m_entries(lab: &mut Lab) -> Result<(), TestError>
     no_complaints(&mut guest)?;
     claim(guest.online_cpus()? == 1, || "not one vCPU".to_owned())?;
 
-    // Touch most of it, so that the entries are there to be counted.
-    guest.pattern(Some(512 * MIB))?;
+    // Touch a part of it, so that the entries are there to be counted.
+    guest.pattern(Some(256 * MIB))?;
     let pages = kvm_pages(lab, &mut guest)?;
-    claim(pages.pages_2m >= 256 && pages.pages_1g == 0, || {
-        format!("512 MiB of 2M-aligned device-dax should take 256 entries of 2M: {pages:?}")
+    claim(pages.pages_2m >= 128 && pages.pages_1g == 0, || {
+        format!("256 MiB of 2M-aligned device-dax should take 128 entries of 2M: {pages:?}")
     })?;
     claim(pages.pages_4k == 0, || {
         format!("device-dax memory is mapped in 4K pieces: {pages:?}")

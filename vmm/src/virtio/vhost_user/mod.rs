@@ -66,8 +66,10 @@ pub use shared::{Change, OnChange, Status};
 pub use socket::{ListenError, Mode};
 pub use table::SharedRegion;
 
-/// For an answer of a backend that has been answering. Mapping memory takes it milliseconds.
+/// For an answer of a backend that has been answering.
 const CALL: Duration = Duration::from_millis(if cfg!(test) { 700 } else { 3000 });
+/// Memory that a backend maps in a second, if it locks its own memory and so touches every page: several times as much as it takes.
+const MAPPED_IN_A_SECOND: u64 = 4 << 30;
 /// For a backend to say what it is. Callers of the API wait five seconds for a device.
 const HANDSHAKE: Duration = Duration::from_millis(if cfg!(test) { 700 } else { 4000 });
 
@@ -301,8 +303,10 @@ impl Backend {
 
     /// Has it reach more memory.
     pub fn attach(&self, regions: Vec<SharedRegion>) -> Result<(), AttachError> {
+        let bytes: u64 = regions.iter().map(|region| region.size).sum();
+        let mapping = Duration::from_secs(bytes / MAPPED_IN_A_SECOND);
         self.caller
-            .call(CALL, move |session| session.attach(&regions))?
+            .call(CALL + mapping, move |session| session.attach(&regions))?
     }
 
     /// Takes memory back from it.

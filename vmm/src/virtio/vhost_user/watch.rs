@@ -15,6 +15,9 @@ use super::socket::Listening;
 /// From a loss to the first try; doubled with each that fails.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+/// For one that is there again to say what it is and to map all memory: one that locks its own memory touches every page. Nobody
+/// waits for it, and who has something to ask of the thread meanwhile cuts it short.
+const AGAIN: Duration = Duration::from_millis(if cfg!(test) { 700 } else { 60_000 });
 
 /// Ends when no backend is wanted any more.
 pub(super) fn run(shared: &Shared, caller: &Arc<Caller<Session>>) {
@@ -45,7 +48,7 @@ pub(super) fn run(shared: &Shared, caller: &Arc<Caller<Session>>) {
         if shared.is_closed() {
             return;
         }
-        match caller.call(super::HANDSHAKE, Session::connect) {
+        match caller.call(AGAIN, Session::connect) {
             Ok(Ok(())) => {}
             Ok(Err(error)) => debug!(device = shared.id, %error, "no backend yet"),
             Err(error) => debug!(device = shared.id, %error, "no backend yet"),
