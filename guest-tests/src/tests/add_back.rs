@@ -4,7 +4,7 @@ use super::passthrough::{is_driven, keeps_blocks, word};
 use super::remote::Remote;
 use super::removal::{REMOVAL_DEADLINE, bind, unbind_goes_through};
 use super::support::{
-    MIB, comes_back_to, dax_zone, eventually, no_complaints, power_off, scratch, spec_on,
+    self, MIB, comes_back_to, dax_zone, eventually, no_complaints, power_off, scratch, spec_on,
 };
 use super::{GuestTest, Lab, TestError, claim};
 use crate::bench::removal::scene::NO_LATE_ZEROS;
@@ -47,6 +47,16 @@ struct Account {
     mappings: u64,
     threads: u64,
     dma_bytes: u64,
+}
+
+impl support::Account for Account {
+    fn is_back_to(&self, before: &Self) -> bool {
+        self.memlock == before.memlock
+            && self.dma_bytes == before.dma_bytes
+            && self.descriptors <= before.descriptors
+            && self.mappings <= before.mappings
+            && self.threads <= before.threads
+    }
 }
 
 struct Story<'a> {

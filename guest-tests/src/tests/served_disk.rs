@@ -397,7 +397,7 @@ fn served_disks_keep_what_was_acknowledged_to_vmms_that_are_killed(
     };
     let write = |index: u64| -> Result<Guest, TestError> {
         let mut guest = boot(index)?;
-        guest.sh("mkfs.ext4 -q -F /dev/vda && mount -t ext4 /dev/vda /mnt")?;
+        guest.sh("mkfs.ext4 -q -F /dev/vda && mkdir -p /mnt && mount -t ext4 /dev/vda /mnt")?;
         guest.start_records(RECORDS, index, "append", RECORD_LIMIT)?;
         guest.await_record(8)?;
         Ok(guest)
@@ -410,7 +410,7 @@ fn served_disks_keep_what_was_acknowledged_to_vmms_that_are_killed(
     let of_two = kill_while_it_writes(two)?;
     for (index, records) in [(0, of_one), (1, of_two)] {
         let mut guest = boot(index)?;
-        guest.sh("mount -t ext4 /dev/vda /mnt")?;
+        guest.sh("mkdir -p /mnt && mount -t ext4 /dev/vda /mnt")?;
         let found = guest.check_records(RECORDS, index)?;
         claim(found.records >= records, || {
             format!(

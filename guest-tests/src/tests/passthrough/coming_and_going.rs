@@ -1,7 +1,9 @@
 //! Passed-through devices come to a running guest and go again, and the host's accounts are as they were.
 
 use super::super::remote::Remote;
-use super::super::support::{MIB, comes_back_to, eventually, no_complaints, power_off, scratch};
+use super::super::support::{
+    self, MIB, comes_back_to, eventually, no_complaints, power_off, scratch,
+};
 use super::super::{GuestTest, Lab, TestError, claim};
 use super::{By, COMPLAINTS, DRIVERS, is_driven, keeps_blocks, ram, spec, word};
 use crate::guest::Guest;
@@ -39,6 +41,14 @@ struct Account {
     memlock: Memlock,
     descriptors: u64,
     mapped_bytes: u64,
+}
+
+impl support::Account for Account {
+    fn is_back_to(&self, before: &Self) -> bool {
+        self.memlock == before.memlock
+            && self.mapped_bytes == before.mapped_bytes
+            && self.descriptors <= before.descriptors
+    }
 }
 
 struct Story<'a> {

@@ -9,7 +9,8 @@ use super::super::passthrough::word;
 use super::super::remote::Remote;
 use super::super::removal::{DRIVER, REMOVAL_DEADLINE};
 use super::super::support::{
-    MIB, comes_back_to, dax_zone, eventually, holds, is_of_others, power_off, scratch, spec_on,
+    self, MIB, comes_back_to, dax_zone, eventually, holds, is_of_others, power_off, scratch,
+    spec_on,
 };
 use super::super::{Lab, TestError, claim};
 use super::loads::Loads;
@@ -59,6 +60,14 @@ struct Account {
     memlock: Memlock,
     descriptors: u64,
     threads: u64,
+}
+
+impl support::Account for Account {
+    fn is_back_to(&self, before: &Self) -> bool {
+        self.memlock == before.memlock
+            && self.descriptors <= before.descriptors
+            && self.threads <= before.threads
+    }
 }
 
 /// What may grow, but not for ever.
