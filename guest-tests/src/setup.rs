@@ -114,6 +114,8 @@ impl Setup {
         share::add_peer(&self.share(), "storage-daemon", &daemon, roots)?;
         let daemon = self.provisioned.fs_daemon()?;
         share::add_peer(&self.share(), "virtiofsd", &daemon, roots)?;
+        let daemon = self.provisioned.net_daemon()?;
+        share::add_peer_with_drivers(&self.share(), "testpmd", &daemon)?;
         Ok(())
     }
 

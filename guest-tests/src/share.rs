@@ -7,6 +7,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use crate::provision::Daemon;
 use crate::provision::kernel::Kernel;
 use crate::provision::libraries::{self, LibraryError};
 
@@ -112,9 +113,40 @@ pub fn add_peer(
         program,
         &place.join(program.file_name().unwrap_or_default()),
     )?;
-    let needed = libraries::closure(&[program.to_owned()], roots)?;
+    add_libraries(&place, &[program.to_owned()], roots)
+}
+
+/// As [`add_peer`] for a program that loads drivers by itself: they are among the libraries, without the version in their names.
+pub fn add_peer_with_drivers(
+    share: &Path,
+    name: &str,
+    daemon: &Daemon<'_>,
+) -> Result<(), PeerError> {
+    let Daemon {
+        program,
+        drivers,
+        roots,
+    } = daemon;
+    add_peer(share, name, program, roots)?;
+    let place = share.join("peers").join(name);
+    for driver in drivers {
+        let file = driver.file_name().unwrap_or_default().to_string_lossy();
+        let (stem, _) = file.split_once('.').unwrap_or((&file, ""));
+        let into = place.join("lib").join(format!("{stem}.so"));
+        add(driver, &into)?;
+    }
+    add_libraries(&place, drivers, roots)?;
+    Ok(())
+}
+
+/// What these need, unless it is there. Gives whether they need any.
+fn add_libraries(place: &Path, users: &[PathBuf], roots: &[PathBuf]) -> Result<bool, PeerError> {
+    let needed = libraries::closure(users, roots)?;
     for (name, path) in &needed {
-        add(path, &place.join("lib").join(name))?;
+        let into = place.join("lib").join(name);
+        if !into.exists() {
+            add(path, &into)?;
+        }
     }
     Ok(!needed.is_empty())
 }

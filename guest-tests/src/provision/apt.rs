@@ -30,6 +30,16 @@ pub enum AptError {
         /// Name of the package.
         name: String,
     },
+    /// What is built with another package is not there.
+    #[error(
+        "no package `{prefix}...` of version {} in the package sources, which `{}` needs; try `apt-get update`", package.version, package.name
+    )]
+    NotBuilt {
+        /// How its name would start.
+        prefix: String,
+        /// What it would be built with.
+        package: Package,
+    },
     /// Installing takes rights.
     #[error(
         "cannot install {packages}: neither root nor sudo; run `apt-get install --no-install-recommends {packages}` as root"
@@ -119,6 +129,25 @@ fn parse_candidates(policy: &str) -> Vec<Package> {
         }
     }
     found
+}
+
+/// The name of the package that starts so and is of the same version as another one. Of a library that is built with a program
+/// there may be several, named after the interfaces of their releases.
+pub fn built_with(package: &Package, prefix: &str) -> Result<String, AptError> {
+    let names = names(prefix)?;
+    let mut found = Vec::new();
+    // Asked about nothing, it would tell of everything.
+    if !names.is_empty() {
+        found = parse_candidates(&text_of(tool("apt-cache")?.arg("policy").args(names))?);
+    }
+    found
+        .into_iter()
+        .find(|other| other.version == package.version)
+        .map(|other| other.name)
+        .ok_or_else(|| AptError::NotBuilt {
+            prefix: prefix.to_owned(),
+            package: package.clone(),
+        })
 }
 
 /// Fetches the package lists.
@@ -225,6 +254,8 @@ fn parse_libraries(depends: &str) -> Vec<String> {
             (kind == "Depends" || kind == "PreDepends").then_some(name)
         })
         .filter(|name| name.starts_with("lib") || name.starts_with("zlib"))
+        // What programs are built with; none needs it to run.
+        .filter(|name| !name.ends_with("-dev"))
         .filter(|name| !OWN_LIBRARIES.contains(name))
         .map(str::to_owned)
         .collect()
@@ -286,7 +317,7 @@ mod tests {
 
     #[test]
     fn only_real_libraries_of_others_are_followed() {
-        let depends = "ndctl\n  Depends: libc6\n |Depends: libjson-c5\n  PreDepends: zlib1g\n  Depends: <libvirtual>\n    libreal\n  \
+        let depends = "ndctl\n  Depends: libc6\n |Depends: libjson-c5\n  PreDepends: zlib1g\n  Depends: libbuilt-dev\n  Depends: <libvirtual>\n    libreal\n  \
                        Depends: init-system-helpers\n  Suggests: libextra\n";
         assert_eq!(parse_libraries(depends), ["libjson-c5", "zlib1g"]);
     }

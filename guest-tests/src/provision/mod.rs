@@ -11,6 +11,7 @@ pub mod lab_kernel;
 pub mod libraries;
 mod vmlinux;
 
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
@@ -41,10 +42,18 @@ const LOADS: [&str; 2] = ["fio", "stress-ng"];
 const PEERS: [&str; 2] = ["qemu-system-common", "qemu-utils"];
 /// Debian 13 has the file system daemon in this one, 12 in the first of [`PEERS`].
 const FS_DAEMON_PACKAGE: &str = "virtiofsd";
+/// The package with the network daemon, and one that it depends on for a library whose name does not say so.
+const NET_DAEMON_PACKAGES: [&str; 2] = ["dpdk-dev", "ibverbs-providers"];
+/// What the network daemon loads by itself: how its packages' names start, and its files' names.
+const NET_DRIVERS: [(&str, &str); 2] = [
+    ("librte-net-vhost", "librte_net_vhost.so"),
+    ("librte-mempool-ring", "librte_mempool_ring.so"),
+];
 /// Written last, so that their presence says that all is there.
 const TOOLS_LIST: &str = "tools.json";
 const LOADS_LIST: &str = "loads.json";
 const PEERS_LIST: &str = "peers.json";
+const NET_DAEMON_LIST: &str = "net-daemon.json";
 /// Series that fresh lists of the package sources did not offer.
 const ABSENT_LIST: &str = "series-not-offered.json";
 
@@ -69,6 +78,12 @@ pub enum ProvisionError {
     /// In none of the packages that it could be in.
     #[error("neither {PEERS:?} nor {FS_DAEMON_PACKAGE} of the package sources has {FS_DAEMON}")]
     NoFsDaemon,
+    /// Not in its packages.
+    #[error("the packages {NET_DAEMON_PACKAGES:?} and their libraries have no {file}")]
+    NoNetDaemon {
+        /// What is missing.
+        file: &'static str,
+    },
     /// Asked for a series that is in neither the cache nor the sources.
     #[error(
         "no kernel {series} in {sources}: this distribution's package sources offer {offered:?}; choose one of those or give a path"
@@ -89,6 +104,9 @@ const STORAGE_DAEMON: &str = "qemu-storage-daemon";
 /// Serves directories to VMMs.
 const FS_DAEMON: &str = "virtiofsd";
 
+/// Serves networks to VMMs: DPDK's, for tests.
+const NET_DAEMON: &str = "dpdk-testpmd";
+
 /// Everything that the lab runs on.
 #[derive(Debug)]
 pub struct Provisioned {
@@ -100,8 +118,21 @@ pub struct Provisioned {
     pub loads: Tools,
     /// Other projects' programs that daxhund talks to.
     pub peers: Tools,
+    /// Another one of them, with very many libraries.
+    net_daemon: Tools,
     /// Kernels, oldest series first; at least one.
     pub kernels: Vec<Kernel>,
+}
+
+/// A program and what it loads by itself.
+#[derive(Clone, Debug)]
+pub struct Daemon<'a> {
+    /// The program.
+    pub program: PathBuf,
+    /// What it loads.
+    pub drivers: Vec<PathBuf>,
+    /// Where its libraries are.
+    pub roots: &'a [PathBuf],
 }
 
 /// Unpacked packages with programs and their libraries.
@@ -143,6 +174,20 @@ impl Tools {
             .flat_map(|root| places.map(|place| root.join(place).join(name)));
         candidates.into_iter().find(|path| path.is_file())
     }
+
+    /// Finds a library whose file is named so, but for its version.
+    fn library(&self, name: &str) -> Option<PathBuf> {
+        let name = format!("{name}.");
+        let is_so_named = |path: &PathBuf| {
+            let file = path.file_name().map(|file| file.to_string_lossy());
+            file.is_some_and(|file| file.starts_with(&name)) && path.is_file()
+        };
+        self.roots
+            .iter()
+            .filter_map(|root| fs::read_dir(root.join("usr/lib/x86_64-linux-gnu")).ok())
+            .flat_map(|entries| entries.flatten().map(|entry| entry.path()))
+            .find(is_so_named)
+    }
 }
 
 /// Whether the package sources are asked for newer versions of what the cache holds.
@@ -165,12 +210,14 @@ pub fn provide(wanted: &[String], freshness: Freshness) -> Result<Provisioned, P
     let tools = provide_tools(&cache, &TOOLS, TOOLS_LIST, freshness)?;
     let loads = provide_tools(&cache, &LOADS, LOADS_LIST, freshness)?;
     let peers = provide_peers(&cache, freshness)?;
+    let net_daemon = provide_net_daemon(&cache, freshness)?;
     let kernels = provide_kernels(&cache, wanted, freshness)?;
     Ok(Provisioned {
         cache,
         tools,
         loads,
         peers,
+        net_daemon,
         kernels,
     })
 }
@@ -186,6 +233,19 @@ impl Provisioned {
     pub fn fs_daemon(&self) -> Result<PathBuf, ProvisionError> {
         let found = self.peers.program(FS_DAEMON);
         found.ok_or(ProvisionError::NoFsDaemon)
+    }
+
+    /// The daemon of networks.
+    pub fn net_daemon(&self) -> Result<Daemon<'_>, ProvisionError> {
+        let missing = |file| move || ProvisionError::NoNetDaemon { file };
+        let tools = &self.net_daemon;
+        let program = tools.program(NET_DAEMON);
+        let drivers = NET_DRIVERS.map(|(_, file)| tools.library(file).ok_or_else(missing(file)));
+        Ok(Daemon {
+            program: program.ok_or_else(missing(NET_DAEMON))?,
+            drivers: drivers.into_iter().collect::<Result<_, _>>()?,
+            roots: &tools.roots,
+        })
     }
 }
 
@@ -242,6 +302,27 @@ fn provide_peers(cache: &Cache, freshness: Freshness) -> Result<Tools, Provision
     }
     let names = [&PEERS[..], &[FS_DAEMON_PACKAGE]].concat();
     provide_tools(cache, &names, PEERS_LIST, freshness)
+}
+
+/// The packages of its drivers are named after the release, so the cache is asked for the files.
+fn provide_net_daemon(cache: &Cache, freshness: Freshness) -> Result<Tools, ProvisionError> {
+    if freshness == Freshness::Cached
+        && let Some(tools) = cache.read_json::<Tools>(&cache.path(NET_DAEMON_LIST))
+        && tools.have(&NET_DAEMON_PACKAGES)
+        && NET_DRIVERS
+            .iter()
+            .all(|(_, file)| tools.library(file).is_some())
+    {
+        return Ok(tools);
+    }
+    fetch_lists()?;
+    let daemon = apt::candidate(NET_DAEMON_PACKAGES[0])?;
+    let mut names: Vec<String> = NET_DAEMON_PACKAGES.map(str::to_owned).into();
+    for (prefix, _) in NET_DRIVERS {
+        names.push(apt::built_with(&daemon, prefix)?);
+    }
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    provide_tools(cache, &names, NET_DAEMON_LIST, freshness)
 }
 
 fn provide_kernels(
