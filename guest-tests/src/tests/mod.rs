@@ -32,6 +32,7 @@ pub mod soak;
 mod start_errors;
 mod support;
 mod vhost_fs;
+mod vhost_net;
 mod vhost_pmem;
 mod vhost_user;
 
@@ -132,6 +133,7 @@ pub fn all(kernel: &str) -> Vec<GuestTest> {
         vhost_user::TESTS.to_vec(),
         generic_vhost_user::TESTS.to_vec(),
         vhost_fs::TESTS.to_vec(),
+        vhost_net::TESTS.to_vec(),
         vhost_pmem::TESTS.to_vec(),
         net::TESTS.to_vec(),
         small_devices::TESTS.to_vec(),
