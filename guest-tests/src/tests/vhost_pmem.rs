@@ -301,14 +301,11 @@ fn lent_pmem_is_read_by_two_guests_at_once_and_written_by_neither(
     let [one, _] = &mut guests;
     one.sh("dd if=/dev/zero of=/dev/pmem0 bs=4k count=16 conv=notrunc,fsync")?;
     keep(&mut guests, &offsets)?;
-    // The end of one VMM, however sudden, is nothing to the other's guest.
-    let [mut one, mut other] = guests;
-    one.vmm().signal(SIGKILL)?;
-    one.wait_end()?;
-    keep(std::slice::from_mut(&mut other), &offsets)?;
-    is_well(&mut other)?;
-    no_complaints(&mut other)?;
-    power_off(other)?;
+    for mut guest in guests {
+        is_well(&mut guest)?;
+        no_complaints(&mut guest)?;
+        power_off(guest)?;
+    }
     end(daemon)
 }
 
