@@ -12,9 +12,24 @@ pub mod input;
 pub mod session;
 
 use std::io;
+use std::sync::Once;
+
+/// Runs it on these bytes: as many descriptors have to be there after it as before. What is there once for the whole process comes
+/// with a run on `first`.
+pub fn leaves_no_descriptor(run: fn(&[u8]), first: &[u8], data: &[u8]) {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| run(first));
+    let before = descriptors().expect("a list");
+    run(data);
+    assert_eq!(
+        descriptors().expect("a list"),
+        before,
+        "something of the session is left"
+    );
+}
 
 /// Descriptors that this process has.
-pub fn descriptors() -> io::Result<usize> {
+fn descriptors() -> io::Result<usize> {
     Ok(std::fs::read_dir("/proc/self/fd")?.count())
 }
 

@@ -1,11 +1,12 @@
 //! QEMU's monitor protocol: one JSON object per line; commands are answered in order, events come between.
 
-use crate::wait::PATIENCE;
 use std::io::{self, BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
+
+use crate::wait::PATIENCE;
 
 /// QEMU answers from its main loop, which an emulated processor can hold up for a while.
 const ANSWER_DEADLINE: Duration = PATIENCE;

@@ -10,7 +10,7 @@ use lab_agent::host_protocol::{ExitStatus, SpawnSpec};
 use super::pmem::{boot_spec_with_pmem, make_file_system, mount_file_system};
 use super::support::{
     GIB, MIB, boot_on, dax_zone, eventually, holds, no_complaints, power_off, scratch, spec_on,
-    spec_with,
+    spec_with, times_told,
 };
 use super::{GuestTest, Lab, TestError, claim};
 use crate::guest::Guest;
@@ -198,8 +198,7 @@ pub(super) fn boot_on_pmem(
 /// The host goes on as soon as nothing of the memory is left, which can be before that is told.
 pub(super) fn told(lab: &Lab, event: &str) -> Result<(), TestError> {
     eventually(&format!("the event {event} is told"), || {
-        let events = lab.host.read_text(&format!("{SCRATCH}/events"))?;
-        Ok(events.contains(&format!("\"{event}\"")))
+        Ok(times_told(lab, &format!("\"{event}\""))? > 0)
     })
 }
 

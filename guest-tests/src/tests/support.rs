@@ -122,6 +122,12 @@ pub(super) fn says_i_o_error(said: &str) -> Result<(), TestError> {
     )
 }
 
+/// How often an event has been told to the monitor at `SCRATCH/events`.
+pub(super) fn times_told(lab: &Lab, event: &str) -> Result<usize, TestError> {
+    let events = lab.host.read_text(&format!("{SCRATCH}/events"))?;
+    Ok(events.matches(event).count())
+}
+
 /// What a process has. Threads and descriptors that are about to end may be counted the first time, so fewer later is no fault.
 pub(super) trait Account: std::fmt::Debug {
     /// Whether nothing is there that was not there before, and all memory is as it was.

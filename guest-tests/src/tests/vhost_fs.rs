@@ -7,7 +7,7 @@ use lab_agent::host_protocol::SpawnSpec;
 use super::remote::Remote;
 use super::support::{
     MIB, VirtioKind, comes_back_to, count, dax_zone, descriptors_and_threads, eventually, mapped,
-    no_complaints, power_off, refused, scratch, spec_on, spec_with,
+    no_complaints, power_off, refused, scratch, spec_on, spec_with, times_told,
 };
 use super::{GuestTest, Lab, TestError, claim, pci};
 use crate::guest::Guest;
@@ -268,10 +268,7 @@ fn a_file_system_daemon_that_dies_is_waited_for_and_its_directory_mounted_again(
     guest.modprobe(&MODULES)?;
     guest.sh(MOUNT)?;
     is_usable(lab, &mut guest, 0)?;
-    let told = |what: &str| -> Result<usize, TestError> {
-        let events = lab.host.read_text(&format!("{SCRATCH}/events"))?;
-        Ok(events.matches(what).count())
-    };
+    let told = |event: &str| times_told(lab, event);
     for round in 1..=2_u32 {
         daemon.kill()?;
         eventually("the loss is told", || {

@@ -7,7 +7,7 @@ use lab_agent::host_protocol::{SpawnSpec, TerminalSize};
 use super::remote::Remote;
 use super::support::{
     MIB, VirtioKind, comes_back_to, count, dax_zone, descriptors_and_threads, eventually, mapped,
-    no_complaints, power_off, scratch, spec_on, spec_with,
+    no_complaints, power_off, scratch, spec_on, spec_with, times_told,
 };
 use super::{GuestTest, Lab, TestError, claim, pci};
 use crate::guest::Guest;
@@ -248,10 +248,7 @@ fn a_vhost_user_network_carries_frames_in_all_pairs_and_outlives_its_backend(
         || "the daemon has not mapped all of the guest's memory".to_owned(),
     )?;
     is_usable(&mut guest)?;
-    let told = |what: &str| -> Result<usize, TestError> {
-        let events = lab.host.read_text(&format!("{SCRATCH}/events"))?;
-        Ok(events.matches(what).count())
-    };
+    let told = |event: &str| times_told(lab, event);
     // While frames are under way.
     guest.sh(&format!(
         "ping -q -A -s {LARGEST} {HOST_ADDRESS} </dev/null >/dev/null 2>&1 &"

@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::remote::Remote;
 use super::support::{
     MIB, VirtioKind, comes_back_to, count, dax_zone, descriptors_and_threads, eventually, mapped,
-    no_complaints, power_off, refused, scratch, spec_on, spec_with,
+    no_complaints, power_off, refused, scratch, spec_on, spec_with, times_told,
 };
 use super::{GuestTest, Lab, TestError, claim, pci, pmem};
 use crate::guest::Guest;
@@ -274,10 +274,7 @@ fn a_vhost_user_backend_that_dies_is_waited_for(lab: &mut Lab) -> Result<(), Tes
     guest.modprobe(&MODULES)?;
     guest.await_path("/dev/vda")?;
     is_usable(&mut guest, "/dev/vda", 1)?;
-    let told = |what: &str| -> Result<usize, TestError> {
-        let events = lab.host.read_text(&format!("{SCRATCH}/events"))?;
-        Ok(events.matches(what).count())
-    };
+    let told = |event: &str| times_told(lab, event);
     for round in 1..=3_usize {
         // Several writers, each of which tells what it has been promised: every block that was flushed.
         guest.sh(
@@ -336,10 +333,7 @@ fn hangs_while_memory_comes(
     guest: &mut Guest,
     daemon: &StorageDaemon,
 ) -> Result<(), TestError> {
-    let told = |what: &str| -> Result<usize, TestError> {
-        let events = lab.host.read_text(&format!("{SCRATCH}/events"))?;
-        Ok(events.matches(what).count())
-    };
+    let told = |event: &str| times_told(lab, event);
     let (lost, connected) = (told("backend-lost")?, told("backend-connected")?);
     daemon.process.signal(SIGSTOP)?;
     let path = &lab.host.dax()[1].path;

@@ -1,55 +1,29 @@
 //! Bytes as what a hostile driver does to a queue.
 
 use daxhund::virtio::testing::{Driver, MEMORY, Piece};
+use daxhund_fuzz_support::input::Input;
 
-/// Takes numbers off the input; zeroes when it is used up.
-pub struct Input<'a>(&'a [u8]);
-
-impl<'a> Input<'a> {
-    pub fn new(bytes: &'a [u8]) -> Self {
-        Self(bytes)
+/// Near what is special about guest memory, as often as not.
+fn address(input: &mut Input<'_>) -> u64 {
+    let near = u64::from(input.u16());
+    match input.u8() % 6 {
+        0 => near << 12,
+        1 => MEMORY - near,
+        2 => MEMORY + near,
+        3 => u64::MAX - near,
+        // The rings of the first queue.
+        4 => 0x10_0000 + near,
+        _ => near << 48,
     }
+}
 
-    pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
-
-    fn bytes(&mut self, len: usize) -> &'a [u8] {
-        let (taken, rest) = self.0.split_at(len.min(self.0.len()));
-        self.0 = rest;
-        taken
-    }
-
-    pub fn u8(&mut self) -> u8 {
-        self.bytes(1).first().copied().unwrap_or(0)
-    }
-
-    fn u16(&mut self) -> u16 {
-        u16::from(self.u8()) | u16::from(self.u8()) << 8
-    }
-
-    /// Near what is special about guest memory, as often as not.
-    fn address(&mut self) -> u64 {
-        let near = u64::from(self.u16());
-        match self.u8() % 6 {
-            0 => near << 12,
-            1 => MEMORY - near,
-            2 => MEMORY + near,
-            3 => u64::MAX - near,
-            // The rings of the first queue.
-            4 => 0x10_0000 + near,
-            _ => near << 48,
-        }
-    }
-
-    fn len(&mut self) -> u32 {
-        let len = u32::from(self.u16());
-        match self.u8() % 4 {
-            0 => len % 64,
-            1 => len % 64 * 512,
-            2 => len,
-            _ => len << 16,
-        }
+fn len(input: &mut Input<'_>) -> u32 {
+    let len = u32::from(input.u16());
+    match input.u8() % 4 {
+        0 => len % 64,
+        1 => len % 64 * 512,
+        2 => len,
+        _ => len << 16,
     }
 }
 
@@ -94,10 +68,10 @@ impl Offered {
                     let len = usize::from(input.u8());
                     Piece::Readable(input.bytes(len).to_vec())
                 }
-                4..=6 => Piece::Writable(input.len() % 0x8000),
+                4..=6 => Piece::Writable(len(input) % 0x8000),
                 _ => {
                     self.has_lied = true;
-                    Piece::Raw(input.address(), input.len(), input.u16() % 8, input.u16())
+                    Piece::Raw(address(input), len(input), input.u16() % 8, input.u16())
                 }
             })
             .collect();

@@ -2,9 +2,10 @@
 
 use daxhund::virtio::Device;
 use daxhund::virtio::testing::{Driver, EVENT_IDX, MEMORY, Piece};
+use daxhund_fuzz_support::input::Input;
 
-/// Takes numbers off the input; zeroes when it is used up.
-pub struct Moves<'a>(&'a [u8]);
+/// What the driver does, and what its requests say.
+pub struct Moves<'a>(Input<'a>);
 
 /// Chains in one run: the driver's memory is never reused.
 const MOST_CHAINS: usize = 500;
@@ -13,21 +14,19 @@ const ROUNDS: usize = 16;
 
 impl<'a> Moves<'a> {
     pub fn new(bytes: &'a [u8]) -> Self {
-        Self(bytes)
+        Self(Input::new(bytes))
     }
 
     pub fn bytes(&mut self, len: usize) -> &'a [u8] {
-        let (taken, rest) = self.0.split_at(len.min(self.0.len()));
-        self.0 = rest;
-        taken
+        self.0.bytes(len)
     }
 
     pub fn u8(&mut self) -> u8 {
-        self.bytes(1).first().copied().unwrap_or(0)
+        self.0.u8()
     }
 
     pub fn u16(&mut self) -> u16 {
-        u16::from_le_bytes([self.u8(), self.u8()])
+        self.0.u16()
     }
 
     /// Near what is special about guest memory, as often as not.

@@ -57,7 +57,10 @@ fn check(segment: &Segment, occupants: &mut [Occupant]) {
     }
     ranges.sort_unstable();
     for pair in ranges.windows(2) {
-        assert!(pair[0].0 + pair[0].1 <= pair[1].0, "two BARs at one address");
+        assert!(
+            pair[0].0 + pair[0].1 <= pair[1].0,
+            "two BARs at one address"
+        );
     }
     for (at, size, bar) in ranges {
         let apertures = segment.apertures();
@@ -88,7 +91,9 @@ fuzz_target!(|data: &[u8]| {
         .collect();
     for slot in 1..SLOTS {
         let occupant = &mut occupants[usize::from(slot)];
-        occupant.inserted = segment.insert(slot, Arc::clone(&occupant.function) as _).is_ok();
+        occupant.inserted = segment
+            .insert(slot, Arc::clone(&occupant.function) as _)
+            .is_ok();
         assert!(occupant.inserted, "there is room at first");
     }
     while !input.is_empty() {
@@ -121,7 +126,10 @@ fuzz_target!(|data: &[u8]| {
             12 | 13 => {
                 let register = 0x10 + u64::from(input.u8() % 6) * 4;
                 let value = 0xc000_0000 | u32::from(input.u16()) << 8;
-                ecam.write(u64::from(slot % SLOTS) << 15 | register, &value.to_le_bytes());
+                ecam.write(
+                    u64::from(slot % SLOTS) << 15 | register,
+                    &value.to_le_bytes(),
+                );
             }
             _ => {
                 let slot = slot % SLOTS;

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use daxhund::pci::testing::{FakeRoutes, IDENTITY};
-use daxhund::pci::{BarOffset, ConfigSpace, Msix, MsixLayout, MsiMessage, MsiRoutes};
+use daxhund::pci::{BarOffset, ConfigSpace, MsiMessage, MsiRoutes, Msix, MsixLayout};
 use daxhund_fuzz_support::input::Input;
 use libfuzzer_sys::fuzz_target;
 
@@ -71,7 +71,14 @@ fuzz_target!(|data: &[u8]| {
             }
         }
         msix.config_written(&space, capability);
-        assert_eq!(space.read_u16(u16::from(capability) + 2) & 0x7ff, VECTORS - 1);
-        check(&msix, &routes, space.read_u16(u16::from(capability) + 2) & 0xc000);
+        assert_eq!(
+            space.read_u16(u16::from(capability) + 2) & 0x7ff,
+            VECTORS - 1
+        );
+        check(
+            &msix,
+            &routes,
+            space.read_u16(u16::from(capability) + 2) & 0xc000,
+        );
     }
 });

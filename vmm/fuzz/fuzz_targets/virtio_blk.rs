@@ -9,11 +9,12 @@ use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::sync::OnceLock;
 
-use chains::{Input, Offered};
+use chains::Offered;
 use daxhund::memory::mapping::memfd;
 use daxhund::virtio::Device;
 use daxhund::virtio::blk::{Disk, DiskSpec, EngineChoice};
 use daxhund::virtio::testing::Driver;
+use daxhund_fuzz_support::input::Input;
 use libfuzzer_sys::fuzz_target;
 
 const LEN: u64 = 1 << 20;
@@ -57,7 +58,11 @@ fuzz_target!(|data: &[u8]| {
     let (disk, image) = disk();
     let mut driver = Driver::new(disk);
     let mut input = Input::new(data);
-    let features = if input.u8() % 2 == 0 { disk.features() } else { 0 };
+    let features = if input.u8() % 2 == 0 {
+        disk.features()
+    } else {
+        0
+    };
     let Ok(mut workers) = disk.workers(driver.activation(features)) else {
         return;
     };

@@ -7,11 +7,12 @@ mod chains;
 use std::io;
 use std::sync::Arc;
 
-use chains::{Input, Offered};
+use chains::Offered;
 use daxhund::memory::layout::Gpa;
 use daxhund::memory::pmem::Flush;
 use daxhund::virtio::pmem::PmemDevice;
 use daxhund::virtio::testing::Driver;
+use daxhund_fuzz_support::input::Input;
 use libfuzzer_sys::fuzz_target;
 
 struct Nothing;

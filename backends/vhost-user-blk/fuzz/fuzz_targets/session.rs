@@ -4,12 +4,12 @@
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
-use std::sync::{Arc, Once, OnceLock};
+use std::sync::{Arc, OnceLock};
 
 use daxhund_dax::Host;
 use daxhund_fuzz_support::frontend::{DATA, Frontend, NEXT, Part, SLOT, WRITE, memory};
 use daxhund_fuzz_support::input::Input;
-use daxhund_fuzz_support::{descriptors, session};
+use daxhund_fuzz_support::{leaves_no_descriptor, session};
 use daxhund_vhost_user_blk::backend::Backend;
 use daxhund_vhost_user_blk::daemon::NOUNS;
 use daxhund_vhost_user_blk::disk::{Disk, FileDisk};
@@ -94,14 +94,6 @@ fn run(data: &[u8]) {
 const FIRST: &[u8] = &[0, 0, 0, 0, 1];
 
 fuzz_target!(|data: &[u8]| {
-    static ONCE: Once = Once::new();
-    ONCE.call_once(|| run(FIRST));
-    let before = descriptors().expect("a list");
-    run(data);
-    assert_eq!(
-        descriptors().expect("a list"),
-        before,
-        "something of the session is left"
-    );
+    leaves_no_descriptor(run, FIRST, data);
     assert_eq!(disk().1.metadata().expect("a memfd").len(), DISK_BYTES);
 });

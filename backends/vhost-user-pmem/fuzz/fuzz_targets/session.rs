@@ -5,7 +5,7 @@
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
-use std::sync::{Arc, Once, OnceLock};
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use clap::Parser;
@@ -16,7 +16,7 @@ use daxhund_fuzz_support::frontend::codes::{
 use daxhund_fuzz_support::frontend::{Frontend, NEED_REPLY, PLAIN, USER, memory};
 use daxhund_fuzz_support::input::Input;
 use daxhund_fuzz_support::session::{self, LIMIT};
-use daxhund_fuzz_support::{descriptors, threads};
+use daxhund_fuzz_support::{leaves_no_descriptor, threads};
 use daxhund_vhost_user::session::Session;
 use daxhund_vhost_user_pmem::args::Args;
 use daxhund_vhost_user_pmem::backend::Backend;
@@ -282,14 +282,6 @@ fn run(data: &[u8]) {
 const FIRST: &[u8] = &[0, 0, 0, 0, 1];
 
 fuzz_target!(|data: &[u8]| {
-    static ONCE: Once = Once::new();
-    ONCE.call_once(|| run(FIRST));
-    let before = descriptors().expect("a list");
-    run(data);
-    assert_eq!(
-        descriptors().expect("a list"),
-        before,
-        "something of the session is left"
-    );
+    leaves_no_descriptor(run, FIRST, data);
     assert_eq!(file().0.metadata().expect("a memfd").len(), RANGE);
 });
