@@ -99,6 +99,8 @@ impl Service {
 pub(super) struct Session {
     shared: Arc<Shared>,
     connection: Option<Connection>,
+    /// One that has said what it is, and knows of no memory yet.
+    met: Option<Connection>,
     table: Table,
     service: Option<Service>,
     /// Features that the guest was offered.
@@ -125,6 +127,7 @@ impl Session {
         Self {
             shared,
             connection: None,
+            met: None,
             table: Table::default(),
             service: None,
             promised: None,
@@ -135,18 +138,37 @@ impl Session {
 
     /// Finds a backend, and gives it everything. Without an effect when there is one.
     pub(super) fn connect(&mut self) -> Result<(), ConnectError> {
+        self.meet()?;
+        self.provide()
+    }
+
+    /// Finds a backend and asks what it is. Without an effect when there is one. [`Session::provide`] comes next.
+    pub(super) fn meet(&mut self) -> Result<(), ConnectError> {
         if self.connection.is_some() || self.shared.is_closed() {
             return Ok(());
         }
-        let connected = self.try_connect();
-        if let Err(error) = &connected {
-            self.shared.line.hang_up();
-            self.shared.not_connected(error);
-        }
-        connected
+        let met = self.try_meet();
+        self.met = Some(self.or_hang_up(met)?);
+        Ok(())
     }
 
-    fn try_connect(&mut self) -> Result<(), ConnectError> {
+    /// Gives the backend that was met everything. Without an effect when none was.
+    pub(super) fn provide(&mut self) -> Result<(), ConnectError> {
+        let (Some(connection), Some(promised)) = (self.met.take(), self.promised) else {
+            return Ok(());
+        };
+        let provided = self.try_provide(connection, promised);
+        self.or_hang_up(provided)
+    }
+
+    fn or_hang_up<T>(&self, outcome: Result<T, ConnectError>) -> Result<T, ConnectError> {
+        outcome.inspect_err(|error| {
+            self.shared.line.hang_up();
+            self.shared.not_connected(error);
+        })
+    }
+
+    fn try_meet(&mut self) -> Result<Connection, ConnectError> {
         let shared = Arc::clone(&self.shared);
         let Shared {
             socket,
@@ -165,7 +187,7 @@ impl Session {
             // Whoever closed it may not have seen this line.
             self.shared.line.cut();
         }
-        let mut connection = Connection::open(stream, socket, class, shape.queues())?;
+        let connection = Connection::open(stream, socket, class, shape.queues())?;
         let features = connection.features & (class.features | super::RING_FEATURES);
         let promised = *self.promised.get_or_insert(features);
         if promised & !features != 0 {
@@ -174,6 +196,21 @@ impl Session {
                 missing: promised & !features,
             });
         }
+        Ok(connection)
+    }
+
+    fn try_provide(
+        &mut self,
+        mut connection: Connection,
+        promised: u64,
+    ) -> Result<(), ConnectError> {
+        let shared = Arc::clone(&self.shared);
+        let Shared {
+            socket,
+            class,
+            shape,
+            ..
+        } = shared.as_ref();
         let failed = |source| ConnectError::Call {
             socket: socket.display().to_string(),
             source,

@@ -1,5 +1,6 @@
 //! The thread that notices that a backend has gone, and looks for the next one.
 
+use std::error::Error;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,9 +16,9 @@ use super::socket::Listening;
 /// From a loss to the first try; doubled with each that fails.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
-/// For one that is there again to say what it is and to map all memory: one that locks its own memory touches every page. Nobody
-/// waits for it, and who has something to ask of the thread meanwhile cuts it short.
-const AGAIN: Duration = Duration::from_millis(if cfg!(test) { 700 } else { 60_000 });
+/// For one that is there again, and has said what it is, to map all memory: one that locks its own memory touches every page.
+/// Nobody waits for it, and who has something to ask of the thread meanwhile cuts it short.
+const PROVIDING: Duration = Duration::from_mins(1);
 
 /// Ends when no backend is wanted any more.
 pub(super) fn run(shared: &Shared, caller: &Arc<Caller<Session>>) {
@@ -48,13 +49,18 @@ pub(super) fn run(shared: &Shared, caller: &Arc<Caller<Session>>) {
         if shared.is_closed() {
             return;
         }
-        match caller.call(AGAIN, Session::connect) {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => debug!(device = shared.id, %error, "no backend yet"),
-            Err(error) => debug!(device = shared.id, %error, "no backend yet"),
+        if let Err(error) = connect(caller) {
+            debug!(device = shared.id, %error, "no backend yet");
         }
         pause = (pause * 2).min(LONGEST_PAUSE);
     }
+}
+
+/// One that says nothing is given up soon: the next one may be waiting behind it.
+fn connect(caller: &Caller<Session>) -> Result<(), Box<dyn Error + Send + Sync>> {
+    caller.call(super::HANDSHAKE, Session::meet)??;
+    caller.call(PROVIDING, Session::provide)??;
+    Ok(())
 }
 
 /// Waits until somebody has connected, or nobody is wanted any more.

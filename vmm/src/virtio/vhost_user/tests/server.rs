@@ -45,6 +45,21 @@ fn a_backend_connects_and_the_next_one_gets_everything() {
         assert_eq!(fake.bodies(ADD_MEM_REG).len(), 1);
         assert_eq!(fake.bodies(SET_VRING_ENABLE).len(), 2);
     }
+    // One that says nothing is not waited for as one that maps memory is.
+    fake.die();
+    until("the loss is noticed", || backend.status().losses == 4);
+    fake.call(Manners {
+        misdeed: Some((GET_FEATURES, Misdeed::Silence)),
+        ..manners()
+    });
+    fake.await_message(GET_FEATURES);
+    let mut silent = std::mem::replace(&mut fake, Fake::new());
+    std::fs::hard_link(silent.socket(), fake.socket()).unwrap();
+    fake.call(manners());
+    until("the one after the silent one serves", || {
+        backend.status().lost.is_none()
+    });
+    silent.die();
     // One that comes while another serves has to wait.
     let mut other = Fake::new();
     std::fs::hard_link(fake.socket(), other.socket()).unwrap();
@@ -63,7 +78,7 @@ fn a_backend_connects_and_the_next_one_gets_everything() {
     assert_eq!(other.bodies(ADD_MEM_REG).len(), 2);
     driver.stop();
     backend.close();
-    assert!(!fake.socket().exists(), "the socket goes with the device");
+    assert!(!silent.socket().exists(), "the socket goes with the device");
     other.die();
 }
 
