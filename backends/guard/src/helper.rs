@@ -34,7 +34,7 @@ pub struct Helper {
 
 impl Helper {
     /// Runs `program ARGS... --fd 0`, whose standard input is the connection, and which is to call
-    /// [`crate::serve_inherited`]. Its log goes to this process's standard error.
+    /// [`crate::serve_inherited`]. Its log goes to this process's standard error, until this process has ended.
     pub fn spawn<A: AsRef<OsStr>>(
         program: &Path,
         args: impl IntoIterator<Item = A>,

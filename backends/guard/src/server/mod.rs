@@ -18,6 +18,7 @@ mod tests;
 mod visitors;
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -104,7 +105,15 @@ pub fn serve_inherited(connection: OwnedFd, unknown: UnknownPolicy) -> Result<()
     let stream = UnixStream::from(connection);
     stream.peer_addr().map_err(ServeError::NotConnected)?;
     let group = Group::new()?;
-    Server::new(Host::system(), group, unknown)?.run(Some(stream))
+    let mut server = Server::new(Host::system(), group, unknown)?;
+    server.let_go_of_log = Some(let_go_of_standard_error);
+    server.run(Some(stream))
+}
+
+/// It was the VMM's: whoever reads that to its end waits for the VMM, not for those to whom it lent memory.
+fn let_go_of_standard_error() -> io::Result<()> {
+    let nothing = File::options().write(true).open("/dev/null")?;
+    Ok(rustix::stdio::dup2_stderr(&nothing)?)
 }
 
 fn failed(what: &'static str) -> impl Fn(io::Error) -> ServeError {
@@ -151,6 +160,8 @@ struct Server<G> {
     /// When locks of the dead are looked at again.
     next_look: Option<Instant>,
     signal: Option<UnixStream>,
+    /// What a helper does once when its VMM has ended and something of it is still lent.
+    let_go_of_log: Option<fn() -> io::Result<()>>,
     last_id: u64,
     ended: Option<Result<(), ServeError>>,
 }
@@ -183,6 +194,7 @@ impl<G: Gate> Server<G> {
             timer,
             next_look: None,
             signal: None,
+            let_go_of_log: None,
             last_id: 0,
             ended: None,
         })
@@ -254,6 +266,7 @@ impl<G: Gate> Server<G> {
     /// Does what the core says, until it says nothing more, and sets the alarm.
     fn settle(&mut self, ops: &mut EventOps<'_>) {
         self.look_at_locks();
+        self.let_go_when_orphaned();
         while let Some(action) = self.core.next_action() {
             match action {
                 Action::Allow { opener, grounds } => self.allow(opener, &grounds, ops),
@@ -353,6 +366,22 @@ impl<G: Gate> Server<G> {
         }
         self.turn_away_the_rest();
         self.ended.get_or_insert(Ok(()));
+    }
+
+    fn let_go_when_orphaned(&mut self) {
+        let left = self.core.left_by_the_dead();
+        if left.is_empty() {
+            return;
+        }
+        let Some(let_go) = self.let_go_of_log.take() else {
+            return;
+        };
+        let devices: Vec<_> = left.iter().map(DeviceName::as_str).collect();
+        let devices = devices.join(", ");
+        info!(%devices, "somebody still has memory locked: its removal is held, without another word, until they let go");
+        if let Err(error) = let_go() {
+            warn!(%error, "the VMM's standard error stays open");
+        }
     }
 
     fn new_id(&mut self) -> u64 {
