@@ -6,7 +6,8 @@ use lab_agent::host_protocol::{ExitStatus, SpawnSpec};
 use super::remote::Remote;
 use super::removal::{REMOVAL_DEADLINE, bind, unbind, with_device};
 use super::support::{
-    MIB, eventually, no_complaints, power_off, says_i_o_error, scratch, spec_with,
+    MIB, Orphan, dax_zone, eventually, kill, no_complaints, power_off, says_i_o_error, scratch,
+    spec_on, spec_with,
 };
 use super::{GuestTest, Lab, TestError, claim};
 use crate::guest::{Guest, load_disk};
@@ -33,6 +34,10 @@ pub(super) const TESTS: &[GuestTest] = &[
         name: "a_disk_on_dax_outlives_daemons_that_are_killed_under_fio",
         run: a_disk_on_dax_outlives_daemons_that_are_killed_under_fio,
     },
+    GuestTest {
+        name: "served_disks_keep_what_was_acknowledged_to_vmms_that_are_killed",
+        run: served_disks_keep_what_was_acknowledged_to_vmms_that_are_killed,
+    },
 ];
 
 const SIGKILL: i32 = 9;
@@ -42,6 +47,10 @@ const FULL_KILLS: u32 = 100;
 /// Small and larger blocks in the same places again and again, several at once, each verified soon after it was written.
 const FIO: &str = "--name=kill --filename=/dev/vdb --size=16M --bsrange=4k-64k --rw=randwrite --direct=1 --ioengine=libaio \
                    --iodepth=8 --verify=crc32c --verify_backlog=32 --verify_fatal=1 --time_based --runtime=7d";
+/// Of records, in the guests' file systems.
+const RECORDS: &str = "/mnt/records";
+/// More than any guest gets to write.
+const RECORD_LIMIT: u64 = 4096;
 /// What is on the disk. Scratch memory has another.
 const GENUINE: u8 = 0x5a;
 /// In sectors.
@@ -348,4 +357,69 @@ fn a_disk_on_dax_outlives_daemons_that_are_killed_under_fio(
     no_complaints(&mut guest)?;
     power_off(guest)?;
     end(daemon)
+}
+
+/// Gives how many records it had been told were durable, too.
+fn kill_while_it_writes(lab: &Lab, mut guest: Guest) -> Result<(Orphan, u64), TestError> {
+    let orphan = kill(lab, &mut guest)?;
+    let records = guest.acknowledged_records();
+    claim((1..RECORD_LIMIT).contains(&records), || {
+        format!("killed too early or too late to tell anything: after {records} records")
+    })?;
+    Ok((orphan, records))
+}
+
+/// Two guests with disks on one device. The VMM of one is killed, the neighbour goes on, and is killed as well; the next guests
+/// get their disks from the same daemons.
+fn served_disks_keep_what_was_acknowledged_to_vmms_that_are_killed(
+    lab: &mut Lab,
+) -> Result<(), TestError> {
+    scratch(lab)?;
+    let lab = &*lab;
+    let dax = lab.host.dax()[1].path.clone();
+    let socket = |index: u64| format!("{SCRATCH}/{index}.sock");
+    let serve_one = |index: u64| {
+        let disk = format!("{dax},offset={},size=64M", index * 64 * MIB);
+        serve(lab, &socket(index), &disk, &[])
+    };
+    let daemons = [serve_one(0)?, serve_one(1)?];
+    let boot = |index: u64| -> Result<Guest, TestError> {
+        let ram = dax_zone(lab, "z0", 0, 512 * MIB, index * 512 * MIB);
+        let mut spec = spec_on(lab, &[&ram]);
+        spec.initramfs = Initramfs::Tools;
+        let word = format!("vhost_user=on,socket={},id=d0", socket(index));
+        spec.arguments.extend(["--disk".to_owned(), word]);
+        let mut guest = Guest::boot(&lab.host, &spec)?;
+        guest.modprobe(&["virtio_pci", "virtio_blk", "crc32c_generic", "ext4"])?;
+        guest.await_path("/dev/vda")?;
+        Ok(guest)
+    };
+    let write = |index: u64| -> Result<Guest, TestError> {
+        let mut guest = boot(index)?;
+        guest.sh("mkfs.ext4 -q -F /dev/vda && mkdir -p /mnt && mount -t ext4 /dev/vda /mnt")?;
+        guest.start_records(RECORDS, index, "append", RECORD_LIMIT)?;
+        guest.await_record(8)?;
+        Ok(guest)
+    };
+    let one = write(0)?;
+    let mut two = write(1)?;
+    let (orphan_of_one, of_one) = kill_while_it_writes(lab, one)?;
+    let so_far = two.acknowledged_records();
+    two.await_record(so_far + 20)?;
+    let (orphan_of_two, of_two) = kill_while_it_writes(lab, two)?;
+    orphan_of_one.ends(lab)?;
+    orphan_of_two.ends(lab)?;
+    for (index, records) in [(0, of_one), (1, of_two)] {
+        let mut guest = boot(index)?;
+        guest.sh("mkdir -p /mnt && mount -t ext4 /dev/vda /mnt")?;
+        let found = guest.check_records(RECORDS, index)?;
+        claim(found.records >= records, || {
+            format!(
+                "{records} records were acknowledged to guest {index}, of which the next finds {found:?}"
+            )
+        })?;
+        no_complaints(&mut guest)?;
+        power_off(guest)?;
+    }
+    daemons.into_iter().try_for_each(end)
 }

@@ -185,6 +185,35 @@ pub(super) fn scratch(lab: &Lab) -> Result<(), TestError> {
     Ok(())
 }
 
+/// The helper of a VMM that was killed. It stays for as long as anybody has memory of the same devices.
+pub(super) struct Orphan(String);
+
+/// Kills a VMM, whose end is seen whatever its helper does.
+pub(super) fn kill(lab: &Lab, guest: &mut Guest) -> Result<Orphan, TestError> {
+    const SIGKILL: i32 = 9;
+    let pid = guest.vmm().pid();
+    let helper = lab
+        .host
+        .read_text(&format!("/proc/{pid}/task/{pid}/children"))?;
+    let path = format!("/proc/{}", helper.trim());
+    claim(lab.host.exists(&path)?, || {
+        format!("the children of process {pid} are no helper: {helper}")
+    })?;
+    guest.vmm().signal(SIGKILL)?;
+    guest.wait_end()?;
+    Ok(Orphan(path))
+}
+
+impl Orphan {
+    pub(super) fn is_there(&self, lab: &Lab) -> Result<bool, TestError> {
+        Ok(lab.host.exists(&self.0)?)
+    }
+
+    pub(super) fn ends(self, lab: &Lab) -> Result<(), TestError> {
+        eventually("the helper has ended", || Ok(!self.is_there(lab)?))
+    }
+}
+
 /// Lets everybody read and write these files for as long as `story` takes.
 pub(super) fn open_to_all<T>(
     lab: &Lab,
