@@ -47,7 +47,6 @@ impl Helper {
         let child = Command::new(program)
             .args(args)
             .args(["--fd", "0"])
-            .current_dir("/")
             .stdin(Stdio::from(OwnedFd::from(theirs)))
             .stdout(Stdio::null())
             .spawn()

@@ -133,12 +133,17 @@ impl Machine {
         })
     }
 
+    /// Lets the vCPUs run for the first time.
+    pub(super) fn start(&self) {
+        self.vcpus.start();
+    }
+
     /// Lets the vCPUs run.
     pub(super) fn release(&self) {
         self.vcpus.release();
     }
 
-    /// The undo of [`Machine::release`]; `false` when a vCPU did not leave the guest by then.
+    /// The undo of [`Machine::start`] and [`Machine::release`]; `false` when a vCPU did not leave the guest by then.
     pub(super) fn hold_vcpus(&self, at_most: Duration) -> bool {
         self.vcpus.hold(at_most)
     }

@@ -54,6 +54,8 @@ struct State {
     wish: Wish,
     /// Threads that wait out a hold.
     held: usize,
+    /// Threads that were let into the guest for the first time.
+    started: usize,
     /// Threads whose vCPU has ended by itself.
     ended: usize,
     /// How often the owner has looked after memory that is gone.
@@ -105,6 +107,11 @@ impl Control {
             })
             .unwrap_or_else(PoisonError::into_inner);
         state.held -= 1;
+    }
+
+    fn start(&self) {
+        self.lock().started += 1;
+        self.changed.notify_all();
     }
 
     fn end(&self) {
@@ -182,6 +189,7 @@ impl Vcpus {
             state: Mutex::new(State {
                 wish: Wish::Hold,
                 held: 0,
+                started: 0,
                 ended: 0,
                 mended: 0,
             }),
@@ -210,11 +218,23 @@ impl Vcpus {
         Ok(spawned)
     }
 
-    /// Lets them run. Where there is one processor for all, the guest goes before the caller's chores: a guest that starts
-    /// would wait for a removal guard to be started, too.
+    /// Lets them run for the first time, and waits until they are on their way, or for a moment. Where there is one processor
+    /// for all, the guest goes before the caller's chores: it would wait for a removal guard to be started, too.
+    pub(super) fn start(&self) {
+        const MOMENT: Duration = Duration::from_millis(20);
+        self.release();
+        let waits = |state: &mut State| state.started + state.ended < self.threads.len();
+        let state = self.control.lock();
+        // Nothing depends on who is first.
+        let _ = self
+            .control
+            .changed
+            .wait_timeout_while(state, MOMENT, waits);
+    }
+
+    /// Lets them run.
     pub(super) fn release(&self) {
         self.control.set(Wish::Run);
-        std::thread::yield_now();
     }
 
     /// Takes every vCPU out of the guest and keeps it out; `false` when one is still in the guest by then (then it
@@ -299,7 +319,9 @@ fn run(vcpu: Vcpu, control: &Control, io: &GuestIo, events: &EventSender) {
         if wish == Wish::Stop {
             return;
         }
-        if waited && has_run {
+        if !has_run {
+            control.start();
+        } else if waited {
             vcpu.forgive_pause();
         }
         has_run = true;

@@ -244,7 +244,7 @@ impl RunningVm {
             lost: Vec::new(),
             paused: false,
         };
-        vm.machine.release();
+        vm.machine.start();
         Ok(vm)
     }
 
@@ -305,7 +305,7 @@ impl RunningVm {
         vm.drive_for_reset(&ended);
         vm.after(ended);
         vm.host.tombstones.clear();
-        vm.machine.release();
+        vm.machine.start();
         Ok(vm)
     }
 

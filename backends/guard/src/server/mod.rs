@@ -101,6 +101,9 @@ pub fn serve_daemon(config: DaemonConfig) -> Result<(), ServeError> {
 pub fn serve_inherited(connection: OwnedFd, unknown: UnknownPolicy) -> Result<(), ServeError> {
     // Fails when the process leads a session already, which is as good.
     let _ = rustix::process::setsid();
+    // It must keep no file system from being unmounted. Not done by the one who starts it: the library would fork for that, and a
+    // fork holds up every thread that allocates memory.
+    std::env::set_current_dir("/").map_err(failed("change to the root directory"))?;
     ignore_signals().map_err(failed("ignore signals"))?;
     let stream = UnixStream::from(connection);
     stream.peer_addr().map_err(ServeError::NotConnected)?;
