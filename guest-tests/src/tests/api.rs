@@ -6,7 +6,7 @@ use lab_agent::host_protocol::ExitStatus;
 use serde_json::json;
 
 use super::remote::{Remote, waiting_vmm};
-use super::support::{LAB_USER, MIB, has_memory, initramfs, no_complaints, scratch};
+use super::support::{LAB_USER, MIB, eventually, has_memory, initramfs, no_complaints, scratch};
 use super::{GuestTest, Lab, TestError, claim};
 use crate::guest::Guest;
 use crate::share::{ImageForm, kernel_path};
@@ -69,12 +69,23 @@ fn a_vm_lives_and_ends_over_rest(lab: &mut Lab) -> Result<(), TestError> {
     no_complaints(&mut guest)?;
 
     remote.answers(lab, ("PUT", "/api/v1/vm.pause", "{}"), "400", &[])?;
+    // What the kernel does about one that it does not know the reason of is to say so and go on.
+    let before = nmis(&mut guest)?;
+    remote.ok(lab, &["nmi"])?;
+    eventually("the guest takes the NMI", || {
+        Ok(nmis(&mut guest)? == before + 1)
+    })?;
     remote.ok(lab, &["pause"])?;
+    remote.ok(lab, &["nmi"])?;
     remote.expect_state(lab, "Paused")?;
     remote.answers(lab, ("PUT", "/api/v1/vm.pause", ""), "409", &[])?;
     remote.ok(lab, &["resume"])?;
     remote.expect_state(lab, "Running")?;
     guest.ask("ping")?;
+    eventually(
+        "the guest takes the NMI that came while it was held",
+        || Ok(nmis(&mut guest)? == before + 2),
+    )?;
     remote.ok(lab, &["reboot"])?;
     let uptime = guest.wait_ready()?;
     claim(uptime < 60.0, || {
@@ -99,6 +110,16 @@ fn a_vm_lives_and_ends_over_rest(lab: &mut Lab) -> Result<(), TestError> {
     claim(!lab.host.exists(remote.socket())?, || {
         "the socket is left behind".to_owned()
     })
+}
+
+/// Non-maskable interrupts that the guest's first processor has taken.
+fn nmis(guest: &mut Guest) -> Result<u64, TestError> {
+    let table = guest.cat("/proc/interrupts")?;
+    let row = table
+        .lines()
+        .find_map(|line| line.trim_start().strip_prefix("NMI:"));
+    let count = row.and_then(|row| row.split_whitespace().next()?.parse().ok());
+    count.ok_or_else(|| TestError::Claim(format!("no count of NMIs in {table}")))
 }
 
 /// Before a VM exists; and requests that nobody should make.

@@ -2,7 +2,7 @@
 
 use super::remote::Remote;
 use super::support::{
-    GIB, VirtioKind, eventually, holds, no_complaints, power_off, scratch, spec_with,
+    GIB, MIB, VirtioKind, eventually, holds, no_complaints, power_off, scratch, spec_with,
     virtio_functions,
 };
 use super::{GuestTest, Lab, TestError, claim, pci, pmem, small_devices};
@@ -98,6 +98,22 @@ fn devices_come_and_go_while_the_guest_runs(lab: &mut Lab) -> Result<(), TestErr
         &["add-disk", "path=/nonexistent,id=disk1"],
         &["/nonexistent"],
     )?;
+    // It grows under the guest, which sees that by itself and keeps what it has. It does not shrink.
+    let resize = |size: &'static str| ["resize-disk", "--disk", "disk0", "--size", size];
+    remote.ok(lab, &resize("96M"))?;
+    eventually("the guest sees the larger disk", || {
+        let sectors = guest.cat("/sys/block/vda/size")?;
+        Ok(sectors.trim() == (96 * MIB / 512).to_string())
+    })?;
+    guest.fill_blocks("/dev/vda", 95 * MIB, 1 << 20, 9)?;
+    let kept = guest.compare_blocks("/dev/vda", 0, 1 << 20, 8)?;
+    claim(kept.wrong_words == 0, || {
+        format!("the disk lost contents as it grew: {kept:?}")
+    })?;
+    remote.refused(lab, &resize("1M"), &["disk0", "400", "shrink"])?;
+    remote.refused(lab, &resize("200000001"), &["disk0", "400", "whole blocks"])?;
+    let other = ["resize-disk", "--disk", "disk9", "--size", "1G"];
+    remote.refused(lab, &other, &["disk9", "404"])?;
     remove(lab, &remote, &mut guest, ("disk0", &disk_at), Some(&disk))?;
     remote.refused(lab, &["remove-device", "disk0"], &["disk0"])?;
 

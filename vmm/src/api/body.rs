@@ -94,6 +94,25 @@ pub(super) fn drain(received: Received<'_>) -> Result<Request, ApiError> {
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
+struct ResizeDisk {
+    id: String,
+    desired_size: u64,
+}
+
+impl JsonObject for ResizeDisk {
+    const SHAPE: Shape = Shape::WHOLE;
+}
+
+pub(super) fn resize_disk(received: Received<'_>) -> Result<Request, ApiError> {
+    let ResizeDisk { id, desired_size } = received.read()?;
+    Ok(Request::ResizeDisk {
+        id,
+        bytes: desired_size,
+    })
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
 struct Resize {
     #[serde(rename = "desired_vcpus")]
     vcpus: Option<u32>,

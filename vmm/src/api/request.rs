@@ -48,6 +48,8 @@ pub enum Request {
     Resume,
     /// Press the power button.
     PowerButton,
+    /// Send every vCPU a non-maskable interrupt.
+    Nmi,
     /// Add persistent memory.
     AddPmem(Box<PmemConfig>),
     /// Add a disk.
@@ -71,6 +73,13 @@ pub enum Request {
     Drain {
         /// Its name.
         id: String,
+    },
+    /// Make a disk larger.
+    ResizeDisk {
+        /// Its name.
+        id: String,
+        /// Bytes that the guest is to have.
+        bytes: u64,
     },
     /// Change how much the guest has. What is absent stays as it is.
     Resize {

@@ -511,6 +511,13 @@ impl BoundVcpu {
         }
     }
 
+    /// Sends it a non-maskable interrupt (`KVM_NMI`), which it takes when it is run.
+    pub fn nmi(&self) {
+        if let Err(error) = self.fd.nmi() {
+            tracing::warn!(vcpu = self.id, %error, "KVM does not take a non-maskable interrupt");
+        }
+    }
+
     /// Runs the guest until it is kicked, ends or can't go on; serves its accesses through `io` meanwhile. After
     /// [`VcpuFault::MemoryGone`] it can be run again: the access is tried anew.
     pub fn run(&mut self, io: &impl Io) -> Result<Exit, VcpuFault> {

@@ -8,10 +8,11 @@ use serde_json::{Value, json};
 
 use super::Ending;
 use super::owner::{Owner, State};
-use super::vm::{AddError, NewDevice, RunningVm};
+use super::vm::{AddError, NewDevice, ResizeDiskError, RunningVm};
 use crate::api::{Answer, ApiError, Call, DeviceAdded, ErrorKind, Reply, Request};
 use crate::config::VmConfig;
 use crate::monitor::Event;
+use crate::virtio::blk::DiskResizeError;
 
 /// Done, and nothing to say.
 const DONE: Answer = Ok(Reply::Empty);
@@ -34,6 +35,7 @@ impl Owner {
             Request::Pause => self.pause(),
             Request::Resume => self.resume(),
             Request::PowerButton => self.power_button(),
+            Request::Nmi => self.nmi(),
             Request::AddPmem(word) => self.add(NewDevice::Pmem(*word)),
             Request::AddDisk(word) => self.add(NewDevice::Disk(*word)),
             Request::AddNet(word, fds) => self.add(NewDevice::Net(*word, fds)),
@@ -43,6 +45,7 @@ impl Owner {
             Request::AddDevice(word) => self.add(NewDevice::Passthrough(*word)),
             Request::RemoveDevice { id } => self.remove_device(&id),
             Request::Drain { id } => return self.drain(&id, reply),
+            Request::ResizeDisk { id, bytes } => self.resize_disk(&id, bytes),
             Request::Resize {
                 vcpus,
                 ram,
@@ -120,6 +123,11 @@ impl Owner {
 
     fn power_button(&mut self) -> Answer {
         self.up()?.machine.power_button();
+        DONE
+    }
+
+    fn nmi(&mut self) -> Answer {
+        self.up()?.machine.nmi();
         DONE
     }
 
@@ -222,6 +230,21 @@ impl Owner {
                 DONE
             }
         }
+    }
+
+    fn resize_disk(&mut self, id: &str, bytes: u64) -> Answer {
+        let resized = self.up()?.resize_disk(id, bytes);
+        resized.map(|()| Reply::Empty).map_err(|error| {
+            let kind = match &error {
+                ResizeDiskError::Unknown { .. } => ErrorKind::NotFound,
+                ResizeDiskError::Disk {
+                    source: DiskResizeError::File(_),
+                    ..
+                } => ErrorKind::Internal,
+                ResizeDiskError::Disk { .. } => ErrorKind::BadRequest,
+            };
+            ApiError::from_error(kind, &error)
+        })
     }
 
     fn resize(&mut self, vcpus: Option<u32>, ram: Option<u64>, balloon: Option<u64>) -> Answer {

@@ -163,6 +163,11 @@ impl Machine {
         self.hotplug.press_power_button();
     }
 
+    /// Interrupts every vCPU, masked or not.
+    pub(super) fn nmi(&self) {
+        self.vcpus.nmi();
+    }
+
     /// The undo of [`Machine::build`], in reverse. `let_go` is called when nothing of the machine uses guest memory any more
     /// but KVM: it takes memory from those who are to let go before KVM does.
     pub(super) fn take_apart<T>(

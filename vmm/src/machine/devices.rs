@@ -27,6 +27,7 @@ use crate::memory::ram::GuestView;
 use crate::pci::{Ejected, Hotplug, InsertError, Segment, Slot, SlotError, Slots};
 use crate::vfio::{self, VfioPci, vectors_needed};
 use crate::virtio::Device;
+use crate::virtio::blk::DiskResizeError;
 use crate::virtio::transport::{Parts, VirtioPci, vectors_for};
 
 /// A device as it was taken from the host.
@@ -52,6 +53,14 @@ pub(super) enum HostKind {
 }
 
 impl HostKind {
+    /// Gives a disk so many bytes.
+    pub(super) fn resize(&self, bytes: u64) -> Result<(), DiskResizeError> {
+        match self {
+            Self::Virtio(device) => device.resize(bytes),
+            Self::Passthrough(_) => Err(DiskResizeError::NotHere),
+        }
+    }
+
     /// What it has counted, for `vm.counters`.
     pub(super) fn counters(&self) -> Vec<(&'static str, u64)> {
         match self {

@@ -60,6 +60,8 @@ struct State {
     ended: usize,
     /// How often the owner has looked after memory that is gone.
     mended: u64,
+    /// Non-maskable interrupts that each vCPU was sent.
+    nmis: u64,
 }
 
 #[derive(Debug)]
@@ -192,6 +194,7 @@ impl Vcpus {
                 started: 0,
                 ended: 0,
                 mended: 0,
+                nmis: 0,
             }),
             changed: Condvar::new(),
         });
@@ -264,6 +267,12 @@ impl Vcpus {
         self.control.lock().mended != count
     }
 
+    /// Interrupts every vCPU, masked or not. One that is held takes it when it is let go.
+    pub(super) fn nmi(&self) {
+        self.control.lock().nmis += 1;
+        self.kick();
+    }
+
     fn kick(&self) {
         for thread in &self.threads {
             if let Err(error) = thread.kick() {
@@ -313,6 +322,7 @@ fn run(vcpu: Vcpu, control: &Control, io: &GuestIo, events: &EventSender) {
     let touches = OnVcpuThread::enter(u32::from(vcpu.id()));
     let mut vcpu = vcpu.bind();
     let mut has_run = false;
+    let mut nmis = 0;
     loop {
         vcpu.acknowledge_kick();
         let (wish, waited) = control.wanted();
@@ -325,7 +335,14 @@ fn run(vcpu: Vcpu, control: &Control, io: &GuestIo, events: &EventSender) {
             vcpu.forgive_pause();
         }
         has_run = true;
-        let mended = control.lock().mended;
+        let State {
+            mended, nmis: sent, ..
+        } = *control.lock();
+        // KVM keeps two of them at most, the one that is taken and the next one, as processors do.
+        for _ in nmis..sent {
+            vcpu.nmi();
+        }
+        nmis = sent;
         let event = match vcpu.run(io) {
             Ok(Exit::Kicked) if !touches.takes_poison() => continue,
             // The guest stands at the access. Entered now, it would find the page there again and go on with it.

@@ -28,6 +28,7 @@ use crate::memory::ram::{AttachFailure, DetachError, JoinError, Ram};
 use crate::memory::region::Region;
 use crate::monitor::Monitor;
 use crate::virtio::balloon::BalloonSizeError;
+use crate::virtio::blk::DiskResizeError;
 use crate::virtio::vhost_user;
 
 /// vCPUs leave the guest at once, workers when the host has answered what they asked of it.
@@ -94,6 +95,26 @@ pub enum BalloonResizeError {
         bytes: u64,
         /// What there is.
         ram: u64,
+    },
+}
+
+/// A disk stays as large as it is.
+#[derive(Debug, Error)]
+pub(super) enum ResizeDiskError {
+    /// There is none.
+    #[error("the guest has no device with id {id}; vm.info lists them")]
+    Unknown {
+        /// Asked for.
+        id: String,
+    },
+    /// The disk.
+    #[error("{id} stays as large as it is")]
+    Disk {
+        /// Which.
+        id: String,
+        /// Why.
+        #[source]
+        source: DiskResizeError,
     },
 }
 
@@ -337,6 +358,18 @@ impl RunningVm {
             word.size = ByteSize::from_bytes(bytes);
         }
         Ok(())
+    }
+
+    /// Gives a disk so many bytes.
+    pub(super) fn resize_disk(&mut self, id: &str, bytes: u64) -> Result<(), ResizeDiskError> {
+        let devices = &self.host.devices;
+        let device = devices.iter().find(|device| device.id == id);
+        let id = || id.to_owned();
+        let device = device.ok_or_else(|| ResizeDiskError::Unknown { id: id() })?;
+        device
+            .kind
+            .resize(bytes)
+            .map_err(|source| ResizeDiskError::Disk { id: id(), source })
     }
 
     /// For `vm.info`: each device by id.

@@ -13,9 +13,7 @@ pub(super) const UNSUPPORTED: &[&str] = &[
     "add-user-device",
     "add-vdpa",
     "coredump",
-    "nmi",
     "receive-migration",
-    "resize-disk",
     "resize-zone",
     "restore",
     "send-migration",
@@ -115,6 +113,8 @@ pub(super) enum Sub {
     },
     /// Print the guest's configuration and state
     Info,
+    /// Send the guest a non-maskable interrupt, as for a dump of its memory
+    Nmi,
     /// Hold the guest
     Pause,
     /// Print who answers
@@ -140,6 +140,15 @@ pub(super) enum Sub {
         /// How much RAM
         #[arg(long, value_name = "SIZE")]
         memory: Option<String>,
+    },
+    /// Make a disk of the guest larger
+    ResizeDisk {
+        /// The disk's name
+        #[arg(long, value_name = "ID")]
+        disk: String,
+        /// How much the guest is to have
+        #[arg(long, value_name = "SIZE")]
+        size: String,
     },
     /// Let the guest go on
     Resume,

@@ -146,6 +146,7 @@ fn ask(sub: Sub, input: &mut dyn Read) -> Result<Ask, RemoteError> {
         Sub::Pause => put("vm.pause"),
         Sub::Resume => put("vm.resume"),
         Sub::PowerButton => put("vm.power-button"),
+        Sub::Nmi => put("vm.nmi"),
         Sub::Create { path } => {
             let mut ask = Ask::new(Method::Put, "vm.create");
             ask.body = Some(config(&path, input)?);
@@ -173,6 +174,13 @@ fn ask(sub: Sub, input: &mut dyn Read) -> Result<Ask, RemoteError> {
         }
         Sub::Drain { id } => Ask::with("vm.drain", &json!({ "id": id })),
         Sub::RemoveDevice { id } => Ask::with("vm.remove-device", &json!({ "id": id })),
+        Sub::ResizeDisk { disk, size: value } => {
+            let size = size("--size", value)?;
+            Ask::with(
+                "vm.resize-disk",
+                &json!({ "id": disk, "desired_size": size }),
+            )
+        }
         Sub::Resize {
             balloon,
             cpus,

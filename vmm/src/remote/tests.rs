@@ -99,6 +99,11 @@ fn subcommands_ask_for_what_they_say() {
         (&["reboot"], "Reboot"),
         (&["resume"], "Resume"),
         (&["power-button"], "PowerButton"),
+        (&["nmi"], "Nmi"),
+        (
+            &["resize-disk", "--disk", "d0", "--size", "1G"],
+            "ResizeDisk { id: \"d0\", bytes: 1073741824 }",
+        ),
         (&["counters"], "Counters"),
         (&["drain", "p0"], "Drain { id: \"p0\" }"),
         (
@@ -232,7 +237,7 @@ fn what_is_wrong_is_told_before_anybody_is_asked() {
             1,
             "not supported by daxhund: snapshot",
         ),
-        (&["nmi"], 1, "not supported by daxhund: nmi"),
+        (&["coredump"], 1, "not supported by daxhund: coredump"),
         (&["boot"], 1, "give --api-socket PATH"),
         (
             &["--api-socket", "/no/such/socket", "ping"],

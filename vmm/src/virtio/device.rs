@@ -4,6 +4,7 @@ use std::fmt;
 use std::io;
 use std::sync::Arc;
 
+use super::blk::DiskResizeError;
 use super::queue::Queue;
 use super::worker::Worker;
 use crate::memory::ram::GuestView;
@@ -155,6 +156,12 @@ pub trait Device: Send + Sync {
 
     /// What it is made of is taken back by the host: nothing of it is touched any more, and requests end in errors.
     fn sever(&self) {}
+
+    /// Gives a disk so many bytes, from now on.
+    fn resize(&self, bytes: u64) -> Result<(), DiskResizeError> {
+        let _ = bytes;
+        Err(DiskResizeError::NotHere)
+    }
 
     /// Counters for `vm.counters`, by name.
     fn counters(&self) -> Vec<(&'static str, u64)> {

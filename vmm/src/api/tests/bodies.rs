@@ -87,6 +87,17 @@ fn a_resize_names_what_changes() {
 }
 
 #[test]
+fn a_disk_is_resized_to_a_number_of_bytes() {
+    let body = json!({"id": "d0", "desired_size": 1u64 << 40});
+    let request = becomes("vm.resize-disk", &body);
+    let expected = Request::ResizeDisk {
+        id: "d0".to_owned(),
+        bytes: 1 << 40,
+    };
+    assert_eq!(format!("{request:?}"), format!("{expected:?}"));
+}
+
+#[test]
 fn a_body_that_can_not_be_used_says_why() {
     let api = Api::start(Limits::default());
     for (name, body, words) in [
@@ -96,6 +107,7 @@ fn a_body_that_can_not_be_used_says_why() {
         ("vm.create", "{\"payload\":{\"kernel\":7}}", "kernel"),
         ("vm.create", "[1]", "not an object"),
         ("vm.create", "{\"payload\":", "not usable as JSON"),
+        ("vm.resize-disk", "{\"id\":\"d0\"}", "desired_size"),
         ("vm.add-disk", "{\"path\":\"/a\",\"paht\":\"/b\"}", "paht"),
         ("vm.add-disk", "{\"path\":\"/a\",\"path\":\"/b\"}", "path"),
         ("vm.add-net", "{\"num_queues\":-1}", "num_queues"),

@@ -6,6 +6,48 @@ use std::path::PathBuf;
 use daxhund_dax::FileLockError;
 use thiserror::Error;
 
+/// A disk stays as large as it is.
+#[derive(Debug, Error)]
+pub enum DiskResizeError {
+    /// It is no disk, or another process serves it.
+    #[error(
+        "no image of it is open here: only a disk with path= can be resized, others where they are served"
+    )]
+    NotHere,
+    /// The guest would lose its end.
+    #[error(
+        "{bytes} bytes are fewer than the {now} that the guest has, which would lose the rest: remove the disk, shrink its image \
+         and add it again"
+    )]
+    Shrinks {
+        /// Asked for.
+        bytes: u64,
+        /// What the guest has.
+        now: u64,
+    },
+    /// It is made of blocks.
+    #[error("{bytes} bytes are no whole blocks of {block}; {} is the next smaller size", bytes - bytes % block)]
+    NotBlocks {
+        /// Asked for.
+        bytes: u64,
+        /// Bytes in a block.
+        block: u64,
+    },
+    /// A block device, or an image that can't be written, is as large as it is.
+    #[error(
+        "the image has {there} bytes, not {bytes}, and can't be made larger from here: make it larger first"
+    )]
+    HasFewer {
+        /// Asked for.
+        bytes: u64,
+        /// What there is.
+        there: u64,
+    },
+    /// The image.
+    #[error("the image can't be made larger")]
+    File(#[source] io::Error),
+}
+
 /// An image can't be a disk.
 #[derive(Debug, Error)]
 pub enum DiskOpenError {

@@ -9,11 +9,11 @@ use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use daxhund_dax::{Host, LockKind};
 
-use super::error::DiskOpenError;
+use super::error::{DiskOpenError, DiskResizeError};
 use super::{DiskSpec, SECTOR};
 
 const TMPFS_MAGIC: u64 = 0x0102_1994;
@@ -49,8 +49,8 @@ pub(super) enum Storage {
 #[derive(Debug)]
 pub(super) struct Image {
     file: Arc<File>,
-    /// Bytes the guest has, a multiple of the block.
-    len: u64,
+    /// Bytes the guest has, a multiple of the block. It grows only.
+    len: AtomicU64,
     /// Bytes in a logical block: 512 to 4096, a power of two.
     block: u32,
     topology: Topology,
@@ -157,7 +157,7 @@ impl Image {
         };
         Ok(Self {
             file: Arc::new(file),
-            len,
+            len: AtomicU64::new(len),
             block,
             topology,
             storage,
@@ -182,7 +182,32 @@ impl Image {
     }
 
     pub(super) fn len(&self) -> u64 {
-        self.len
+        self.len.load(Ordering::SeqCst)
+    }
+
+    /// Gives the guest so many bytes; a file that has fewer gets a hole at its end.
+    pub(super) fn resize(&self, bytes: u64, readonly: bool) -> Result<(), DiskResizeError> {
+        let (now, block) = (self.len(), u64::from(self.block));
+        if bytes < now {
+            return Err(DiskResizeError::Shrinks { bytes, now });
+        }
+        if bytes % block != 0 {
+            return Err(DiskResizeError::NotBlocks { bytes, block });
+        }
+        let there = if self.storage == Storage::BlockDevice {
+            self.file.as_ref().seek(SeekFrom::End(0))
+        } else {
+            self.file.metadata().map(|metadata| metadata.len())
+        };
+        let there = there.map_err(DiskResizeError::File)?;
+        if bytes > there {
+            if readonly || self.storage == Storage::BlockDevice {
+                return Err(DiskResizeError::HasFewer { bytes, there });
+            }
+            self.file.set_len(bytes).map_err(DiskResizeError::File)?;
+        }
+        self.len.store(bytes, Ordering::SeqCst);
+        Ok(())
     }
 
     pub(super) fn block(&self) -> u32 {

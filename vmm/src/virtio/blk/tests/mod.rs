@@ -189,6 +189,50 @@ fn the_last_sector_is_the_last() {
 }
 
 #[test]
+fn a_disk_grows_under_its_driver() {
+    for engine in ENGINES {
+        let file = image();
+        let mut running = Running::open(&with_engine(&file, engine));
+        let first_new = 4 * MIB / 512;
+        assert_eq!(running.read(first_new, 512).0, IO_ERROR);
+        running.disk.resize(6 * MIB).unwrap();
+        assert_eq!(running.driver.said.config_changes.load(Ordering::SeqCst), 1);
+        let mut capacity = [0; 8];
+        running.disk.config_read(0, &mut capacity);
+        assert_eq!(u64::from_le_bytes(capacity), 6 * MIB / 512);
+        let (status, _, bytes) = running.read(first_new, 512);
+        assert_eq!((status, bytes), (OK, vec![0; 512]));
+        assert_eq!(running.write(6 * MIB / 512 - 1, &[1; 512]), OK);
+        assert_eq!(running.read(6 * MIB / 512, 512).0, IO_ERROR);
+        assert_eq!(sector_number(&file_bytes(&file, 512, 512)), 1);
+    }
+}
+
+#[test]
+fn a_size_that_can_not_be_leaves_the_disk_as_it_is() {
+    let file = image();
+    let disk = Disk::open(&spec(&file)).unwrap();
+    let refused = |disk: &Disk, bytes| disk.resize(bytes).unwrap_err().to_string();
+    assert!(refused(&disk, 2 * MIB).contains("shrink its image"));
+    assert!(refused(&disk, 4 * MIB + 1).contains("4194304 is the next smaller"));
+    // More than a file can have.
+    assert!(refused(&disk, u64::MAX - 511).contains("can't be made larger"));
+    assert_eq!(disk.size(), 4 * MIB);
+    drop(disk);
+    let readonly = Disk::open(&DiskSpec {
+        readonly: true,
+        ..spec(&file)
+    });
+    let readonly = readonly.unwrap();
+    assert!(refused(&readonly, 8 * MIB).contains("has 4194304 bytes"));
+    assert_eq!(file.as_file().metadata().unwrap().len(), 4 * MIB);
+    // Somebody else has made it larger.
+    file.as_file().set_len(8 * MIB).unwrap();
+    readonly.resize(8 * MIB).unwrap();
+    assert_eq!(readonly.size(), 8 * MIB);
+}
+
+#[test]
 fn many_requests_at_a_time_all_come_back() {
     for engine in ENGINES {
         let file = image();
