@@ -19,6 +19,7 @@ mod interrupt;
 mod net;
 mod passthrough;
 mod pci;
+mod peer_ram;
 mod persistence;
 mod pmem;
 mod poison;

@@ -4,10 +4,11 @@ use std::time::Duration;
 
 use lab_agent::host_protocol::SpawnSpec;
 
+use super::peer_ram::{PeerRam, Zone, spec_in};
 use super::remote::Remote;
 use super::support::{
-    MIB, VirtioKind, comes_back_to, count, dax_zone, descriptors_and_threads, eventually, mapped,
-    no_complaints, power_off, refused, scratch, spec_on, spec_with, times_told,
+    MIB, VirtioKind, comes_back_to, count, dax_zone, descriptors_and_threads, eventually,
+    no_complaints, power_off, refused, scratch, spec_on, times_told,
 };
 use super::{GuestTest, Lab, TestError, claim, pci};
 use crate::guest::Guest;
@@ -88,6 +89,19 @@ impl FsDaemon {
     }
 }
 
+/// The one of Debian 12 is QEMU's, and takes every file; the one of 13 is another program.
+fn takes_dax(lab: &Lab) -> Result<bool, TestError> {
+    let version = lab.host.sh(&format!(
+        "LD_LIBRARY_PATH={PLACE}/lib {PLACE}/virtiofsd --version"
+    ))?;
+    Ok(version.starts_with("virtiofsd version"))
+}
+
+/// RAM of a guest that needs no more.
+fn one_zone(lab: &Lab) -> Result<PeerRam, TestError> {
+    Ok(PeerRam::small(takes_dax(lab)?))
+}
+
 /// The sum of a file, as both sides print it.
 fn sum(text: &str) -> String {
     text.split_whitespace()
@@ -142,10 +156,24 @@ fn a_shared_directory_is_read_and_written_through_all_of_the_guests_dax_memory(
         BIG / (16 * MIB)
     ))?;
     // On both sides of the hole below 4 GiB, on two devices, and too little above it for what is read.
-    let zones = [
-        dax_zone(lab, "z0", 0, 3072 * MIB, 0),
-        dax_zone(lab, "z1", 1, ABOVE_THE_HOLE, 512 * MIB),
-    ];
+    let ram = PeerRam::new(
+        takes_dax(lab)?,
+        &[
+            Zone {
+                device: 0,
+                offset: 0,
+                dax_bytes: 3072 * MIB,
+                other_bytes: 768 * MIB,
+            },
+            Zone {
+                device: 1,
+                offset: 512 * MIB,
+                dax_bytes: ABOVE_THE_HOLE,
+                other_bytes: ABOVE_THE_HOLE,
+            },
+        ],
+    );
+    let zones = ram.words(lab);
     let mut spec = spec_on(lab, &[&zones[0], &zones[1]]);
     let word = daemon.word(",id=f0");
     spec.arguments
@@ -154,12 +182,9 @@ fn a_shared_directory_is_read_and_written_through_all_of_the_guests_dax_memory(
     guest.modprobe(&MODULES)?;
     pci::is_driven(&mut guest, VirtioKind::FileSystem)?;
     guest.sh(MOUNT)?;
-    let (first, second) = (&lab.host.dax()[0].path, &lab.host.dax()[1].path);
-    claim(
-        mapped(lab, &daemon.process, first)? >= 3072 * MIB
-            && mapped(lab, &daemon.process, second)? >= ABOVE_THE_HOLE,
-        || "the daemon has not mapped all of the guest's memory".to_owned(),
-    )?;
+    claim(ram.is_mapped(lab, &daemon.process)?, || {
+        "the daemon has not mapped all of the guest's memory".to_owned()
+    })?;
     is_the_same(lab, &mut guest, "big")?;
     // It is in the guest's memory now: the host's is not asked again.
     let cached = count(&mut guest, "awk '/^Cached:/ {print $2}' /proc/meminfo")? << 10;
@@ -195,10 +220,10 @@ fn a_shared_directory_is_read_and_written_through_all_of_the_guests_dax_memory(
 fn shared_directories_come_and_go(lab: &mut Lab) -> Result<(), TestError> {
     scratch(lab)?;
     let remote = Remote::new();
-    let spec = spec_with(lab, &["--api-socket", remote.socket()]);
+    let ram = one_zone(lab)?;
+    let spec = spec_in(lab, &ram, &["--api-socket", remote.socket()]);
     let mut guest = Guest::boot(&lab.host, &spec)?;
     guest.modprobe(&MODULES)?;
-    let ram = &lab.host.dax()[0].path;
     let at_first = descriptors_and_threads(lab, &mut guest)?;
     for round in 0..2 {
         let daemon = FsDaemon::start(lab)?;
@@ -207,7 +232,7 @@ fn shared_directories_come_and_go(lab: &mut Lab) -> Result<(), TestError> {
             "until test -e /sys/bus/pci/devices/{place}/virtio*/driver; do usleep 10000; done"
         ))?;
         guest.sh(MOUNT)?;
-        claim(mapped(lab, &daemon.process, ram)? >= 512 * MIB, || {
+        claim(ram.is_mapped(lab, &daemon.process)?, || {
             "the daemon has not mapped all of the guest's memory".to_owned()
         })?;
         is_usable(lab, &mut guest, round)?;
@@ -264,7 +289,8 @@ fn a_file_system_daemon_that_dies_is_waited_for_and_its_directory_mounted_again(
         "--event-monitor",
         &events,
     ];
-    let mut guest = Guest::boot(&lab.host, &spec_with(lab, &words))?;
+    let ram = one_zone(lab)?;
+    let mut guest = Guest::boot(&lab.host, &spec_in(lab, &ram, &words))?;
     guest.modprobe(&MODULES)?;
     guest.sh(MOUNT)?;
     is_usable(lab, &mut guest, 0)?;
@@ -350,9 +376,15 @@ fn bad_file_systems_are_refused(lab: &mut Lab) -> Result<(), TestError> {
         &["private", "shared=on", "/dev/daxX.Y"],
     )?;
     daemon.has_served()?;
-    let daemon = FsDaemon::start(lab)?;
+    let mut daemon = FsDaemon::start(lab)?;
     let word = daemon.word(",id=f0");
-    let mut guest = Guest::boot(&lab.host, &spec_with(lab, &["--fs", &word]))?;
+    if !takes_dax(lab)? {
+        PeerRam::sees_refusal(lab, &["--fs", &word])?;
+        daemon.has_served()?;
+        daemon = FsDaemon::start(lab)?;
+    }
+    let ram = one_zone(lab)?;
+    let mut guest = Guest::boot(&lab.host, &spec_in(lab, &ram, &["--fs", &word]))?;
     let zone = dax_zone(lab, "z1", 1, 256 * MIB, 0);
     // It does not listen any more.
     refused(

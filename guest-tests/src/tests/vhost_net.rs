@@ -4,10 +4,11 @@ use std::time::Duration;
 
 use lab_agent::host_protocol::{SpawnSpec, TerminalSize};
 
+use super::peer_ram::{PeerRam, Zone, spec_in};
 use super::remote::Remote;
 use super::support::{
-    MIB, VirtioKind, comes_back_to, count, dax_zone, descriptors_and_threads, eventually, mapped,
-    no_complaints, power_off, scratch, spec_on, spec_with, times_told,
+    MIB, VirtioKind, comes_back_to, count, descriptors_and_threads, eventually, no_complaints,
+    power_off, scratch, spec_on, times_told,
 };
 use super::{GuestTest, Lab, TestError, claim, pci};
 use crate::guest::Guest;
@@ -44,6 +45,13 @@ const LARGEST: u32 = MTU - 28;
 const SIGKILL: i32 = 9;
 /// From its start until it serves: it loads 60 libraries.
 const DEADLINE: Duration = PATIENCE;
+
+/// DPDK 22.11 of Debian 12 does, 24.11 of 13 does not.
+fn takes_dax(lab: &Lab) -> Result<bool, TestError> {
+    Ok(lab
+        .host
+        .exists(&format!("{PLACE}/lib/librte_vhost.so.23"))?)
+}
 
 /// Who listens at the socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -229,10 +237,27 @@ fn a_vhost_user_network_carries_frames_in_all_pairs_and_outlives_its_backend(
     let daemon = NetDaemon::start(lab, Listens::Daemon)?;
     let events = format!("path={SCRATCH}/events");
     // On both sides of the hole below 4 GiB, and on two devices.
-    let zones = [
-        dax_zone(lab, "z0", 0, 3584 * MIB, 0),
-        dax_zone(lab, "z1", 1, 256 * MIB, 512 * MIB),
-    ];
+    if !takes_dax(lab)? {
+        PeerRam::sees_refusal(lab, &["--net", &word("")])?;
+    }
+    let ram = PeerRam::new(
+        takes_dax(lab)?,
+        &[
+            Zone {
+                device: 0,
+                offset: 0,
+                dax_bytes: 3584 * MIB,
+                other_bytes: 768 * MIB,
+            },
+            Zone {
+                device: 1,
+                offset: 512 * MIB,
+                dax_bytes: 256 * MIB,
+                other_bytes: 128 * MIB,
+            },
+        ],
+    );
+    let zones = ram.words(lab);
     let mut spec = spec_on(lab, &[&zones[0], &zones[1]]);
     let word = word("");
     let words = ["--cpus", "boot=2", "--net", &word, "--api-socket"];
@@ -241,12 +266,9 @@ fn a_vhost_user_network_carries_frames_in_all_pairs_and_outlives_its_backend(
     spec.arguments.extend(words.map(str::to_owned));
     let mut guest = Guest::boot(&lab.host, &spec)?;
     comes_up(&mut guest)?;
-    let (first, second) = (&lab.host.dax()[0].path, &lab.host.dax()[1].path);
-    claim(
-        mapped(lab, &daemon.process, first)? >= 3584 * MIB
-            && mapped(lab, &daemon.process, second)? >= 256 * MIB,
-        || "the daemon has not mapped all of the guest's memory".to_owned(),
-    )?;
+    claim(ram.is_mapped(lab, &daemon.process)?, || {
+        "the daemon has not mapped all of the guest's memory".to_owned()
+    })?;
     is_usable(&mut guest)?;
     let told = |event: &str| times_told(lab, event);
     // While frames are under way.
@@ -271,7 +293,7 @@ fn a_vhost_user_network_carries_frames_in_all_pairs_and_outlives_its_backend(
     no_complaints(&mut guest)?;
     power_off(guest)?;
     eventually("the daemon lets go of the memory", || {
-        Ok(mapped(lab, &daemon.process, first)? + mapped(lab, &daemon.process, second)? == 0)
+        ram.is_let_go(lab, &daemon.process)
     })?;
     daemon.end()
 }
@@ -279,16 +301,16 @@ fn a_vhost_user_network_carries_frames_in_all_pairs_and_outlives_its_backend(
 fn vhost_user_networks_come_and_go(lab: &mut Lab) -> Result<(), TestError> {
     scratch(lab)?;
     let remote = Remote::new();
-    let spec = spec_with(lab, &["--cpus", "boot=2", "--api-socket", remote.socket()]);
-    let mut guest = Guest::boot(&lab.host, &spec)?;
+    let ram = PeerRam::small(takes_dax(lab)?);
+    let words = ["--cpus", "boot=2", "--api-socket", remote.socket()];
+    let mut guest = Guest::boot(&lab.host, &spec_in(lab, &ram, &words))?;
     guest.modprobe(&MODULES)?;
-    let ram = &lab.host.dax()[0].path;
     let at_first = descriptors_and_threads(lab, &mut guest)?;
     let daemon = NetDaemon::start(lab, Listens::Daemon)?;
     for _ in 0..2 {
         let place = remote.add(lab, "add-net", &word(""))?;
         comes_up(&mut guest)?;
-        claim(mapped(lab, &daemon.process, ram)? >= 512 * MIB, || {
+        claim(ram.is_mapped(lab, &daemon.process)?, || {
             "the daemon has not mapped all of the guest's memory".to_owned()
         })?;
         is_usable(&mut guest)?;
@@ -304,7 +326,7 @@ fn vhost_user_networks_come_and_go(lab: &mut Lab) -> Result<(), TestError> {
             Ok(!remote.knows(lab, "n0")?)
         })?;
         eventually("the daemon lets go of the memory", || {
-            Ok(mapped(lab, &daemon.process, ram)? == 0)
+            ram.is_let_go(lab, &daemon.process)
         })?;
         comes_back_to("descriptors and threads", &at_first, || {
             descriptors_and_threads(lab, &mut guest)
@@ -334,7 +356,8 @@ fn a_network_backend_connects_to_the_vmm_and_so_does_the_next_one(
         remote.socket(),
     ];
     // Whoever is first waits for the other.
-    let mut guest = Guest::launch(&lab.host, &spec_with(lab, &words))?;
+    let ram = PeerRam::small(takes_dax(lab)?);
+    let mut guest = Guest::launch(&lab.host, &spec_in(lab, &ram, &words))?;
     eventually("the VMM listens", || Ok(lab.host.exists(&socket())?))?;
     let daemon = NetDaemon::start(lab, Listens::Vmm)?;
     guest.wait_ready()?;

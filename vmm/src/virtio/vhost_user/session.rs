@@ -11,6 +11,7 @@
 
 use std::fmt;
 use std::io;
+use std::os::unix::fs::FileTypeExt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
@@ -36,12 +37,22 @@ pub enum AttachError {
     #[error(transparent)]
     Regions(#[from] TooManyRegions),
     /// It says no.
-    #[error("the backend refuses the memory")]
-    Refused(#[source] CallError),
+    #[error("the backend refuses the memory{}", if *device { OF_NO_SIZE } else { "" })]
+    Refused {
+        /// Whether it is a device's.
+        device: bool,
+        /// What it said.
+        #[source]
+        source: CallError,
+    },
     /// The thread that talks to it.
     #[error(transparent)]
     NoAnswer(#[from] super::caller::NoAnswer),
 }
+
+/// Seen with DPDK 24.11 and virtiofsd 1.13, whose versions of DPDK's `vhost_user.c` and of `vm-memory` look at the size first.
+const OF_NO_SIZE: &str = "; one that goes by the size of the file refuses every device-dax device, whose size is 0 there: start \
+                          another version of it, or give the guest memory with shared=on and no file=";
 
 /// What the driver wants served, until it resets the device.
 pub struct Service {
@@ -386,7 +397,11 @@ impl Session {
                     self.table.take(region.gpa);
                 }
                 self.lose(&error);
-                return Err(AttachError::Refused(error));
+                let mut files = regions.iter().map(|region| region.file.metadata());
+                return Err(AttachError::Refused {
+                    device: files.any(|it| it.is_ok_and(|it| it.file_type().is_char_device())),
+                    source: error,
+                });
             }
             self.lose(&error);
             return Ok(());
