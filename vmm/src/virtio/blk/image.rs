@@ -191,7 +191,7 @@ impl Image {
         if bytes < now {
             return Err(DiskResizeError::Shrinks { bytes, now });
         }
-        if bytes % block != 0 {
+        if !bytes.is_multiple_of(block) {
             return Err(DiskResizeError::NotBlocks { bytes, block });
         }
         let there = if self.storage == Storage::BlockDevice {
