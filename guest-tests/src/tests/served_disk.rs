@@ -409,7 +409,9 @@ fn served_disks_keep_what_was_acknowledged_to_vmms_that_are_killed(
     let (orphan_of_two, of_two) = kill_while_it_writes(lab, two)?;
     orphan_of_one.ends(lab)?;
     orphan_of_two.ends(lab)?;
-    for (index, records) in [(0, of_one), (1, of_two)] {
+    let killed = [(0, of_one), (1, of_two)];
+    let looked_at = if lab.full { killed.len() } else { 1 };
+    for (index, records) in killed.into_iter().take(looked_at) {
         let mut guest = boot(index)?;
         guest.sh("mkdir -p /mnt && mount -t ext4 /dev/vda /mnt")?;
         let found = guest.check_records(RECORDS, index)?;
