@@ -5,6 +5,7 @@
 //! prints more is killed, and whoever waits for it is told, so that nothing is lost without a word.
 //! Lock order: `writer` and `state` are never held together.
 
+use crate::host::process::SIGKILL;
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::io::{BufRead, BufReader, Write};
@@ -22,7 +23,6 @@ use super::RUN_DEADLINE;
 const OUTPUT_LIMIT_BYTES: usize = 64 * 1024 * 1024;
 /// Lines of a program's output that explain a failure.
 const TAIL_LINES: usize = 40;
-const SIGKILL: i32 = 9;
 /// From one interrupt for the host to the next.
 const PULSE_INTERVAL: Duration = Duration::from_millis(250);
 

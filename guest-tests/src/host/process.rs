@@ -11,7 +11,8 @@ use lab_agent::host_protocol::{
 use super::Output;
 use super::channel::{ANSWER_DEADLINE, Channel, HostError, Program, State};
 
-const SIGKILL: i32 = 9;
+/// For [`Process::signal`].
+pub const SIGKILL: i32 = 9;
 /// Of every thread of the process `$0`: name, state, processor time in user and kernel mode, system call, stack in the kernel. Twice,
 /// so that what moves is told from what stands still; with the interrupts that are taken for guests.
 const WHAT_IT_DOES: &str = r#"for round in 1 2; do

@@ -3,7 +3,7 @@
 //! Newer ones look at a file's size before they map it, and a device has none: DPDK since 24.11, and virtiofsd 1.13 of Debian 13.
 //! Their guests have shared memory instead, and a story of theirs sees the refusal.
 
-use super::support::{MIB, dax_zone, mapped, refused, spec_on};
+use super::support::{MIB, dax_zone, mapped, refused, spec_on, with_words};
 use super::{Lab, TestError};
 use crate::guest::GuestSpec;
 use crate::host::process::Process;
@@ -23,10 +23,7 @@ pub(super) struct Zone {
 pub(super) fn spec_in(lab: &Lab, ram: &PeerRam, words: &[&str]) -> GuestSpec {
     let zones = ram.words(lab);
     let zones: Vec<&str> = zones.iter().map(String::as_str).collect();
-    let mut spec = spec_on(lab, &zones);
-    spec.arguments
-        .extend(words.iter().map(|word| (*word).to_owned()));
-    spec
+    with_words(spec_on(lab, &zones), words)
 }
 
 /// All of a guest's.
@@ -55,7 +52,7 @@ impl PeerRam {
     }
 
     /// For `--memory-zone`.
-    pub(super) fn words(&self, lab: &Lab) -> Vec<String> {
+    fn words(&self, lab: &Lab) -> Vec<String> {
         let zones = (0..).zip(&self.zones);
         let word = |(n, zone): (usize, &Zone)| {
             let id = format!("z{n}");
@@ -71,12 +68,7 @@ impl PeerRam {
     /// Whether the program has mapped every zone.
     pub(super) fn is_mapped(&self, lab: &Lab, by: &Process) -> Result<bool, TestError> {
         if self.takes_dax {
-            for zone in &self.zones {
-                if mapped(lab, by, &lab.host.dax()[zone.device].path)? < zone.dax_bytes {
-                    return Ok(false);
-                }
-            }
-            return Ok(true);
+            return self.each(lab, by, |mapped, zone| mapped >= zone.dax_bytes);
         }
         Ok(Self::shared_ranges(lab, by)? >= self.zones.len())
     }
@@ -84,14 +76,24 @@ impl PeerRam {
     /// Whether it has nothing of them any more.
     pub(super) fn is_let_go(&self, lab: &Lab, by: &Process) -> Result<bool, TestError> {
         if self.takes_dax {
-            for zone in &self.zones {
-                if mapped(lab, by, &lab.host.dax()[zone.device].path)? > 0 {
-                    return Ok(false);
-                }
-            }
-            return Ok(true);
+            return self.each(lab, by, |mapped, _| mapped == 0);
         }
         Ok(Self::shared_ranges(lab, by)? == 0)
+    }
+
+    /// Whether it is so with what is mapped of each zone's device.
+    fn each(
+        &self,
+        lab: &Lab,
+        by: &Process,
+        is_so: impl Fn(u64, &Zone) -> bool,
+    ) -> Result<bool, TestError> {
+        for zone in &self.zones {
+            if !is_so(mapped(lab, by, &lab.host.dax()[zone.device].path)?, zone) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// The program may have some of its own.

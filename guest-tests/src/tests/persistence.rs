@@ -12,6 +12,7 @@ use super::support::{GIB, MIB, no_complaints, power_off};
 use super::{GuestTest, Lab, TestError, claim};
 use crate::guest::Guest;
 use crate::host::machine::{Contents, Dimm, Machine, PageArray};
+use crate::host::process::SIGKILL;
 
 pub(super) const TESTS: &[GuestTest] = &[
     GuestTest {
@@ -24,7 +25,6 @@ pub(super) const TESTS: &[GuestTest] = &[
     },
 ];
 
-const SIGKILL: i32 = 9;
 /// More records than any round lets be written.
 const RECORDS: u64 = 4096;
 /// The kill comes somewhere after one of so many records.

@@ -118,7 +118,7 @@ fn signals_end_the_guest_in_order(lab: &mut Lab) -> Result<(), TestError> {
 }
 
 fn a_killed_vmm_leaves_its_range_free(lab: &mut Lab) -> Result<(), TestError> {
-    const SIGKILL: i32 = 9;
+    use crate::host::process::SIGKILL;
     let zone = dax_zone(lab, "z0", 0, 512 * MIB, 0);
     let mut guest = boot_on(lab, &[&zone])?;
     let pid = guest.vmm().pid().to_string();

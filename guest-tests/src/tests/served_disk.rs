@@ -12,7 +12,7 @@ use super::support::{
 use super::{GuestTest, Lab, TestError, claim};
 use crate::guest::{Guest, load_disk};
 use crate::host::DaxDevice;
-use crate::host::process::Process;
+use crate::host::process::{Process, SIGKILL};
 use crate::served::serve_dax;
 use crate::share::Initramfs;
 use crate::suite::SCRATCH;
@@ -40,7 +40,6 @@ pub(super) const TESTS: &[GuestTest] = &[
     },
 ];
 
-const SIGKILL: i32 = 9;
 const SIGTERM: i32 = 15;
 const USUAL_KILLS: u32 = 4;
 const FULL_KILLS: u32 = 100;

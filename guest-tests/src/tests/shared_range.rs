@@ -14,7 +14,7 @@ use super::{GuestTest, Lab, TestError, claim, support};
 use crate::guest::Guest;
 use crate::host::DaxDevice;
 use crate::host::account::kernel_says;
-use crate::host::process::Process;
+use crate::host::process::{Process, SIGKILL};
 use crate::suite::SCRATCH;
 
 pub(super) const TESTS: &[GuestTest] = &[
@@ -52,7 +52,6 @@ const PMEM_HELD: &str = "the removal of the memory's device is held";
 const LET_GO: &str = "the memory is let go of, for the host";
 const WANTED: &str = "the host wants the disk's device";
 const GIVEN: &str = "is given to the host";
-const SIGKILL: i32 = 9;
 
 /// Runs a story while the guard's daemon runs where everybody looks for it. The host's kernel has nothing to say against it.
 fn with_guard(

@@ -164,9 +164,16 @@ pub(super) fn eventually(
 
 /// As [`spec_on`] for a guest with devices: its RAM is 512 MiB of the first dax device.
 pub(super) fn spec_with(lab: &Lab, devices: &[&str]) -> GuestSpec {
-    let mut spec = spec_on(lab, &[&dax_zone(lab, "z0", 0, 512 * MIB, 0)]);
+    with_words(
+        spec_on(lab, &[&dax_zone(lab, "z0", 0, 512 * MIB, 0)]),
+        devices,
+    )
+}
+
+/// The same with more words.
+pub(super) fn with_words(mut spec: GuestSpec, words: &[&str]) -> GuestSpec {
     spec.arguments
-        .extend(devices.iter().map(|word| (*word).to_owned()));
+        .extend(words.iter().map(|word| (*word).to_owned()));
     spec
 }
 
@@ -190,7 +197,7 @@ pub(super) struct Orphan(String);
 
 /// Kills a VMM, whose end is seen whatever its helper does.
 pub(super) fn kill(lab: &Lab, guest: &mut Guest) -> Result<Orphan, TestError> {
-    const SIGKILL: i32 = 9;
+    use crate::host::process::SIGKILL;
     let pid = guest.vmm().pid();
     let helper = lab
         .host

@@ -8,11 +8,11 @@ use super::peer_ram::{PeerRam, Zone, spec_in};
 use super::remote::Remote;
 use super::support::{
     MIB, VirtioKind, comes_back_to, count, dax_zone, descriptors_and_threads, eventually,
-    no_complaints, power_off, refused, scratch, spec_on, times_told,
+    no_complaints, power_off, refused, scratch, times_told,
 };
 use super::{GuestTest, Lab, TestError, claim, pci};
 use crate::guest::Guest;
-use crate::host::process::Process;
+use crate::host::process::{Process, SIGKILL};
 use crate::suite::SCRATCH;
 use crate::wait::PATIENCE;
 
@@ -38,7 +38,6 @@ pub(super) const TESTS: &[GuestTest] = &[
 const PLACE: &str = "/lab/peers/virtiofsd";
 const MODULES: [&str; 2] = ["virtio_pci", "virtiofs"];
 const MOUNT: &str = "mkdir -p /mnt && mount -t virtiofs share /mnt";
-const SIGKILL: i32 = 9;
 /// For it to start, and to end when its frontend has gone.
 const DEADLINE: Duration = PATIENCE;
 /// More than the memory above the hole has.
@@ -173,11 +172,8 @@ fn a_shared_directory_is_read_and_written_through_all_of_the_guests_dax_memory(
             },
         ],
     );
-    let zones = ram.words(lab);
-    let mut spec = spec_on(lab, &[&zones[0], &zones[1]]);
     let word = daemon.word(",id=f0");
-    spec.arguments
-        .extend(["--cpus", "boot=2", "--fs", &word].map(str::to_owned));
+    let spec = spec_in(lab, &ram, &["--cpus", "boot=2", "--fs", &word]);
     let mut guest = Guest::boot(&lab.host, &spec)?;
     guest.modprobe(&MODULES)?;
     pci::is_driven(&mut guest, VirtioKind::FileSystem)?;

@@ -8,12 +8,12 @@ use super::peer_ram::{PeerRam, Zone, spec_in};
 use super::remote::Remote;
 use super::support::{
     MIB, VirtioKind, comes_back_to, count, descriptors_and_threads, eventually, no_complaints,
-    power_off, scratch, spec_on, times_told,
+    power_off, scratch, times_told,
 };
 use super::{GuestTest, Lab, TestError, claim, pci};
 use crate::guest::Guest;
 use crate::guest::network::{GUEST_ADDRESS, HOST_ADDRESS};
-use crate::host::process::Process;
+use crate::host::process::{Process, SIGKILL};
 use crate::suite::SCRATCH;
 use crate::wait::PATIENCE;
 
@@ -42,7 +42,6 @@ const ITS_MAC: &str = "56:48:4f:53:54:00";
 const MTU: u32 = 9000;
 /// The largest echo that goes in one frame, less the headers of IP and ICMP. It does not answer those that come in fragments.
 const LARGEST: u32 = MTU - 28;
-const SIGKILL: i32 = 9;
 /// From its start until it serves: it loads 60 libraries.
 const DEADLINE: Duration = PATIENCE;
 
@@ -236,10 +235,10 @@ fn a_vhost_user_network_carries_frames_in_all_pairs_and_outlives_its_backend(
     let remote = Remote::new();
     let daemon = NetDaemon::start(lab, Listens::Daemon)?;
     let events = format!("path={SCRATCH}/events");
-    // On both sides of the hole below 4 GiB, and on two devices.
     if !takes_dax(lab)? {
         PeerRam::sees_refusal(lab, &["--net", &word("")])?;
     }
+    // On both sides of the hole below 4 GiB, and on two devices.
     let ram = PeerRam::new(
         takes_dax(lab)?,
         &[
@@ -257,14 +256,18 @@ fn a_vhost_user_network_carries_frames_in_all_pairs_and_outlives_its_backend(
             },
         ],
     );
-    let zones = ram.words(lab);
-    let mut spec = spec_on(lab, &[&zones[0], &zones[1]]);
     let word = word("");
-    let words = ["--cpus", "boot=2", "--net", &word, "--api-socket"];
-    spec.arguments.extend(words.map(str::to_owned));
-    let words = [remote.socket(), "--event-monitor", &events];
-    spec.arguments.extend(words.map(str::to_owned));
-    let mut guest = Guest::boot(&lab.host, &spec)?;
+    let words = [
+        "--cpus",
+        "boot=2",
+        "--net",
+        &word,
+        "--api-socket",
+        remote.socket(),
+        "--event-monitor",
+        &events,
+    ];
+    let mut guest = Guest::boot(&lab.host, &spec_in(lab, &ram, &words))?;
     comes_up(&mut guest)?;
     claim(ram.is_mapped(lab, &daemon.process)?, || {
         "the daemon has not mapped all of the guest's memory".to_owned()

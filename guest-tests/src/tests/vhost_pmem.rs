@@ -12,7 +12,7 @@ use super::support::{
 };
 use super::{GuestTest, Lab, TestError, claim};
 use crate::guest::Guest;
-use crate::host::process::Process;
+use crate::host::process::{Process, SIGKILL};
 use crate::suite::SCRATCH;
 
 pub(super) const TESTS: &[GuestTest] = &[
@@ -37,7 +37,6 @@ pub(super) const TESTS: &[GuestTest] = &[
 const DAEMON: &str = "daxhund-vhost-user-pmem";
 const SIZE: u64 = 512 * MIB;
 const PIECE: u64 = 2 * MIB;
-const SIGKILL: i32 = 9;
 const SIGTERM: i32 = 15;
 
 fn socket() -> String {

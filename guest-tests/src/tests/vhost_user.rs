@@ -9,7 +9,7 @@ use super::support::{
 };
 use super::{GuestTest, Lab, TestError, claim, pci, pmem};
 use crate::guest::Guest;
-use crate::host::process::Process;
+use crate::host::process::{Process, SIGKILL};
 use crate::served::storage_daemon;
 use crate::suite::SCRATCH;
 use crate::wait::PATIENCE;
@@ -36,7 +36,6 @@ pub(super) const TESTS: &[GuestTest] = &[
 pub(super) const DISK_BYTES: u64 = 64 * MIB;
 pub(super) const PIECE: u64 = 2 * MIB;
 const MODULES: [&str; 2] = ["virtio_pci", "virtio_blk"];
-const SIGKILL: i32 = 9;
 const SIGTERM: i32 = 15;
 const SIGCONT: i32 = 18;
 const SIGSTOP: i32 = 19;

@@ -221,7 +221,7 @@ impl Owner {
             State::Up(vm) => {
                 vm.request_removal(id).map_err(|error| {
                     let kind = match error {
-                        super::devices::RemoveError::Unknown { .. } => ErrorKind::NotFound,
+                        super::devices::RemoveError::Unknown(_) => ErrorKind::NotFound,
                         super::devices::RemoveError::Leaving { .. } => ErrorKind::WrongState,
                     };
                     ApiError::from_error(kind, &error)
@@ -236,7 +236,7 @@ impl Owner {
         let resized = self.up()?.resize_disk(id, bytes);
         resized.map(|()| Reply::Empty).map_err(|error| {
             let kind = match &error {
-                ResizeDiskError::Unknown { .. } => ErrorKind::NotFound,
+                ResizeDiskError::Unknown(_) => ErrorKind::NotFound,
                 ResizeDiskError::Disk {
                     source: DiskResizeError::File(_),
                     ..

@@ -206,15 +206,20 @@ impl Settled {
     }
 }
 
+/// No such device.
+#[derive(Debug, Error)]
+#[error("the guest has no device with id {id}; vm.info lists them")]
+pub struct UnknownDevice {
+    /// Asked for.
+    pub id: String,
+}
+
 /// A removal can't be asked for.
 #[derive(Debug, Error)]
 pub enum RemoveError {
-    /// No such device.
-    #[error("the guest has no device with id {id}; vm.info lists them")]
-    Unknown {
-        /// Asked for.
-        id: String,
-    },
+    /// There is none.
+    #[error(transparent)]
+    Unknown(#[from] UnknownDevice),
     /// It has let go of it already.
     #[error(
         "device {id} is on its way out already: the guest has let go of it, the host is still finishing its work"
@@ -367,7 +372,7 @@ impl Devices {
             .plugged
             .iter_mut()
             .find(|plugged| plugged.id == id)
-            .ok_or_else(|| RemoveError::Unknown { id: id.to_owned() })?;
+            .ok_or_else(|| UnknownDevice { id: id.to_owned() })?;
         let (state, action) = slot::step(plugged.state, SlotEvent::Ask { now });
         plugged.state = state;
         if action != SlotAction::RequestEject {

@@ -10,7 +10,7 @@ use thiserror::Error;
 use tracing::{error, info, warn};
 
 use super::build::{BuildError, Machine};
-use super::devices::{Bdf, HostDevice, PlugError, RemoveError, Settled};
+use super::devices::{Bdf, HostDevice, PlugError, RemoveError, Settled, UnknownDevice};
 use super::dma::DaxInReach;
 use super::guard::Removals;
 use super::host_devices::{self, OpenDeviceError, OpenedDevice};
@@ -102,11 +102,8 @@ pub enum BalloonResizeError {
 #[derive(Debug, Error)]
 pub(super) enum ResizeDiskError {
     /// There is none.
-    #[error("the guest has no device with id {id}; vm.info lists them")]
-    Unknown {
-        /// Asked for.
-        id: String,
-    },
+    #[error(transparent)]
+    Unknown(#[from] UnknownDevice),
     /// The disk.
     #[error("{id} stays as large as it is")]
     Disk {
@@ -365,7 +362,7 @@ impl RunningVm {
         let devices = &self.host.devices;
         let device = devices.iter().find(|device| device.id == id);
         let id = || id.to_owned();
-        let device = device.ok_or_else(|| ResizeDiskError::Unknown { id: id() })?;
+        let device = device.ok_or_else(|| UnknownDevice { id: id() })?;
         device
             .kind
             .resize(bytes)

@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use super::blk::DiskResizeError;
 use super::queue::Queue;
@@ -72,6 +72,35 @@ pub trait Signals: Send + Sync {
     /// The queues can't be served, because the driver broke the rules or set them up where they can't be: `DEVICE_NEEDS_RESET` and the
     /// configuration interrupt. The worker that calls it serves nothing any more until it is stopped.
     fn needs_reset(&self, why: &dyn fmt::Display);
+}
+
+/// The signals of a device's last activation; gone with its workers. For a device that changes by itself.
+#[derive(Default)]
+pub struct LastSignals(Mutex<Option<Weak<dyn Signals>>>);
+
+impl LastSignals {
+    fn held(&self) -> MutexGuard<'_, Option<Weak<dyn Signals>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Another activation's.
+    pub fn set(&self, signals: &Arc<dyn Signals>) {
+        *self.held() = Some(Arc::downgrade(signals));
+    }
+
+    /// [`Signals::config_changed`], if a driver is there to hear of it. One that comes reads the configuration anyway.
+    pub fn config_changed(&self) {
+        let signals = self.held().as_ref().and_then(Weak::upgrade);
+        if let Some(signals) = signals {
+            signals.config_changed();
+        }
+    }
+}
+
+impl fmt::Debug for LastSignals {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("LastSignals")
+    }
 }
 
 /// What a device gets when the driver has set `DRIVER_OK`.

@@ -372,13 +372,14 @@ impl<G: Gate> Server<G> {
     }
 
     fn let_go_when_orphaned(&mut self) {
+        let Some(let_go) = self.let_go_of_log else {
+            return;
+        };
         let left = self.core.left_by_the_dead();
         if left.is_empty() {
             return;
         }
-        let Some(let_go) = self.let_go_of_log.take() else {
-            return;
-        };
+        self.let_go_of_log = None;
         let devices: Vec<_> = left.iter().map(DeviceName::as_str).collect();
         let devices = devices.join(", ");
         info!(%devices, "somebody still has memory locked: its removal is held, without another word, until they let go");

@@ -22,7 +22,7 @@ use crate::guest::{Guest, GuestError, GuestSpec};
 use crate::host::Host;
 use crate::host::channel::HostError;
 use crate::host::machine::{Contents, Dimm, Machine, PageArray};
-use crate::host::process::Process;
+use crate::host::process::{Process, SIGKILL};
 use crate::setup::{Setup, StartError};
 
 const MIB: u64 = 1 << 20;
@@ -52,7 +52,6 @@ const MARKED_DEADLINE: Duration = Duration::from_mins(1);
 const ALIVE_DEADLINE: Duration = Duration::from_secs(15);
 /// From the loss of a guest's RAM to the end of its VMM.
 const END_DEADLINE: Duration = Duration::from_secs(15);
-const SIGKILL: i32 = 9;
 /// The guest's kernel has zeroed all it needs when the file system is made. Otherwise it goes on in the background for some
 /// megabytes, and every store where memory was is an exit: emulated, that kept a guest from answering for half a minute.
 pub const NO_LATE_ZEROS: &str = "lazy_itable_init=0,lazy_journal_init=0";

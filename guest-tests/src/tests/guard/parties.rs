@@ -8,6 +8,7 @@ use super::super::support::eventually;
 use super::super::{Lab, TestError, claim};
 use crate::host::Output;
 use crate::host::process::Process;
+pub(in crate::tests) use crate::host::process::SIGKILL;
 use crate::suite::SCRATCH;
 use crate::wait::PATIENCE;
 
@@ -16,7 +17,6 @@ pub(in crate::tests) const SOON: Duration = PATIENCE;
 /// A holder that is to answer in time: far more than any step of a story takes.
 pub(in crate::tests) const PATIENT_MS: u64 = 300_000;
 pub(in crate::tests) const SIGTERM: i32 = 15;
-pub(in crate::tests) const SIGKILL: i32 = 9;
 pub(in crate::tests) const SIGSTOP: i32 = 19;
 pub(in crate::tests) const SIGCONT: i32 = 18;
 

@@ -8,6 +8,7 @@ use super::{By, COMPLAINTS, DRIVERS, as_user_after, carries_data, keeps_blocks, 
 use crate::guest::Guest;
 use crate::host::account::{DmaWatch, kernel_says, pins, vfio_interrupts};
 use crate::host::cards::Card;
+use crate::host::process::SIGKILL;
 
 pub(super) const TESTS: &[GuestTest] = &[GuestTest {
     name: "passthrough_devices_of_a_killed_vmm_are_free_at_once",
@@ -19,7 +20,6 @@ pub(super) const IOMMUFD_TESTS: &[GuestTest] = &[GuestTest {
     run: |lab| killed(lab, By::Iommufd),
 }];
 
-const SIGKILL: i32 = 9;
 /// Of each kind of memory.
 const ZONE: u64 = 256 * MIB;
 /// Enough for one guest, not for two; of a user's memory, all that is pinned counts.

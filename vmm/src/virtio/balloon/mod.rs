@@ -15,12 +15,12 @@
 mod pages;
 mod worker;
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use thiserror::Error;
 
-use super::device::{ActivateError, Activation, Device, Kind, Signals, read_space};
+use super::device::{ActivateError, Activation, Device, Kind, LastSignals, read_space};
 use super::worker::Worker;
 use crate::memory::discard::Discard;
 use pages::PAGE;
@@ -87,8 +87,7 @@ pub struct BalloonDevice {
     features: u64,
     state: Arc<State>,
     discard: Arc<dyn Discard>,
-    /// Of the last activation; gone with its worker.
-    signals: Mutex<Option<Weak<dyn Signals>>>,
+    signals: LastSignals,
 }
 
 /// In pages of 4096 bytes where it does not say bytes.
@@ -118,7 +117,7 @@ impl BalloonDevice {
                 | bit(spec.free_page_reporting, F_REPORTING),
             state: Arc::new(state),
             discard,
-            signals: Mutex::default(),
+            signals: LastSignals::default(),
         })
     }
 
@@ -131,10 +130,7 @@ impl BalloonDevice {
     /// asked for than the guest has is the caller's to judge.
     pub fn resize(&self, bytes: u64) -> Result<(), BalloonSizeError> {
         self.state.target.store(pages(bytes)?, Ordering::SeqCst);
-        let signals = self.lock_signals().as_ref().and_then(Weak::upgrade);
-        if let Some(signals) = signals {
-            signals.config_changed();
-        }
+        self.signals.config_changed();
         Ok(())
     }
 
@@ -146,10 +142,6 @@ impl BalloonDevice {
     /// What the driver says it holds, in bytes. Any number: the driver is not trusted.
     pub fn actual_bytes(&self) -> u64 {
         u64::from(self.state.actual.load(Ordering::SeqCst)) * PAGE
-    }
-
-    fn lock_signals(&self) -> std::sync::MutexGuard<'_, Option<Weak<dyn Signals>>> {
-        self.signals.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -216,7 +208,7 @@ impl Device for BalloonDevice {
         let reporting = queue(REPORTING).ok().filter(|_| reporting);
         // A driver that begins holds nothing yet.
         self.state.actual.store(0, Ordering::SeqCst);
-        *self.lock_signals() = Some(Arc::downgrade(&signals));
+        self.signals.set(&signals);
         let worker = BalloonWorker::new(
             [Some(inflate), Some(deflate), reporting],
             memory,

@@ -31,8 +31,8 @@ mod uring;
 mod worker;
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use daxhund_virtio_blk::SECTOR;
 pub use error::{DiskOpenError, DiskResizeError};
@@ -43,9 +43,9 @@ use self::counters::Counters;
 use self::image::{Image, Storage};
 use self::uring::AtOnce;
 use self::worker::Caching;
-use super::device::read_space;
+use super::device::{LastSignals, read_space};
 use super::worker as workers;
-use super::{ActivateError, Activation, Device, Kind, Signals};
+use super::{ActivateError, Activation, Device, Kind};
 
 /// In one request: 2 GiB are given back, 32 MiB are zeroed.
 const MOST_DISCARD_SECTORS: u32 = 4 << 20;
@@ -133,8 +133,7 @@ pub struct Disk {
     /// The write cache, as the driver last set it; on until it does.
     writeback: Arc<AtomicBool>,
     counters: Arc<Counters>,
-    /// Of the last activation; gone with its workers.
-    signals: Mutex<Option<Weak<dyn Signals>>>,
+    signals: LastSignals,
 }
 
 impl Disk {
@@ -148,12 +147,8 @@ impl Disk {
             image: Arc::new(image),
             writeback: Arc::new(AtomicBool::new(true)),
             counters: Arc::default(),
-            signals: Mutex::default(),
+            signals: LastSignals::default(),
         })
-    }
-
-    fn lock_signals(&self) -> MutexGuard<'_, Option<Weak<dyn Signals>>> {
-        self.signals.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Bytes the guest has.
@@ -171,7 +166,7 @@ impl Disk {
             signals,
             ..
         } = activation;
-        *self.lock_signals() = Some(Arc::downgrade(&signals));
+        self.signals.set(&signals);
         let mut workers = Vec::new();
         for queue in queues.into_iter().flatten() {
             workers.push(Worker::new(worker::Parts {
@@ -253,7 +248,7 @@ impl Device for Disk {
     fn config_read(&self, offset: u64, data: &mut [u8]) {
         let mut space = self.space;
         let sectors = self.image.len() / u64::from(SECTOR);
-        space[..size_of::<u64>()].copy_from_slice(&sectors.to_le_bytes());
+        space[space::CAPACITY].copy_from_slice(&sectors.to_le_bytes());
         space[space::WRITEBACK] = u8::from(self.writeback.load(Ordering::SeqCst));
         read_space(&space, offset, data);
     }
@@ -277,10 +272,7 @@ impl Device for Disk {
 
     fn resize(&self, bytes: u64) -> Result<(), DiskResizeError> {
         self.image.resize(bytes, self.spec.readonly)?;
-        let signals = self.lock_signals().as_ref().and_then(Weak::upgrade);
-        if let Some(signals) = signals {
-            signals.config_changed();
-        }
+        self.signals.config_changed();
         Ok(())
     }
 

@@ -1,10 +1,14 @@
 //! The configuration space of a disk (virtio 1.2, section 5.2.4).
 
+use std::ops::Range;
+
 use super::image::{Image, Topology};
 use super::{DiskSpec, MOST_DISCARD_SECTORS, MOST_ZEROES_SECTORS, SECTOR};
 
 /// Its length.
 pub(super) const LEN: usize = 60;
+/// In sectors: what changes with the disk, and is not in what [`build`] makes.
+pub(super) const CAPACITY: Range<usize> = 0..8;
 /// Where the driver turns the write cache on and off.
 pub(super) const WRITEBACK: usize = 32;
 
@@ -13,11 +17,10 @@ pub(super) fn most_segments(queue_size: u16) -> u32 {
     u32::from(queue_size.saturating_sub(2).clamp(1, 1022))
 }
 
-/// All of it, with the write cache on.
+/// All that stays as it is, with the write cache on.
 pub(super) fn build(image: &Image, spec: &DiskSpec) -> [u8; LEN] {
     let mut space = [0; LEN];
     let mut put = |at: usize, bytes: &[u8]| space[at..at + bytes.len()].copy_from_slice(bytes);
-    put(0, &(image.len() / u64::from(SECTOR)).to_le_bytes());
     put(12, &most_segments(spec.queue_size).to_le_bytes());
     put(20, &image.block().to_le_bytes());
     let (exponent, smallest, best) = in_blocks(image.topology(), image.block());

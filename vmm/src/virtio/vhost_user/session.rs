@@ -216,14 +216,8 @@ impl Session {
         promised: u64,
     ) -> Result<(), ConnectError> {
         let shared = Arc::clone(&self.shared);
-        let Shared {
-            socket,
-            class,
-            shape,
-            ..
-        } = shared.as_ref();
         let failed = |source| ConnectError::Call {
-            socket: socket.display().to_string(),
+            socket: shared.socket.display().to_string(),
             source,
         };
         connection.fits(self.table.len())?;
@@ -231,8 +225,10 @@ impl Session {
             .add(&self.table, self.table.regions())
             .map_err(failed)?;
         self.borrow(&mut connection)?;
-        let config = class.config(std::mem::take(&mut connection.config), shape);
-        let changed = self.shared.set_config(config, promised);
+        let config = shared
+            .class
+            .config(std::mem::take(&mut connection.config), &shared.shape);
+        let changed = shared.set_config(config, promised);
         if let Some(service) = &mut self.service {
             match service.give_to(&mut connection, &self.table) {
                 Ok(()) => {}
@@ -244,8 +240,8 @@ impl Session {
             }
         }
         self.connection = Some(connection);
-        info!(device = self.shared.id, socket = %socket.display(), "a vhost-user backend serves the device");
-        self.shared.connected();
+        info!(device = shared.id, socket = %shared.socket.display(), "a vhost-user backend serves the device");
+        shared.connected();
         if changed && let Some(service) = &self.service {
             service.signals.config_changed();
         }
