@@ -120,7 +120,7 @@ impl Initramfs {
             file,
             len: meta.len(),
         };
-        initramfs.check()?;
+        initramfs.check(&mut Window::of(&initramfs.file))?;
         Ok(initramfs)
     }
 
@@ -154,33 +154,48 @@ impl Initramfs {
             .map_err(failed(&self.path))
     }
 
-    fn check(&self) -> Result<(), InitramfsError> {
+    fn check(&self, window: &mut Window<'_>) -> Result<(), InitramfsError> {
         let mut at = 0;
         while at < self.len {
-            let head = self.bytes(at, NEWC_HEADER)?;
+            let head = self.bytes(window, at, NEWC_HEADER)?;
+            if head.is_empty() {
+                // Somebody has cut it since its length was read.
+                return Err(InitramfsError::Truncated {
+                    path: self.path.clone(),
+                    what: "the file",
+                    promised: self.len,
+                    found: at,
+                });
+            }
             if NEWC_MAGICS.iter().any(|magic| head.starts_with(magic)) {
-                at = self.check_archive(at)?;
+                at = self.check_archive(window, at)?;
             } else if head[0] == 0 {
                 // Archives are padded with zeros, to 4 bytes or to a block.
                 at += head.iter().take_while(|byte| **byte == 0).count() as u64;
                 if at == self.len && head.len() as u64 == self.len {
                     return Err(InitramfsError::NotAnInitramfs {
                         path: self.path.clone(),
-                        magic: head,
+                        magic: head.to_vec(),
                     });
                 }
             } else {
-                return self.check_compressed(at, head);
+                let head = head.to_vec();
+                return self.check_compressed(window, at, head);
             }
         }
         Ok(())
     }
 
     /// The compressed part is the last: only its own format tells where it ends.
-    fn check_compressed(&self, at: u64, mut head: Vec<u8>) -> Result<(), InitramfsError> {
+    fn check_compressed(
+        &self,
+        window: &mut Window<'_>,
+        at: u64,
+        mut head: Vec<u8>,
+    ) -> Result<(), InitramfsError> {
         if head.starts_with(XZ_MAGIC) {
             // Streams may be padded with zeros by fours.
-            let tail = self.bytes(self.len.saturating_sub(64).max(at), 64)?;
+            let tail = self.bytes(window, self.len.saturating_sub(64).max(at), 64)?;
             let padding = tail.iter().rev().take_while(|byte| **byte == 0).count();
             if !tail[..tail.len() - padding].ends_with(XZ_FOOTER) {
                 return Err(self.truncated("an xz stream", self.len + 1));
@@ -198,9 +213,9 @@ impl Initramfs {
     }
 
     /// Returns where the archive that begins at `at` ends.
-    fn check_archive(&self, mut at: u64) -> Result<u64, InitramfsError> {
+    fn check_archive(&self, window: &mut Window<'_>, mut at: u64) -> Result<u64, InitramfsError> {
         loop {
-            let header = self.bytes(at, NEWC_HEADER + NEWC_TRAILER.len())?;
+            let header = self.bytes(window, at, NEWC_HEADER + NEWC_TRAILER.len())?;
             let field = |offset: usize| {
                 let digits = header
                     .get(offset..offset + 8)
@@ -234,24 +249,74 @@ impl Initramfs {
         }
     }
 
-    /// Up to `len` bytes from `at`; fewer at the end of the file.
-    fn bytes(&self, at: u64, len: usize) -> Result<Vec<u8>, InitramfsError> {
-        let mut bytes = vec![0; len];
-        let mut read = 0;
-        while read < len {
-            match self.file.read_at(&mut bytes[read..], at + read as u64) {
+    fn bytes<'a>(
+        &self,
+        window: &'a mut Window<'_>,
+        at: u64,
+        len: usize,
+    ) -> Result<&'a [u8], InitramfsError> {
+        window.bytes(at, len).map_err(|source| InitramfsError::Io {
+            path: self.path.clone(),
+            source,
+        })
+    }
+}
+
+/// How much of a file is read at once. The headers of small files are near each other, those of large ones far apart.
+const WINDOW: usize = 16 << 10;
+
+/// A file of which a piece is at hand.
+struct Window<'a> {
+    file: &'a File,
+    start: u64,
+    bytes: Vec<u8>,
+}
+
+impl<'a> Window<'a> {
+    fn of(file: &'a File) -> Self {
+        Self {
+            file,
+            start: 0,
+            bytes: Vec::new(),
+        }
+    }
+
+    /// Up to `len` bytes from `at`, at most [`WINDOW`]; fewer at the end of the file.
+    fn bytes(&mut self, at: u64, len: usize) -> io::Result<&[u8]> {
+        let there = |window: &Self| {
+            let offset = usize::try_from(at.checked_sub(window.start)?).ok()?;
+            (offset.checked_add(len)? <= window.bytes.len()).then_some(offset)
+        };
+        let offset = if let Some(offset) = there(self) {
+            offset
+        } else {
+            self.fill(at)?;
+            0
+        };
+        let rest = &self.bytes[offset..];
+        Ok(&rest[..len.min(rest.len())])
+    }
+
+    fn fill(&mut self, at: u64) -> io::Result<()> {
+        self.start = at;
+        self.bytes.resize(WINDOW, 0);
+        let mut filled = 0;
+        while filled < WINDOW {
+            match self
+                .file
+                .read_at(&mut self.bytes[filled..], at + filled as u64)
+            {
                 Ok(0) => break,
-                Ok(n) => read += n,
-                Err(source) => {
-                    return Err(InitramfsError::Io {
-                        path: self.path.clone(),
-                        source,
-                    });
+                Ok(read) => filled += read,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => {
+                    self.bytes.clear();
+                    return Err(error);
                 }
             }
         }
-        bytes.truncate(read);
-        Ok(bytes)
+        self.bytes.truncate(filled);
+        Ok(())
     }
 }
 
@@ -314,6 +379,32 @@ mod tests {
                 "{len}: {error}"
             );
         }
+    }
+
+    #[test]
+    fn entries_are_found_wherever_a_window_ends() {
+        let mut bytes = Vec::new();
+        for size in (0..40).map(|index| index * 997 % (2 * WINDOW)) {
+            bytes.extend(entry("some", &vec![1; size]));
+        }
+        assert!(bytes.len() > 8 * WINDOW);
+        let cut = bytes.clone();
+        bytes.extend(entry("TRAILER!!!", b""));
+        open(&bytes).unwrap();
+        assert!(matches!(open(&cut), Err(InitramfsError::Truncated { .. })));
+    }
+
+    #[test]
+    fn a_file_that_was_cut_meanwhile_is_truncated() {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&archive()).unwrap();
+        let initramfs = Initramfs {
+            path: PathBuf::new(),
+            len: archive().len() as u64 + 512,
+            file,
+        };
+        let outcome = initramfs.check(&mut Window::of(&initramfs.file));
+        assert!(matches!(outcome, Err(InitramfsError::Truncated { .. })));
     }
 
     #[test]
