@@ -1,5 +1,5 @@
 //! Runs the guest tests: named as `KERNEL::TEST`, many on one emulated host, one after another on each; the hosts of
-//! different kernels run beside each other, as each takes one processor.
+//! different kernels run beside each other, as each takes one processor, and none waits for another's test to end.
 //!
 //! A test leaves the host as it found it. That is checked after every test: what runs, is mounted, locked, bound or lies
 //! about is compared with before. A test that fails, or leaves something behind, costs its host, and the next test gets a fresh
@@ -9,7 +9,9 @@ use std::any::Any;
 use std::num::NonZero;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use libtest_mimic::{Arguments, Conclusion, Failed, Trial};
@@ -56,7 +58,7 @@ pub fn is_chosen(name: &str, parts: &[String]) -> bool {
     parts.is_empty() || parts.iter().any(|part| name.contains(part.as_str()))
 }
 
-/// Shared by all tests on one kernel; they run one at a time.
+/// What all tests on one kernel share; they run one at a time.
 struct Runner {
     setup: Arc<Setup>,
     kernel: Kernel,
@@ -119,17 +121,11 @@ pub fn run(
             outcome.map_err(|error| Failed::from(chain(&error)))
         }));
     }
-    // A shell takes the terminal, so then everything waits for it.
-    let processors = std::thread::available_parallelism().map_or(1, NonZero::get);
-    let test_threads = if selection.keep {
-        1
-    } else {
-        kernels.len().min(processors)
-    };
     let setup = Arc::new(setup);
     let keep = Arc::new(AtomicBool::new(selection.keep));
     let durations = Durations::default();
-    let by_kernel = kernels.into_iter().map(|kernel| {
+    let mut queues = Vec::new();
+    for kernel in kernels {
         let runner = Runner {
             setup: Arc::clone(&setup),
             kernel,
@@ -138,14 +134,25 @@ pub fn run(
             durations: durations.clone(),
             current: None,
         };
-        trials(runner, selection)
-    });
-    all.extend(by_turns(by_kernel.collect()));
+        let (queue, trials) = queue(runner, selection);
+        queues.push(queue);
+        all.extend(trials);
+    }
+    // The library only tells what comes out: a thread of its waits for each test, so that it is told of when it ends.
     let arguments = Arguments {
-        test_threads: Some(test_threads),
+        test_threads: Some(all.len().max(1)),
         ..Arguments::default()
     };
-    let conclusion = libtest_mimic::run(&arguments, all);
+    let processors = thread::available_parallelism().map_or(1, NonZero::get);
+    // A shell takes the terminal, so then everything waits for it.
+    let at_once = if selection.keep { 1 } else { processors };
+    let queues = Mutex::new(queues.into_iter());
+    let conclusion = thread::scope(|scope| {
+        for _ in 0..at_once {
+            scope.spawn(|| each(&queues, Queue::work));
+        }
+        libtest_mimic::run(&arguments, all)
+    });
     let longest = durations.longest(SLOWEST);
     if !longest.is_empty() {
         note(&format!("took longest:\n{}", longest.join("\n")));
@@ -153,40 +160,73 @@ pub fn run(
     conclusion
 }
 
-/// The selected tests on a runner's kernel.
-fn trials(runner: Runner, selection: &Selection) -> Vec<Trial> {
+/// The selected tests on one kernel, for one thread.
+struct Queue {
+    runner: Runner,
+    tests: Vec<Queued>,
+}
+
+/// A test, and who waits for what comes out.
+struct Queued {
+    test: GuestTest,
+    name: String,
+    outcome: Sender<Result<(), String>>,
+}
+
+impl Queue {
+    fn work(mut self) {
+        for queued in self.tests {
+            let outcome = self.runner.run(&queued.test, &queued.name);
+            // Nobody waits any more when the whole run is being given up.
+            let _ = queued.outcome.send(outcome);
+        }
+    }
+}
+
+/// Does this with one after the other, beside others that do so, until there is none left.
+fn each<T>(queue: &Mutex<impl Iterator<Item = T>>, does: impl Fn(T)) {
+    let next = || {
+        let mut queue = queue.lock().unwrap_or_else(PoisonError::into_inner);
+        queue.next()
+    };
+    while let Some(item) = next() {
+        does(item);
+    }
+}
+
+/// The selected tests on a runner's kernel, and the trials that tell of them.
+fn queue(runner: Runner, selection: &Selection) -> (Queue, Vec<Trial>) {
     let host_test = GuestTest {
         name: HOST_TEST,
         run: |_| Ok(()),
     };
     let kernel = runner.kernel.name.clone();
-    let runner = Arc::new(Mutex::new(runner));
-    std::iter::once(host_test)
-        .chain(tests::all(&kernel))
-        .map(|test| (format!("{kernel}::{}", test.name), test))
-        .filter(|(name, _)| selection.has(name))
-        .map(|(name, test)| {
-            let runner = Arc::clone(&runner);
-            Trial::test(name.clone(), move || {
-                let mut runner = runner.lock().unwrap_or_else(PoisonError::into_inner);
-                runner.run(&test, &name).map_err(Failed::from)
-            })
-        })
-        .collect()
+    let mut tests = Vec::new();
+    let mut trials = Vec::new();
+    for test in std::iter::once(host_test).chain(tests::all(&kernel)) {
+        let name = format!("{kernel}::{}", test.name);
+        if !selection.has(&name) {
+            continue;
+        }
+        let (outcome, awaited) = channel();
+        trials.push(Trial::test(name.clone(), move || told(&awaited)));
+        tests.push(Queued {
+            test,
+            name,
+            outcome,
+        });
+    }
+    (Queue { runner, tests }, trials)
 }
 
-/// One of each, over and over: they are taken in this order, and the same test takes about as long on each kernel, so that
-/// hardly any waits for its kernel's host to be free.
-fn by_turns<T>(lists: Vec<Vec<T>>) -> Vec<T> {
-    let mut lists: Vec<_> = lists.into_iter().map(Vec::into_iter).collect();
-    let mut turns = Vec::new();
-    loop {
-        let before = turns.len();
-        turns.extend(lists.iter_mut().filter_map(Iterator::next));
-        if turns.len() == before {
-            return turns;
-        }
-    }
+/// Waits for what a queue says of a test.
+fn told(outcome: &Receiver<Result<(), String>>) -> Result<(), Failed> {
+    let Ok(outcome) = outcome.recv() else {
+        return Err(Failed::from(
+            "the thread that runs this kernel's tests has ended",
+        ));
+    };
+    outcome.map_err(Failed::from)
 }
 
 /// Whether any guest test has one of these names.
@@ -333,9 +373,31 @@ mod tests_of_selection {
     }
 
     #[test]
-    fn kernels_take_turns() {
-        let lists = vec![vec!["a1", "a2", "a3"], vec![], vec!["b1", "b2"]];
-        assert_eq!(by_turns(lists), ["a1", "b1", "a2", "b2", "a3"]);
+    fn queues_are_worked_off_by_whoever_is_free() {
+        let done = Mutex::new(Vec::new());
+        let queues = Mutex::new([1, 2, 3].into_iter().map(|number| {
+            let done = &done;
+            move || {
+                done.lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .push(number);
+            }
+        }));
+        thread::scope(|scope| {
+            for _ in 0..2 {
+                scope.spawn(|| each(&queues, |queue| queue()));
+            }
+        });
+        let mut done = done.into_inner().unwrap_or_else(PoisonError::into_inner);
+        done.sort_unstable();
+        assert_eq!(done, [1, 2, 3]);
+    }
+
+    #[test]
+    fn a_test_that_nobody_runs_fails() {
+        let (outcome, awaited) = channel();
+        drop(outcome);
+        assert!(told(&awaited).is_err());
     }
 
     #[test]
