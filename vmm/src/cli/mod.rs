@@ -168,11 +168,28 @@ where
     I: IntoIterator<Item = OsString>,
 {
     let argv: Vec<OsString> = argv.into_iter().collect();
-    let mut command = Args::command();
-    if argv.iter().any(|word| word == "--help") {
-        command = args::explained(command);
+    let command = || {
+        let command = Args::command();
+        if argv.iter().any(|word| word == "--help") {
+            args::explained(command)
+        } else {
+            command
+        }
+    };
+    // Words that are refused make a third of the table, and who starts a guest gives none: they are looked for when a word
+    // is not known.
+    let mut outcome = command().try_get_matches_from(&argv);
+    let unknown = [ErrorKind::UnknownArgument, ErrorKind::InvalidSubcommand];
+    if outcome
+        .as_ref()
+        .is_err_and(|error| unknown.contains(&error.kind()))
+    {
+        outcome = unsupported::recognise(command()).try_get_matches_from(&argv);
+        if let Some(word) = outcome.as_ref().ok().and_then(unsupported::given) {
+            return Err(CliError::NotSupported { word });
+        }
     }
-    let matches = match unsupported::recognise(command).try_get_matches_from(&argv) {
+    let matches = match outcome {
         Ok(matches) => matches,
         Err(error) if error.kind() == ErrorKind::DisplayHelp => {
             return Ok(Command::Help(error.render().to_string()));
@@ -184,9 +201,6 @@ where
         }
         Err(error) => return Err(syntax(&error)),
     };
-    if let Some(word) = unsupported::given(&matches) {
-        return Err(CliError::NotSupported { word });
-    }
     let words = Args::from_arg_matches(&matches).map_err(|error| syntax(&error))?;
     if words.version {
         return Ok(Command::Version(version(argv.first())));
