@@ -1,12 +1,12 @@
-//! The DSDT: the devices that are not on a discoverable bus, PCI's roots and slots, and the sleep states.
+//! The DSDT: the devices that are not on a discoverable bus, PCI's roots and slots, processors, and the sleep states.
 
 use acpi_tables::aml::{IO, Interrupt, Memory32Fixed, Name, Package, Path, Scope, ZERO};
 use acpi_tables::sdt::Sdt;
 use acpi_tables::{Aml, AmlSink};
 
 use super::aml::{Encoded, crs, device, hid, name, refs};
-use super::{Description, OEM_ID, OEM_REVISION, OEM_TABLE, pci, serialise};
-use crate::devices::{cmos, power, serial};
+use super::{Description, OEM_ID, OEM_REVISION, OEM_TABLE, hotplug, pci, processors, serialise};
+use crate::devices::{cmos, power, processors as registers, serial};
 use crate::pci::{HOTPLUG_SIZE, Window};
 
 /// Header only; ACPI 6.5, 5.2.6.
@@ -34,7 +34,6 @@ impl Aml for Finished {
 }
 
 fn system_bus(description: &Description) -> Vec<Encoded> {
-    let hotplug = description.hotplug;
     let mut devices = vec![
         motherboard(description),
         simple(
@@ -52,21 +51,30 @@ fn system_bus(description: &Description) -> Vec<Encoded> {
     // The devices are of the VMM, which is as near to one node as to another.
     let node = description.nodes.first().map(|node| node.id);
     let bridges = description.segments.iter();
-    devices.extend(bridges.map(|segment| pci::host_bridge(segment, hotplug, node)));
-    devices.push(pci::power_button());
-    devices.push(pci::event_device(&description.segments, hotplug));
+    devices.extend(bridges.map(|segment| pci::host_bridge(segment, description.hotplug, node)));
+    devices.extend(processors::boards(description));
+    devices.push(hotplug::power_button());
+    devices.push(hotplug::event_device(
+        description.hotplug,
+        description.segments.iter().map(pci::bridge_name),
+        processors::board_names(description),
+    ));
     devices
 }
 
 /// Reserves what no other device claims: configuration space (which Linux does not use where it is not reserved), the
 /// hotplug and the power registers.
 fn motherboard(description: &Description) -> Encoded {
-    let registers = Window::new(description.hotplug.registers, HOTPLUG_SIZE);
+    let hotplug = description.hotplug;
+    let windows = [
+        Window::new(hotplug.slots, HOTPLUG_SIZE),
+        Window::new(hotplug.processors, registers::SIZE),
+    ];
     let reserved: Vec<Memory32Fixed> = description
         .segments
         .iter()
         .map(|segment| segment.ecam)
-        .chain(registers)
+        .chain(windows.into_iter().flatten())
         .map(|window| {
             let word = |value| u32::try_from(value).expect("below 4 GiB by layout");
             Memory32Fixed::new(true, word(window.base()), word(window.size()))

@@ -6,7 +6,9 @@
 
 mod aml;
 mod dsdt;
+mod hotplug;
 mod pci;
+mod processors;
 mod srat;
 
 use acpi_tables::Aml;
@@ -43,11 +45,13 @@ const OEM_REVISION: u32 = 1;
 const BOOT_ARCH_LEGACY_DEVICES: u16 = 1 << 0;
 const BOOT_ARCH_NO_VGA: u16 = 1 << 2;
 
-/// The PCI hotplug registers and the interrupt they raise.
+/// The hotplug registers and the interrupt they raise.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct HotplugDescription {
-    /// Guest-physical address, below 4 GiB.
-    pub registers: u64,
+    /// Guest-physical address of those of PCI slots, below 4 GiB.
+    pub slots: u64,
+    /// Of those of processors, below 4 GiB.
+    pub processors: u64,
     /// Global system interrupt, edge-triggered, active high.
     pub gsi: u32,
 }
@@ -61,7 +65,7 @@ pub struct Description {
     pub apic_ids: Vec<u8>,
     /// PCI segments.
     pub segments: Vec<SegmentLayout>,
-    /// How PCI devices come and go.
+    /// How PCI devices and processors come and go.
     pub hotplug: HotplugDescription,
     /// Whether there is a COM1.
     pub serial_port: bool,
@@ -238,7 +242,8 @@ mod tests {
             apic_ids: vec![0, 2, 3],
             segments: segments(1),
             hotplug: HotplugDescription {
-                registers: 0xe900_0000,
+                slots: 0xe900_0000,
+                processors: 0xe900_1000,
                 gsi: 5,
             },
             serial_port: true,
@@ -353,11 +358,46 @@ mod tests {
         assert_eq!(mcfg.len(), 44 + 16 * 16);
         assert_eq!(
             (count(b"_SEG"), count(b"_SUN"), count(b"_EJ0")),
-            (16, 16 * 31, 16 * 31)
+            (16, 16 * 31, 16 * 31 + 3)
         );
         assert_eq!((count(b"_EVT"), count(b"PWRB")), (1, 2));
         // Defined in its device, and called by the event device.
-        assert_eq!((count(b"PC0F"), count(b"SCAN")), (2, 32));
+        assert_eq!((count(b"PC0F"), count(b"SCAN")), (2, 32 + 2));
+    }
+
+    #[test]
+    fn every_processor_has_a_place_with_its_entry_and_its_node() {
+        let mut description = description();
+        let dsdt = |description: &Description| {
+            let tables = walk(&build(description, ADDRESS, 0x1_f000).unwrap());
+            tables.into_iter().find(|(s, _)| s == "DSDT").unwrap().1
+        };
+        let bytes = dsdt(&description);
+        let count = |what: &[u8]| bytes.windows(what.len()).filter(|at| *at == what).count();
+        for processor in [b"C000", b"C001", b"C002"] {
+            // Defined, and notified.
+            assert_eq!(count(processor), 2);
+        }
+        assert_eq!(
+            (count(b"C003"), count(b"ACPI0007"), count(b"ACPI0010")),
+            (0, 3, 1)
+        );
+        // Type 0, 8 bytes, number, APIC id, enabled.
+        assert_eq!(count(&[0, 8, 1, 2, 1, 0, 0, 0]), 1);
+        // On node 0: the host bridge and the first processor. `_PXM` is a name (8) with an integer (0, 1).
+        assert_eq!((count(b"\x08_PXM\x00"), count(b"\x08_PXM\x01")), (2, 2));
+
+        description.nodes.clear();
+        description.segments = segments(16);
+        description.apic_ids = (0..254).collect();
+        let bytes = dsdt(&description);
+        let count = |what: &[u8]| bytes.windows(what.len()).filter(|at| *at == what).count();
+        assert_eq!(
+            (count(b"_PXM"), count(b"ACPI0007"), count(b"ACPI0010")),
+            (0, 254, 8)
+        );
+        // Defined in its device, and called by the event device.
+        assert_eq!((count(b"CPB7"), count(b"SCAN")), (2, 32 + 16));
     }
 
     #[test]

@@ -64,3 +64,5 @@ pub const PCI_MMIO32: u64 = 0xc000_0000;
 pub const ECAM: u64 = 0xe800_0000;
 /// The PCI hotplug registers, one page.
 pub const HOTPLUG: u64 = 0xe900_0000;
+/// The registers of processors that come and go, one page.
+pub const PROCESSORS: u64 = 0xe900_1000;

@@ -14,7 +14,7 @@ pub const MAX_VCPUS: u32 = 254;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct CpusConfig {
-    /// vCPUs that run from the start (`boot=`).
+    /// vCPUs that run from the start (`boot=`); of a guest that was given another number, that one.
     pub boot_vcpus: u32,
     /// vCPUs the guest's tables describe (`max=`).
     pub max_vcpus: u32,
@@ -71,6 +71,19 @@ pub enum CpusError {
     },
 }
 
+/// A number of vCPUs that a guest which runs can't have.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[error(
+    "the guest can have 1 to {max} vCPUs, not {asked}; ask for a number between these limits, or start it with a larger \
+     --cpus max="
+)]
+pub struct VcpusOutOfLimits {
+    /// Asked for.
+    pub asked: u32,
+    /// What its tables describe.
+    pub max: u32,
+}
+
 #[derive(Default)]
 pub(crate) struct CpusDraft {
     boot: Option<u32>,
@@ -120,6 +133,19 @@ impl CpusConfig {
             boot_vcpus,
             max_vcpus: draft.max.unwrap_or(boot_vcpus),
         })
+    }
+
+    /// The same guest with another number of vCPUs.
+    pub fn resized(&self, asked: u32) -> Result<Self, VcpusOutOfLimits> {
+        let max = self.max_vcpus;
+        if (1..=max).contains(&asked) {
+            Ok(Self {
+                boot_vcpus: asked,
+                ..self.clone()
+            })
+        } else {
+            Err(VcpusOutOfLimits { asked, max })
+        }
     }
 
     pub(super) fn check(&self) -> Result<(), CpusError> {
@@ -191,6 +217,24 @@ mod tests {
             assert_eq!(
                 error.to_string(),
                 format!("not supported by daxhund: --cpus {key}")
+            );
+        }
+    }
+
+    #[test]
+    fn another_number_is_within_the_limits() {
+        let before = cpus(2, 4);
+        for asked in 1..=4 {
+            assert_eq!(before.resized(asked), Ok(cpus(asked, 4)));
+        }
+        for asked in [0, 5, u32::MAX] {
+            let error = before.resized(asked).unwrap_err();
+            let limits = VcpusOutOfLimits { asked, max: 4 };
+            assert_eq!(error, limits);
+            assert!(
+                error
+                    .to_string()
+                    .contains(&format!("1 to 4 vCPUs, not {asked}"))
             );
         }
     }

@@ -53,7 +53,7 @@ pub use balloon::{BalloonConfig, BalloonError, ValidBalloon};
 pub use console::{
     ConsoleConfig, ConsoleError, ConsoleFieldsError, ValidConsole, VirtioConsoleConfig,
 };
-pub use cpus::{CpusConfig, CpusError, MAX_VCPUS};
+pub use cpus::{CpusConfig, CpusError, MAX_VCPUS, VcpusOutOfLimits};
 pub use device::{DEVICES_PER_SEGMENT, IdAllocator, IdError, MAX_PCI_SEGMENTS, Place, PlaceError};
 pub use disk::{
     DiskConfig, DiskError, DiskSource, ImageType, MAX_DISK_SERIAL, ValidDisk, ValidImage,

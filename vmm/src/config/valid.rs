@@ -17,8 +17,8 @@ use super::{
     DiskError, FileError, FsError, GenericVhostUserError, IdAllocator, IdError, MemoryConfig,
     MemoryError, MemoryZoneConfig, NetError, NumaConfig, NumaError, PayloadError, PlaceError,
     PlatformError, PmemError, RngError, ValidBalloon, ValidConsole, ValidDevice, ValidDisk,
-    ValidFs, ValidGenericVhostUser, ValidNet, ValidPmem, ValidRng, ValidVsock, VirtioConsoleConfig,
-    VmConfig, VsockError, ZoneError, numa,
+    ValidFs, ValidGenericVhostUser, ValidNet, ValidPmem, ValidRng, ValidVsock, VcpusOutOfLimits,
+    VirtioConsoleConfig, VmConfig, VsockError, ZoneError, numa,
 };
 
 /// Name of the zone that `--memory size=` stands for.
@@ -251,6 +251,12 @@ impl ValidConfig {
     /// The vCPUs: at least one, at most [`super::MAX_VCPUS`].
     pub fn cpus(&self) -> &CpusConfig {
         &self.config.cpus
+    }
+
+    /// Another number of vCPUs from now on, and whenever the guest starts anew.
+    pub fn resize_cpus(&mut self, asked: u32) -> Result<(), VcpusOutOfLimits> {
+        self.config.cpus = self.config.cpus.resized(asked)?;
+        Ok(())
     }
 
     /// All guest RAM in guest order; never empty.

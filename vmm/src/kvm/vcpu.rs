@@ -7,8 +7,9 @@
 use std::io;
 
 use kvm_bindings::{
-    KVM_INTERNAL_ERROR_EMULATION, KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES, Msrs,
-    kvm_fpu, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs,
+    KVM_INTERNAL_ERROR_EMULATION, KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES,
+    KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_UNINITIALIZED, Msrs, kvm_fpu, kvm_mp_state,
+    kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs,
 };
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use thiserror::Error;
@@ -289,6 +290,7 @@ pub struct Vcpu {
     fd: VcpuFd,
     /// Set by [`Vcpu::set_up`].
     machine_checks: Option<MachineChecks>,
+    is_set_up: bool,
 }
 
 impl Vcpu {
@@ -297,6 +299,7 @@ impl Vcpu {
             id,
             fd,
             machine_checks: None,
+            is_set_up: false,
         }
     }
 
@@ -341,7 +344,22 @@ impl Vcpu {
         if let Some(boot) = boot {
             self.set_boot_registers(boot)?;
         }
+        self.is_set_up = true;
         Ok(())
+    }
+
+    /// Power-on state of one that comes while the guest runs. One that ran before keeps what INIT resets anyway, and waits
+    /// for INIT and SIPI again.
+    pub fn set_up_again(&mut self, cpuid: &CpuidTemplate) -> Result<(), SetupError> {
+        if !self.is_set_up {
+            return self.set_up(cpuid, None);
+        }
+        let state = kvm_mp_state {
+            mp_state: KVM_MP_STATE_UNINITIALIZED,
+        };
+        self.fd
+            .set_mp_state(state)
+            .map_err(|e| self.ioctl("KVM_SET_MP_STATE", e))
     }
 
     fn ioctl(&self, what: &'static str, error: kvm_ioctls::Error) -> SetupError {
@@ -440,7 +458,7 @@ impl Vcpu {
             .map_err(|e| self.ioctl("KVM_SET_REGS", e))
     }
 
-    /// Makes the calling thread the one that runs this vCPU, for good.
+    /// Makes the calling thread the one that runs this vCPU, until [`BoundVcpu::unbind`].
     pub fn bind(mut self) -> BoundVcpu {
         let run = std::ptr::from_mut(self.fd.get_kvm_run());
         // SAFETY: the page is mapped by `self.fd` for as long as that lives; `BoundVcpu` holds both, drops `kick`
@@ -511,8 +529,31 @@ impl BoundVcpu {
         }
     }
 
-    /// Sends it a non-maskable interrupt (`KVM_NMI`), which it takes when it is run.
+    /// The undo of [`Vcpu::bind`].
+    pub fn unbind(self) -> Vcpu {
+        let Self {
+            kick,
+            id,
+            fd,
+            machine_checks,
+        } = self;
+        drop(kick);
+        Vcpu {
+            id,
+            fd,
+            machine_checks,
+            is_set_up: true,
+        }
+    }
+
+    /// Sends it a non-maskable interrupt (`KVM_NMI`), which it takes when it is run. One that waits for a SIPI takes none; KVM
+    /// would keep it for the time after that, and leave `KVM_RUN` because of it again and again until then.
     pub fn nmi(&self) {
+        const WAITING: [u32; 2] = [KVM_MP_STATE_UNINITIALIZED, KVM_MP_STATE_INIT_RECEIVED];
+        let state = self.fd.get_mp_state();
+        if state.is_ok_and(|state| WAITING.contains(&state.mp_state)) {
+            return;
+        }
         if let Err(error) = self.fd.nmi() {
             tracing::warn!(vcpu = self.id, %error, "KVM does not take a non-maskable interrupt");
         }

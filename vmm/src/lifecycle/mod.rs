@@ -6,3 +6,4 @@ pub mod region;
 #[cfg(test)]
 mod simulation;
 pub mod slot;
+pub mod vcpus;

@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 
 use super::Ending;
 use super::owner::{Owner, State};
+use super::processors::ResizeVcpusError;
 use super::vm::{AddError, NewDevice, ResizeDiskError, RunningVm};
 use crate::api::{Answer, ApiError, Call, DeviceAdded, ErrorKind, Reply, Request};
 use crate::config::VmConfig;
@@ -247,21 +248,30 @@ impl Owner {
         })
     }
 
+    /// What can't be done is refused before anything is.
     fn resize(&mut self, vcpus: Option<u32>, ram: Option<u64>, balloon: Option<u64>) -> Answer {
         let vm = self.up()?;
-        if vcpus.is_some_and(|asked| asked != vm.config().cpus.boot_vcpus) {
-            return Err(ApiError::not_supported("vm.resize desired_vcpus"));
-        }
         if ram.is_some_and(|asked| asked != vm.ram_bytes()) {
             return Err(ApiError::not_supported("vm.resize desired_ram"));
         }
-        match balloon {
-            None => DONE,
-            Some(bytes) => vm
-                .resize_balloon(bytes)
-                .map(|()| Reply::Empty)
-                .map_err(|error| ApiError::from_error(ErrorKind::BadRequest, &error)),
+        if let Some(asked) = vcpus {
+            vm.check_vcpus(asked).map_err(|e| refused_vcpus(&e))?;
         }
+        if let Some(bytes) = balloon {
+            vm.resize_balloon(bytes)
+                .map_err(|error| ApiError::from_error(ErrorKind::BadRequest, &error))?;
+        }
+        self.monitor.send(&Event::Resizing);
+        let resized = match vcpus {
+            None => Ok(true),
+            Some(asked) => self.up()?.resize_vcpus(asked),
+        };
+        // Looks again until the guest has answered.
+        self.settle();
+        if resized.map_err(|e| refused_vcpus(&e))? {
+            self.monitor.send(&Event::Resized);
+        }
+        DONE
     }
 
     fn info(&self) -> Answer {
@@ -303,6 +313,15 @@ impl Owner {
 
 fn no_vm() -> ApiError {
     ApiError::new(ErrorKind::NotFound, "there is no VM; vm.create defines one")
+}
+
+fn refused_vcpus(error: &ResizeVcpusError) -> ApiError {
+    let kind = match error {
+        ResizeVcpusError::OutOfLimits(_) => ErrorKind::BadRequest,
+        ResizeVcpusError::UnderWay { .. } => ErrorKind::Busy,
+        _ => ErrorKind::Internal,
+    };
+    ApiError::from_error(kind, error)
 }
 
 fn wrong_state(message: &str) -> ApiError {

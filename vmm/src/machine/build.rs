@@ -2,7 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use thiserror::Error;
 use tracing::warn;
@@ -11,6 +11,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::consumers::KvmSlots;
 use super::devices::{Devices, PlugError};
 use super::events::{Event, EventSender, Events};
+use super::processors::{Processors, ResizeVcpusError};
 use super::resources::HostResources;
 use super::vcpus::{GuestIo, SpawnError, Vcpus};
 use super::wiring::Fabric;
@@ -20,10 +21,11 @@ use crate::bus::{Bus, Overlap};
 use crate::config::{ConsoleConfig, ValidConfig};
 use crate::devices::cmos::{self, Cmos};
 use crate::devices::power::{self, AcpiPower, KeyboardReset, OnPowerRequest};
+use crate::devices::processors;
 use crate::devices::serial::{self, SerialParts, SerialPort};
-use crate::kvm::{CreateVmError, SetupError, Vcpu, Vm};
+use crate::kvm::{CpuidTemplate, CreateVmError, SetupError, Vcpu, Vm};
 use crate::memory::ram::{ConsumerId, DetachError, JoinError, Ram};
-use crate::pci::{self, ConfigPorts, Hotplug, Segment};
+use crate::pci::{self, ConfigPorts, Hotplug, Interrupt, Segment};
 
 /// Global interrupt of the hotplug registers: the first pin of the I/O APIC that no PC device has.
 const HOTPLUG_GSI: u32 = 16;
@@ -62,7 +64,7 @@ pub enum BuildError {
 
 /// A VM, complete, its vCPUs held at their first instruction.
 pub struct Machine {
-    vcpus: Vcpus,
+    pub(super) processors: Processors,
     io: Arc<GuestIo>,
     pub(super) devices: Devices,
     hotplug: Arc<Hotplug>,
@@ -104,15 +106,18 @@ impl Machine {
         let (sender, events) = Events::channel().map_err(BuildError::Event)?;
         let serial = serial_port(&vm, host)?;
         let segments = segments(host);
-        let hotplug = hotplug_registers(&vm, &segments, &sender)?;
+        let interrupt = hotplug_interrupt(&vm)?;
+        let hotplug = hotplug_registers(&segments, &sender, &interrupt);
+        let boot_vcpus = small(config.cpus().boot_vcpus);
+        let registers = processor_registers(boot_vcpus, &sender, interrupt);
         let mut devices = Devices::new(&segments, Arc::clone(&hotplug), fabric, ram.view().clone());
         for device in &mut host.devices {
             devices.plug(device)?;
         }
         let ports = ports(&sender, serial.as_ref(), &segments)?;
-        let mmio = mmio(host, &segments, &hotplug)?;
-        let registers = load(config, host, ram)?;
-        let vcpus = vcpus(&vm, host, config.cpus().boot_vcpus, &registers)?;
+        let mmio = mmio(host, &segments, &hotplug, &registers)?;
+        let start = load(config, host, ram)?;
+        let vcpus = vcpus(&vm, host, boot_vcpus, &start)?;
         let io = Arc::new(GuestIo {
             ports,
             mmio,
@@ -122,7 +127,7 @@ impl Machine {
         });
         let vcpus = Vcpus::spawn(vcpus, &io, &sender)?;
         Ok(Self {
-            vcpus,
+            processors: Processors::new(vcpus, registers),
             io,
             devices,
             hotplug,
@@ -135,27 +140,37 @@ impl Machine {
 
     /// Lets the vCPUs run for the first time.
     pub(super) fn start(&self) {
-        self.vcpus.start();
+        self.processors.vcpus.start();
     }
 
     /// Lets the vCPUs run.
     pub(super) fn release(&self) {
-        self.vcpus.release();
+        self.processors.vcpus.release();
     }
 
     /// The undo of [`Machine::start`] and [`Machine::release`]; `false` when a vCPU did not leave the guest by then.
     pub(super) fn hold_vcpus(&self, at_most: Duration) -> bool {
-        self.vcpus.hold(at_most)
+        self.processors.vcpus.hold(at_most)
     }
 
     /// Lets vCPUs try again that found no memory.
     pub(super) fn mended(&self) {
-        self.vcpus.mended();
+        self.processors.vcpus.mended();
     }
 
     /// Whether that happened since then.
     pub(super) fn was_mended_since(&self, count: u64) -> bool {
-        self.vcpus.was_mended_since(count)
+        self.processors.vcpus.was_mended_since(count)
+    }
+
+    /// As [`Processors::resize`].
+    pub(super) fn resize_vcpus(
+        &mut self,
+        count: usize,
+        cpuid: &CpuidTemplate,
+        now: Instant,
+    ) -> Result<(), ResizeVcpusError> {
+        self.processors.resize(count, (&self.vm, cpuid), now)
     }
 
     /// The guest sees its power button pressed; what it does then is its own affair.
@@ -165,7 +180,7 @@ impl Machine {
 
     /// Interrupts every vCPU, masked or not.
     pub(super) fn nmi(&self) {
-        self.vcpus.nmi();
+        self.processors.vcpus.nmi();
     }
 
     /// The undo of [`Machine::build`], in reverse. `let_go` is called when nothing of the machine uses guest memory any more
@@ -176,9 +191,9 @@ impl Machine {
         ram: &mut Ram,
         let_go: impl FnOnce(&mut Ram) -> T,
     ) -> (T, Result<(), DetachError>) {
-        self.vcpus.stop();
+        self.processors.vcpus.stop();
         let Self {
-            vcpus,
+            processors,
             io,
             mut devices,
             hotplug,
@@ -187,7 +202,7 @@ impl Machine {
             slots,
             vm,
         } = self;
-        drop(vcpus);
+        drop(processors);
         drop(io);
         devices.unplug_all();
         drop(devices);
@@ -231,22 +246,41 @@ fn segments(host: &HostResources) -> Vec<Arc<Segment>> {
         .collect()
 }
 
-/// The registers through which guest and owner talk of slots that fill and empty.
-fn hotplug_registers(
-    vm: &Vm,
-    segments: &[Arc<Segment>],
-    events: &EventSender,
-) -> Result<Arc<Hotplug>, BuildError> {
+/// What all hotplug registers raise.
+fn hotplug_interrupt(vm: &Vm) -> Result<Interrupt, BuildError> {
     let interrupt = EventFd::new(EFD_NONBLOCK).map_err(BuildError::Event)?;
     vm.connect_interrupt(&interrupt, HOTPLUG_GSI)?;
+    // Only a full counter gives an error, and then the interrupt is under way.
+    Ok(Arc::new(move || drop(interrupt.write(1))))
+}
+
+/// The registers through which guest and owner talk of slots that fill and empty.
+fn hotplug_registers(
+    segments: &[Arc<Segment>],
+    events: &EventSender,
+    interrupt: &Interrupt,
+) -> Arc<Hotplug> {
     let events = events.clone();
     let count = u16::try_from(segments.len()).expect("at most 16 segments");
-    Ok(Arc::new(Hotplug::new(
+    Arc::new(Hotplug::new(
         count,
         Arc::new(move |ejected| events.send(Event::Ejected(ejected))),
-        // Only a full counter gives an error, and then the interrupt is under way.
-        Arc::new(move || drop(interrupt.write(1))),
-    )))
+        Arc::clone(interrupt),
+    ))
+}
+
+/// Those of processors.
+fn processor_registers(
+    count: u8,
+    events: &EventSender,
+    interrupt: Interrupt,
+) -> Arc<processors::Processors> {
+    let events = events.clone();
+    Arc::new(processors::Processors::new(
+        count,
+        Arc::new(move |vcpu| events.send(Event::ProcessorEjected(vcpu))),
+        interrupt,
+    ))
 }
 
 fn ports(
@@ -295,6 +329,7 @@ fn mmio(
     host: &HostResources,
     segments: &[Arc<Segment>],
     hotplug: &Arc<Hotplug>,
+    processors: &Arc<processors::Processors>,
 ) -> Result<Bus, BuildError> {
     let mut mmio = Bus::default();
     for (segment, place) in segments.iter().zip(&host.pci.segments) {
@@ -309,6 +344,11 @@ fn mmio(
         place::HOTPLUG,
         pci::HOTPLUG_SIZE,
         Arc::clone(hotplug) as Arc<_>,
+    )?;
+    mmio.insert(
+        place::PROCESSORS,
+        processors::SIZE,
+        Arc::clone(processors) as Arc<_>,
     )?;
     Ok(mmio)
 }
@@ -326,7 +366,8 @@ fn load(
             .collect(),
         segments: host.pci.segments.clone(),
         hotplug: acpi::HotplugDescription {
-            registers: place::HOTPLUG,
+            slots: place::HOTPLUG,
+            processors: place::PROCESSORS,
             gsi: HOTPLUG_GSI,
         },
         serial_port: *config.serial() != ConsoleConfig::Off,
@@ -365,11 +406,11 @@ fn poisoned_ram(host: &HostResources) -> Vec<(u64, u64)> {
 fn vcpus(
     vm: &Vm,
     host: &HostResources,
-    count: u32,
+    count: u8,
     registers: &crate::kvm::BootRegisters,
 ) -> Result<Vec<Vcpu>, BuildError> {
     let mut vcpus = Vec::new();
-    for id in 0..small(count) {
+    for id in 0..count {
         let mut vcpu = vm.create_vcpu(id, host.cpuid.topology())?;
         vcpu.set_up(&host.cpuid, (id == 0).then_some(registers))?;
         vcpus.push(vcpu);

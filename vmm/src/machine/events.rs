@@ -36,6 +36,8 @@ pub enum Event {
     VcpuPanicked(u8),
     /// The guest has let go of the device in a slot.
     Ejected(Ejected),
+    /// The guest has let go of this vCPU, which is not among those present any more.
+    ProcessorEjected(u8),
 }
 
 /// Posts events; never blocks.

@@ -28,6 +28,7 @@ use super::guard::Removals;
 use super::lookout::Lookout;
 use super::passthrough::Notice;
 use super::poison::News;
+use super::processors::Resized;
 use super::regions::StuckMemory;
 use super::removal::LostRam;
 use super::requests::Stopping;
@@ -377,6 +378,8 @@ impl Owner {
                         vm.machine.devices.ejected(ejected);
                     }
                 }
+                // A look at the registers tells all; it comes below.
+                Event::ProcessorEjected(_) => {}
             }
         }
         // A reset that comes with an end of the same instant is no reset.
@@ -510,10 +513,14 @@ impl Owner {
             return;
         };
         let settled = vm.settle();
+        let resized = vm.settle_vcpus();
         let waiting = vm.is_settling() || self.stopping.is_some() || !self.drains.is_empty();
         self.timer.set(waiting.then_some(SETTLE_INTERVAL));
         let reports = vm.regions.take_reports();
         self.tell(settled);
+        if let Some(resized) = resized {
+            self.tell_of_vcpus(resized);
+        }
         self.tell_of_stuck(&reports);
         self.stop_in_time();
     }
@@ -536,6 +543,20 @@ impl Owner {
                 }
             }
         }
+    }
+
+    /// Tells of vCPUs that the guest was asked for.
+    fn tell_of_vcpus(&self, Resized { count, as_asked }: Resized) {
+        info!(
+            vcpus = count,
+            as_asked, "a change of the number of vCPUs is over"
+        );
+        let vcpus = &*count.to_string();
+        self.monitor.send(&if as_asked {
+            Happened::Resized
+        } else {
+            Happened::ResizeUnanswered { vcpus }
+        });
     }
 
     /// Tells of memory that somebody keeps.

@@ -14,13 +14,14 @@ use super::devices::{Bdf, HostDevice, PlugError, RemoveError, Settled, UnknownDe
 use super::dma::DaxInReach;
 use super::guard::Removals;
 use super::host_devices::{self, OpenDeviceError, OpenedDevice};
+use super::processors::Resized;
 use super::regions::Regions;
 use super::removal::{LostRam, User};
 use super::resources::{HostResources, PrepareError};
 use crate::api::{ApiError, ErrorKind};
 use crate::config::{
     ByteSize, ConfigError, DeviceConfig, DiskConfig, FsConfig, GenericVhostUserConfig, IdAllocator,
-    NetConfig, PmemConfig, ValidConfig, VmConfig, VsockConfig,
+    NetConfig, PmemConfig, ValidConfig, VcpusOutOfLimits, VmConfig, VsockConfig,
 };
 use crate::lifecycle::region::RegionEvent;
 use crate::memory::poison::Poisoned;
@@ -60,6 +61,9 @@ pub enum ResetError {
     /// Memory that a consumer does not let go of: it is neither unmapped nor used again.
     #[error("guest memory could not be taken back for a reset")]
     TakeApart(#[source] DetachError),
+    /// The number of its vCPUs.
+    #[error("can't build the machine")]
+    Vcpus(#[source] VcpusOutOfLimits),
     /// The next VM.
     #[error("can't build the machine")]
     Build(#[source] Box<BuildError>),
@@ -216,6 +220,8 @@ pub(super) struct RunningVm {
     pub(super) regions: Regions,
     /// Ends of devices that are told of when nothing of their memory is left.
     pub(super) settled: Vec<Settled>,
+    /// A change of the number of vCPUs that a reset has ended, and nobody was told of.
+    pub(super) resized: Option<Resized>,
     /// RAM that is gone: the guest is held for good.
     pub(super) lost: Vec<LostRam>,
     pub(super) paused: bool,
@@ -259,6 +265,7 @@ impl RunningVm {
             host,
             regions: lives,
             settled: Vec::new(),
+            resized: None,
             lost: Vec::new(),
             paused: false,
         };
@@ -284,7 +291,9 @@ impl RunningVm {
     }
 
     /// Builds the machine anew on the same memory and devices.
-    pub(super) fn reset(self) -> Result<Self, ResetError> {
+    pub(super) fn reset(mut self) -> Result<Self, ResetError> {
+        let (resized, is_news) = self.machine.processors.after_reset();
+        self.set_vcpus(resized.count).map_err(ResetError::Vcpus)?;
         let Self {
             config,
             valid,
@@ -294,6 +303,7 @@ impl RunningVm {
             mut machine,
             regions,
             settled,
+            resized: untold,
             lost,
             paused: _,
         } = self;
@@ -316,6 +326,7 @@ impl RunningVm {
             host,
             regions,
             settled,
+            resized: is_news.then_some(resized).or(untold),
             lost,
             paused: false,
         };
@@ -330,6 +341,13 @@ impl RunningVm {
     /// The configuration as it is now.
     pub(super) fn config(&self) -> &VmConfig {
         &self.config
+    }
+
+    /// The number of vCPUs that it has, or is to have, now and whenever it starts anew.
+    pub(super) fn set_vcpus(&mut self, count: u32) -> Result<(), VcpusOutOfLimits> {
+        self.valid.resize_cpus(count)?;
+        self.config.cpus.clone_from(self.valid.cpus());
+        Ok(())
     }
 
     /// RAM as configured, without other memory.
@@ -600,6 +618,7 @@ impl RunningVm {
     /// Whether [`RunningVm::settle`] is to be called again.
     pub(super) fn is_settling(&self) -> bool {
         self.machine.devices.is_settling()
+            || self.machine.processors.is_changing()
             || self.regions.is_waiting()
             || self.host.kept().next().is_some()
     }

@@ -29,6 +29,11 @@ pub enum Event<'a> {
     Resizing,
     /// They have changed.
     Resized,
+    /// The guest was asked to let go of vCPUs and did not in time; it still has them.
+    ResizeUnanswered {
+        /// How many it has.
+        vcpus: &'a str,
+    },
     /// Its definition is gone.
     Deleted,
     /// A device is gone from the guest and from the host's side.
@@ -177,6 +182,7 @@ impl daxhund_monitor::Event for Event<'_> {
             Self::Resumed => "resumed",
             Self::Resizing => "resizing",
             Self::Resized => "resized",
+            Self::ResizeUnanswered { .. } => "resize-unanswered",
             Self::Deleted => "deleted",
             Self::DeviceRemoved { .. } => "device-removed",
             Self::DeviceRemovalUnanswered { .. } => "device-removal-unanswered",
@@ -252,6 +258,7 @@ impl daxhund_monitor::Event for Event<'_> {
             Self::RemovalRefused { device } => vec![("device", device)],
             Self::DeviceRemoved { id, bdf } => vec![("id", id), ("bdf", bdf)],
             Self::GuestPanic { event } => vec![("event", event)],
+            Self::ResizeUnanswered { vcpus } => vec![("vcpus", vcpus)],
             Self::BackendLost { id, why } => vec![("id", id), ("why", why)],
             Self::DeviceRemovalUnanswered { id }
             | Self::DeviceCutOff { id }
