@@ -24,6 +24,7 @@ mod persistence;
 mod pmem;
 mod poison;
 mod power;
+mod processors;
 mod remote;
 mod removal;
 mod served_disk;
@@ -140,6 +141,7 @@ pub fn all(kernel: &str) -> Vec<GuestTest> {
         small_devices::TESTS.to_vec(),
         hotplug::TESTS.to_vec(),
         api::TESTS.to_vec(),
+        processors::TESTS.to_vec(),
         hostile::TESTS.to_vec(),
         guard::tests(),
         passthrough::tests(kernel),
