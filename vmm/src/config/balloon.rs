@@ -1,5 +1,6 @@
 //! `--balloon`: memory that the guest lends back to the host.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -8,11 +9,13 @@ use super::device::{
     segment_key,
 };
 use super::json::{JsonObject, NotBuilt, Shape};
+use super::schema::as_sent;
 use super::{ByteSize, Key, PAGE_SIZE, Word, WordError};
 
 /// The virtio-balloon device.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(transform = as_sent::<Self>)]
 pub struct BalloonConfig {
     /// How much the guest is asked to lend from the start.
     pub size: ByteSize,

@@ -12,6 +12,7 @@
 
 use std::path::{Path, PathBuf};
 
+use schemars::{JsonSchema, Schema, json_schema};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -20,13 +21,15 @@ use super::device::{
     segment_key,
 };
 use super::json::{JsonObject, NotBuilt, Shape};
+use super::schema::as_sent;
 use super::{Key, Word, WordError};
 
 const MODES: &str = "off, null, tty, pty, file=PATH or socket=PATH";
 
 /// Where a guest's terminal goes on the host.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(try_from = "ConsoleFields", into = "ConsoleFields")]
+#[schemars(rename = "SerialConfig", transform = as_sent::<Self>, transform = paths_of_modes)]
 pub enum ConsoleConfig {
     /// The guest has no such device.
     #[default]
@@ -44,8 +47,9 @@ pub enum ConsoleConfig {
 }
 
 /// The virtio console.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(try_from = "VirtioConsoleFields", into = "VirtioConsoleFields")]
+#[schemars(rename = "ConsoleConfig", transform = as_sent::<Self>, transform = paths_of_modes)]
 pub struct VirtioConsoleConfig {
     /// Where it goes; off means that there is none.
     pub output: ConsoleConfig,
@@ -359,7 +363,7 @@ pub enum ConsoleFieldsError {
     },
 }
 
-#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize, JsonSchema)]
 enum ConsoleMode {
     Off,
     Pty,
@@ -369,14 +373,36 @@ enum ConsoleMode {
     Null,
 }
 
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 struct ConsoleFields {
+    /// Where it goes.
     mode: ConsoleMode,
+    /// What receives the output, for the mode `File`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     file: Option<PathBuf>,
+    /// Where one client at a time can connect to, for the mode `Socket`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     socket: Option<PathBuf>,
+}
+
+/// What [`ConsoleConfig`]'s `try_from` asks beyond the fields: a path for the mode that has it, and for no other.
+fn paths_of_modes(schema: &mut Schema) {
+    let only = |mode, path: &str, other: &str, otherwise| {
+        json_schema!({
+            "if": {"properties": {"mode": {"const": mode}}},
+            "then": {
+                "required": [path],
+                "properties": {path: {"type": "string", "minLength": 1}, other: {"maxLength": 0}},
+            },
+            "else": otherwise,
+        })
+    };
+    let neither =
+        json_schema!({"properties": {"file": {"maxLength": 0}, "socket": {"maxLength": 0}}});
+    let socket = only("Socket", "socket", "file", neither);
+    let mut file = only("File", "file", "socket", socket);
+    schema.ensure_object().append(file.ensure_object());
 }
 
 impl TryFrom<ConsoleFields> for ConsoleConfig {
@@ -423,18 +449,24 @@ impl From<ConsoleConfig> for ConsoleFields {
     }
 }
 
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 struct VirtioConsoleFields {
+    /// Where it goes; `Off` means that there is none.
     mode: ConsoleMode,
+    /// What receives the output, for the mode `File`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     file: Option<PathBuf>,
+    /// Where one client at a time can connect to, for the mode `Socket`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     socket: Option<PathBuf>,
+    /// Name of the device, unique in the guest.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     id: Option<String>,
+    /// The PCI segment.
     #[serde(default)]
     pci_segment: u16,
+    /// The device number on the segment.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pci_device_id: Option<u8>,
 }

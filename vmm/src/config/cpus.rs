@@ -1,9 +1,11 @@
 //! `--cpus`: how many virtual processors the guest starts with and may have.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use super::json::{JsonObject, NotBuilt, Shape};
+use super::schema::as_sent;
 use super::{Key, Word, WordError};
 
 /// Most vCPUs a guest can have: xAPIC identifiers are 8 bits wide, 255 is the broadcast address
@@ -11,8 +13,9 @@ use super::{Key, Word, WordError};
 pub const MAX_VCPUS: u32 = 254;
 
 /// Virtual processors.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(transform = as_sent::<Self>)]
 pub struct CpusConfig {
     /// vCPUs that run from the start (`boot=`); of a guest that was given another number, that one.
     pub boot_vcpus: u32,

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -13,6 +14,7 @@ use super::device::{
 use super::json::{JsonObject, NotBuilt, Shape};
 use super::keyvalue::Expected;
 use super::queues::{self, QueuesError};
+use super::schema::{as_sent, never};
 use super::{Key, Value, Word, WordError};
 
 /// Longest serial number a guest can read, in bytes (virtio 1.3, 5.2.6: `VIRTIO_BLK_T_GET_ID`).
@@ -22,14 +24,16 @@ const DEFAULT_NUM_QUEUES: u32 = 1;
 const DEFAULT_QUEUE_SIZE: u32 = 128;
 
 /// One virtio-blk device.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(transform = as_sent::<Self>)]
 pub struct DiskConfig {
     /// What the sectors are: a raw image or a block device. Empty for a disk that a backend serves.
     #[serde(default, skip_serializing_if = "is_empty")]
     pub path: PathBuf,
     /// Whether another process serves the disk.
     #[serde(default, skip_serializing_if = "is_off")]
+    #[schemars(skip_serializing_if = "never")]
     pub vhost_user: bool,
     /// Where that process listens.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -81,7 +85,7 @@ fn default_queue_size() -> u32 {
 }
 
 /// What an image is said to be. It is raw in both cases: the format is never guessed from bytes the guest can write.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum ImageType {
     /// Raw, and whoever asks knows it.
     Raw,

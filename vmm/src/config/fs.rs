@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -12,6 +13,7 @@ use super::device::{
 };
 use super::json::{JsonObject, Shape};
 use super::queues::{self, QueuesError};
+use super::schema::as_sent;
 use super::{Key, MAX_QUEUES, Word, WordError};
 
 /// Longest tag, in bytes (virtio 1.2, 5.11.4).
@@ -21,8 +23,9 @@ const DEFAULT_NUM_QUEUES: u32 = 1;
 const DEFAULT_QUEUE_SIZE: u32 = 1024;
 
 /// One virtio-fs device.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(transform = as_sent::<Self>)]
 pub struct FsConfig {
     /// By what name the guest mounts it.
     pub tag: String,

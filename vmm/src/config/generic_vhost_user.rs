@@ -3,6 +3,7 @@
 
 use std::path::PathBuf;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -14,6 +15,7 @@ use super::device::{
 use super::json::{JsonObject, NotBuilt, Shape};
 use super::keyvalue::Expected;
 use super::queues::{self, QueuesError};
+use super::schema::as_sent;
 use super::{Key, MAX_QUEUES, Value, Word, WordError};
 
 /// The highest device type: a PCI device's number has room for no more (virtio 1.2, 4.1.2.1).
@@ -76,8 +78,9 @@ const IOMMU: u32 = 23;
 const WATCHDOG: u32 = 35;
 
 /// One device that a backend serves.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(transform = as_sent::<Self>)]
 pub struct GenericVhostUserConfig {
     /// Where the backend listens.
     pub socket: PathBuf,

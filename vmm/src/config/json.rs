@@ -83,13 +83,13 @@ impl Shape {
 /// A field of the contract's schema that is not built.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct NotBuilt {
-    name: &'static str,
-    default: Default,
+    pub(super) name: &'static str,
+    pub(super) default: Default,
 }
 
 /// What a field may say, besides `null`, and still ask for nothing.
 #[derive(Clone, Copy, Debug)]
-enum Default {
+pub(super) enum Default {
     /// Nothing: even an empty object switches something on.
     Null,
     /// An empty text, list or object.

@@ -1,21 +1,24 @@
 //! `--memory`: guest RAM that the host's own memory backs, and the settings all RAM shares.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use super::json::{JsonObject, NotBuilt, Shape};
+use super::schema::as_sent;
 use super::{ByteSize, HugePageSize, Key, MemoryZoneConfig, PAGE_SIZE, Word, WordError, on};
 
 /// Guest RAM when nobody says how much.
 pub const DEFAULT_MEMORY_SIZE: ByteSize = ByteSize::from_mib(512);
 
 /// Guest RAM.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 #[expect(
     clippy::struct_excessive_bools,
     reason = "each is an independent switch of the command line and of the JSON schema"
 )]
+#[schemars(transform = as_sent::<Self>)]
 pub struct MemoryConfig {
     /// RAM of the host's own memory; zero when zones describe all of it.
     pub size: ByteSize,
@@ -60,7 +63,7 @@ impl JsonObject for MemoryConfig {
 }
 
 /// How RAM would grow.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum HotplugMethod {
     /// ACPI memory devices.
     #[default]

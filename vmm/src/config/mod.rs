@@ -41,6 +41,7 @@ mod pmem;
 mod queues;
 mod removal;
 mod rng;
+mod schema;
 mod size;
 #[cfg(test)]
 mod tests;
@@ -82,20 +83,23 @@ pub use removal::{
     RemovalGuardError, RemovalTimeout, TimeoutTooLong,
 };
 pub use rng::{DEFAULT_RNG_SOURCE, RngConfig, RngError, ValidRng};
+pub(crate) use schema::{NOT_BUILT, as_sent};
 pub use size::ByteSize;
 pub use valid::{Backing, ConfigError, DEFAULT_ZONE_ID, HugePageSize, ValidConfig, ZoneSpec};
 pub use vsock::{MAX_SOCKET_PATH, MIN_GUEST_CID, ValidVsock, VsockConfig, VsockError};
 pub use zone::{MemoryZoneConfig, ZoneError};
 
 use json::NotBuilt;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// Size of an x86-64 base page; every piece of guest memory is a multiple of it.
 pub const PAGE_SIZE: u64 = 4096;
 
 /// Everything one guest is made of, as asked for.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(transform = as_sent::<Self>)]
 pub struct VmConfig {
     /// Virtual processors (`--cpus`).
     #[serde(default)]

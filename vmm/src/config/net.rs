@@ -7,6 +7,7 @@
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -18,6 +19,7 @@ use super::device::{
 use super::json::{JsonObject, NotBuilt, Shape};
 use super::keyvalue::Expected;
 use super::queues::{self, QueuesError};
+use super::schema::{as_sent, ip_address, never};
 use super::{Key, MacAddr, Word, WordError, on};
 
 /// Smallest MTU: the one IPv6 needs, as in the contract.
@@ -36,21 +38,24 @@ const SCHEMA_ADDRESS: (IpAddr, IpAddr) = (
 );
 
 /// One virtio-net device.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 #[expect(
     clippy::struct_excessive_bools,
     reason = "each is a switch of the contract's schema"
 )]
+#[schemars(transform = as_sent::<Self>)]
 pub struct NetConfig {
     /// The tap by name; it is made when it is not there. Absent, together with `fds`, means a new one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tap: Option<String>,
     /// Address of the host's end.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(schema_with = "ip_address")]
     pub ip: Option<IpAddr>,
     /// Network mask that goes with `ip`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(schema_with = "ip_address")]
     pub mask: Option<IpAddr>,
     /// Ethernet address of the guest's end; a random one when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -63,12 +68,14 @@ pub struct NetConfig {
     pub mtu: Option<u16>,
     /// Whether another process serves the network.
     #[serde(default, skip_serializing_if = "is_off")]
+    #[schemars(skip_serializing_if = "never")]
     pub vhost_user: bool,
     /// Where that process listens, or this one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vhost_socket: Option<PathBuf>,
     /// Who of the two listens there.
     #[serde(default, skip_serializing_if = "VhostMode::is_client")]
+    #[schemars(skip_serializing_if = "never")]
     pub vhost_mode: VhostMode,
     /// Open descriptors of the tap, one for each pair of queues.
     #[serde(skip)]

@@ -5,10 +5,12 @@
 
 use std::collections::HashMap;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use super::json::{JsonObject, NotBuilt, Shape};
+use super::schema::as_sent;
 use super::{CpusConfig, Key, MAX_VCPUS, MemoryConfig, Word, WordError};
 
 /// Node identifiers are below this: SLIT is a square table with a row for every number up to the
@@ -21,8 +23,9 @@ const LOCAL_DISTANCE: u8 = 10;
 const MAX_DISTANCE: u8 = 254;
 
 /// One guest NUMA node.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(transform = as_sent::<Self>)]
 pub struct NumaConfig {
     /// The node's number in the guest.
     pub guest_numa_id: u32,
@@ -48,7 +51,7 @@ impl JsonObject for NumaConfig {
 }
 
 /// How far a node is, in ACPI's units: 10 is local.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct NumaDistance {
     /// The other node.

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -11,14 +12,16 @@ use super::device::{
     segment_key,
 };
 use super::json::{JsonObject, NotBuilt, Shape};
+use super::schema::as_sent;
 use super::{Key, Word, WordError};
 
 /// Base address registers of a function.
 const BARS: u32 = 6;
 
 /// One passed-through device.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(transform = as_sent::<Self>)]
 pub struct DeviceConfig {
     /// Where sysfs has it: `/sys/bus/pci/devices/0000:01:00.0`.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -2,14 +2,17 @@
 
 use std::path::PathBuf;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use super::json::{JsonObject, NotBuilt, Shape};
+use super::schema::as_sent;
 
 /// What the guest boots.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(transform = as_sent::<Self>)]
 pub struct PayloadConfig {
     /// A bzImage or an ELF kernel with a PVH entry (`--kernel`).
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -1,15 +1,18 @@
 //! `--platform`: what is about the machine as a whole.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use super::device::MAX_PCI_SEGMENTS;
 use super::json::{JsonObject, NotBuilt, Shape};
+use super::schema::{as_sent, never};
 use super::{Key, Word, WordError, is_on, on};
 
 /// The machine as a whole.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(transform = as_sent::<Self>)]
 pub struct PlatformConfig {
     /// How many PCI segments there are.
     #[serde(default = "one")]
@@ -20,6 +23,7 @@ pub struct PlatformConfig {
     pub iommufd: Option<bool>,
     /// Whether passed-through devices reach each other's registers, where the host can.
     #[serde(default = "on", skip_serializing_if = "is_on")]
+    #[schemars(skip_serializing_if = "never")]
     pub vfio_p2p_dma: bool,
 }
 

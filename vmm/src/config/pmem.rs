@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -11,11 +12,13 @@ use super::device::{
 };
 use super::json::{JsonObject, NotBuilt, Shape};
 use super::removal::{OnRemoval, RemovalTimeout};
+use super::schema::as_sent;
 use super::{ByteSize, Key, PAGE_SIZE, Word, WordError};
 
 /// One virtio-pmem device.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(transform = as_sent::<Self>)]
 pub struct PmemConfig {
     /// What the bytes are: a device-dax device or a file. Empty for memory that a backend lends.
     #[serde(default, skip_serializing_if = "is_empty")]

@@ -4,6 +4,7 @@
 use std::str::FromStr;
 use std::time::Duration;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -17,7 +18,7 @@ const LONGEST_TIMEOUT: u32 = 3600;
 pub const LONGEST_REMOVAL_TIMEOUT: Duration = Duration::from_secs(LONGEST_TIMEOUT as u64);
 
 /// What is done when the host asks for memory that the guest uses.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum OnRemoval {
     /// Whoever asked gets an error; the guest goes on.
@@ -29,7 +30,7 @@ pub enum OnRemoval {
 }
 
 /// What is done when the host has taken memory away that the guest can't go on without.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum OnLoss {
     /// The guest is ended, and the process with it.
@@ -40,8 +41,9 @@ pub enum OnLoss {
 }
 
 /// A number of seconds, as `removal_timeout=` has it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(try_from = "u32", into = "u32")]
+#[schemars(inline, extend("maximum" = LONGEST_TIMEOUT))]
 pub struct RemovalTimeout(u32);
 
 /// Too long.

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -10,14 +11,16 @@ use super::device::{
     segment_key,
 };
 use super::json::{JsonObject, NotBuilt, Shape};
+use super::schema::as_sent;
 use super::{Key, Word, WordError};
 
 /// Where random numbers come from when nobody says.
 pub const DEFAULT_RNG_SOURCE: &str = "/dev/urandom";
 
 /// The virtio-rng device.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(transform = as_sent::<Self>)]
 pub struct RngConfig {
     /// The file that is read.
     pub src: PathBuf,

@@ -9,13 +9,21 @@ use proptest::collection::vec;
 use proptest::option;
 use proptest::prelude::*;
 
+use super::schema::tests::is_valid;
 use super::*;
 
+/// What is read is also valid by the schema.
 fn read(json: &str) -> VmConfig {
-    from_json(json.as_bytes()).unwrap_or_else(|error| panic!("{error}: {json}"))
+    let config = from_json(json.as_bytes()).unwrap_or_else(|error| panic!("{error}: {json}"));
+    let value = serde_json::from_str(json).unwrap();
+    assert!(is_valid::<VmConfig>(&value), "{json}");
+    config
 }
 
+/// What is refused is not.
 fn refusal(json: &str) -> String {
+    let value = serde_json::from_str(json).unwrap();
+    assert!(!is_valid::<VmConfig>(&value), "{json}");
     from_json::<VmConfig>(json.as_bytes())
         .unwrap_err()
         .to_string()
@@ -655,8 +663,10 @@ impl Text {
     }
 }
 
-fn json<T: Serialize + JsonObject>(config: &T) -> T {
-    from_json(&serde_json::to_vec(config).unwrap()).unwrap()
+fn json<T: Serialize + JsonObject + JsonSchema>(config: &T) -> T {
+    let value = serde_json::to_value(config).unwrap();
+    assert!(is_valid::<T>(&value), "{value}");
+    from_json(value.to_string().as_bytes()).unwrap()
 }
 
 proptest! {

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -10,6 +11,7 @@ use super::device::{
     segment_key,
 };
 use super::json::{JsonObject, NotBuilt, Shape};
+use super::schema::as_sent;
 use super::{Key, Word, WordError};
 
 /// Smallest context id a guest can have; those below are the hypervisor's, the local one and the host's.
@@ -19,8 +21,9 @@ pub const MIN_GUEST_CID: u32 = 3;
 pub const MAX_SOCKET_PATH: usize = 107;
 
 /// The virtio-vsock device.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(transform = as_sent::<Self>)]
 pub struct VsockConfig {
     /// The guest's context id.
     pub cid: u64,

@@ -4,16 +4,19 @@
 
 use std::path::PathBuf;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use super::json::{JsonObject, NotBuilt, Shape};
 use super::removal::{OnLoss, OnRemoval, RemovalTimeout};
+use super::schema::as_sent;
 use super::{ByteSize, Extent, Key, Word, WordError};
 
 /// One piece of guest RAM.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(transform = as_sent::<Self>)]
 pub struct MemoryZoneConfig {
     /// Name of the zone, unique in the guest.
     pub id: String,
