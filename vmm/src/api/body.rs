@@ -2,10 +2,14 @@
 
 use std::os::fd::OwnedFd;
 
+use schemars::JsonSchema;
 use serde::Deserialize;
 
 use super::request::{ApiError, ErrorKind, Request};
-use crate::config::{JsonObject, Shape, from_json};
+use crate::config::{
+    DeviceConfig, DiskConfig, FsConfig, GenericVhostUserConfig, JsonObject, NetConfig, PmemConfig,
+    Shape, VmConfig, VsockConfig, as_sent, from_json,
+};
 
 /// What came with a request.
 #[derive(Debug)]
@@ -37,100 +41,154 @@ impl Received<'_> {
     }
 }
 
-pub(super) fn create(received: Received<'_>) -> Result<Request, ApiError> {
-    received.read().map(Box::new).map(Request::Create)
+/// What a client sends, and the request that it is.
+pub(super) trait Body: JsonObject + JsonSchema {
+    /// `descriptors` came beside it; closed by whoever has no use for them.
+    fn request(self, descriptors: Vec<OwnedFd>) -> Request;
 }
 
-pub(super) fn add_pmem(received: Received<'_>) -> Result<Request, ApiError> {
-    received.read().map(Box::new).map(Request::AddPmem)
-}
-
-pub(super) fn add_disk(received: Received<'_>) -> Result<Request, ApiError> {
-    received.read().map(Box::new).map(Request::AddDisk)
-}
-
-pub(super) fn add_net(mut received: Received<'_>) -> Result<Request, ApiError> {
+/// Reads what came as a `T`.
+pub(super) fn read<T: Body>(mut received: Received<'_>) -> Result<Request, ApiError> {
     let descriptors = std::mem::take(&mut received.descriptors);
-    let config = received.read()?;
-    Ok(Request::AddNet(Box::new(config), descriptors))
+    received.read().map(|body: T| body.request(descriptors))
 }
 
-pub(super) fn add_fs(received: Received<'_>) -> Result<Request, ApiError> {
-    received.read().map(Box::new).map(Request::AddFs)
+impl Body for VmConfig {
+    fn request(self, _: Vec<OwnedFd>) -> Request {
+        Request::Create(Box::new(self))
+    }
 }
 
-pub(super) fn add_generic_vhost_user(received: Received<'_>) -> Result<Request, ApiError> {
-    let config = received.read().map(Box::new);
-    config.map(Request::AddGenericVhostUser)
+impl Body for PmemConfig {
+    fn request(self, _: Vec<OwnedFd>) -> Request {
+        Request::AddPmem(Box::new(self))
+    }
 }
 
-pub(super) fn add_vsock(received: Received<'_>) -> Result<Request, ApiError> {
-    received.read().map(Box::new).map(Request::AddVsock)
+impl Body for DiskConfig {
+    fn request(self, _: Vec<OwnedFd>) -> Request {
+        Request::AddDisk(Box::new(self))
+    }
 }
 
-pub(super) fn add_device(received: Received<'_>) -> Result<Request, ApiError> {
-    received.read().map(Box::new).map(Request::AddDevice)
+impl Body for NetConfig {
+    fn request(self, descriptors: Vec<OwnedFd>) -> Request {
+        Request::AddNet(Box::new(self), descriptors)
+    }
 }
 
-#[derive(Deserialize)]
+impl Body for FsConfig {
+    fn request(self, _: Vec<OwnedFd>) -> Request {
+        Request::AddFs(Box::new(self))
+    }
+}
+
+impl Body for GenericVhostUserConfig {
+    fn request(self, _: Vec<OwnedFd>) -> Request {
+        Request::AddGenericVhostUser(Box::new(self))
+    }
+}
+
+impl Body for VsockConfig {
+    fn request(self, _: Vec<OwnedFd>) -> Request {
+        Request::AddVsock(Box::new(self))
+    }
+}
+
+impl Body for DeviceConfig {
+    fn request(self, _: Vec<OwnedFd>) -> Request {
+        Request::AddDevice(Box::new(self))
+    }
+}
+
+/// Which device is to go.
+#[derive(Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-struct Named {
+#[schemars(transform = as_sent::<Self>)]
+pub(super) struct VmRemoveDevice {
+    /// Its name.
     id: String,
 }
 
-impl JsonObject for Named {
+impl JsonObject for VmRemoveDevice {
     const SHAPE: Shape = Shape::WHOLE;
 }
 
-pub(super) fn remove_device(received: Received<'_>) -> Result<Request, ApiError> {
-    let Named { id } = received.read()?;
-    Ok(Request::RemoveDevice { id })
+impl Body for VmRemoveDevice {
+    fn request(self, _: Vec<OwnedFd>) -> Request {
+        Request::RemoveDevice { id: self.id }
+    }
 }
 
-pub(super) fn drain(received: Received<'_>) -> Result<Request, ApiError> {
-    let Named { id } = received.read()?;
-    Ok(Request::Drain { id })
-}
-
-#[derive(Deserialize)]
+/// Which device or memory zone is to be given up.
+#[derive(Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-struct ResizeDisk {
+#[schemars(transform = as_sent::<Self>)]
+pub(super) struct VmDrain {
+    /// Its name.
     id: String,
+}
+
+impl JsonObject for VmDrain {
+    const SHAPE: Shape = Shape::WHOLE;
+}
+
+impl Body for VmDrain {
+    fn request(self, _: Vec<OwnedFd>) -> Request {
+        Request::Drain { id: self.id }
+    }
+}
+
+/// How large a disk is to be.
+#[derive(Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+#[schemars(transform = as_sent::<Self>)]
+pub(super) struct VmResizeDisk {
+    /// Its name.
+    id: String,
+    /// Bytes that the guest is to have.
     desired_size: u64,
 }
 
-impl JsonObject for ResizeDisk {
+impl JsonObject for VmResizeDisk {
     const SHAPE: Shape = Shape::WHOLE;
 }
 
-pub(super) fn resize_disk(received: Received<'_>) -> Result<Request, ApiError> {
-    let ResizeDisk { id, desired_size } = received.read()?;
-    Ok(Request::ResizeDisk {
-        id,
-        bytes: desired_size,
-    })
+impl Body for VmResizeDisk {
+    fn request(self, _: Vec<OwnedFd>) -> Request {
+        Request::ResizeDisk {
+            id: self.id,
+            bytes: self.desired_size,
+        }
+    }
 }
 
-#[derive(Deserialize)]
+/// How much the guest is to have. What is absent stays as it is.
+#[derive(Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-struct Resize {
+#[schemars(transform = as_sent::<Self>)]
+pub(super) struct VmResize {
+    /// How many vCPUs.
     #[serde(rename = "desired_vcpus")]
     vcpus: Option<u32>,
+    /// How much RAM, in bytes.
     #[serde(rename = "desired_ram")]
     ram: Option<u64>,
+    /// How much the balloon takes, in bytes.
     #[serde(rename = "desired_balloon")]
     balloon: Option<u64>,
 }
 
-impl JsonObject for Resize {
+impl JsonObject for VmResize {
     const SHAPE: Shape = Shape::WHOLE;
 }
 
-pub(super) fn resize(received: Received<'_>) -> Result<Request, ApiError> {
-    let resize: Resize = received.read()?;
-    Ok(Request::Resize {
-        vcpus: resize.vcpus,
-        ram: resize.ram,
-        balloon: resize.balloon,
-    })
+impl Body for VmResize {
+    fn request(self, _: Vec<OwnedFd>) -> Request {
+        Request::Resize {
+            vcpus: self.vcpus,
+            ram: self.ram,
+            balloon: self.balloon,
+        }
+    }
 }

@@ -3,7 +3,8 @@
 //! ```text
 //!   client ──HTTP/1.1──▶ server ──▶ routes ──▶ body ──Call──▶ CallSink (the owner's)
 //! ```
-//! Names, bodies and statuses are Cloud Hypervisor's, so what drives that drives this. Everything runs on one thread,
+//! Names, bodies and statuses are Cloud Hypervisor's, so what drives that drives this; `openapi.json` tells them all. It is made
+//! from the table of paths and the types of the bodies, when it is first asked for. Everything runs on one thread,
 //! `http-server`, which changes nothing of the machine: it checks the shape of what it is told, posts it to the owner
 //! and waits for the answer beside all the other clients.
 //!
@@ -18,7 +19,9 @@
 #![forbid(unsafe_code)]
 
 mod body;
+mod info;
 mod listener;
+mod openapi;
 pub mod request;
 mod routes;
 mod server;
@@ -26,6 +29,7 @@ pub(crate) mod stream;
 #[cfg(test)]
 mod tests;
 
+pub use info::{BackendNode, BackendState, DeviceNode, MemoryLeaving, VmCounters, VmInfo, VmState};
 pub use listener::{ListenError, Listener};
 pub use request::{Answer, ApiError, Call, CallSink, DeviceAdded, ErrorKind, Gone, Reply, Request};
 pub use server::{Limits, Server, StartError};

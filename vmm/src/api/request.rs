@@ -9,10 +9,12 @@
 //! - What a client asked for is checked for its shape before it gets here; whether it makes sense now is the owner's.
 //! - A ping is not here: it is answered without the owner.
 
+use std::borrow::Cow;
 use std::error::Error;
 use std::fmt;
 use std::os::fd::OwnedFd;
 
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::Serialize;
 use serde_json::Value;
 use thiserror::Error;
@@ -120,7 +122,8 @@ impl Reply {
 }
 
 /// A device that was added to a running guest, as a client is told.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
+#[schemars(rename = "PciDeviceInfo")]
 pub struct DeviceAdded {
     /// Its name.
     pub id: String,
@@ -143,6 +146,18 @@ pub enum ErrorKind {
     NotSupported,
     /// The host, or daxhund itself.
     Internal,
+}
+
+impl ErrorKind {
+    /// All of them.
+    pub(super) const ALL: [Self; 6] = [
+        Self::NotFound,
+        Self::WrongState,
+        Self::BadRequest,
+        Self::Busy,
+        Self::NotSupported,
+        Self::Internal,
+    ];
 }
 
 /// An error as a client reads it: the chain of causes, outermost first.
@@ -211,6 +226,22 @@ impl ApiError {
     /// The messages, outermost first; at least one.
     pub fn chain(&self) -> &[String] {
         &self.chain
+    }
+}
+
+/// What a client reads of it.
+impl JsonSchema for ApiError {
+    fn schema_name() -> Cow<'static, str> {
+        "ErrorChain".into()
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({
+            "description": "Why it was not done: the chain of causes, outermost first.",
+            "type": "array",
+            "items": {"type": "string"},
+            "minItems": 1,
+        })
     }
 }
 

@@ -15,15 +15,22 @@ use axum::routing::any;
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use hyper::body::Body as _;
 use hyper::ext::ReasonPhrase;
+use schemars::{JsonSchema, Schema, SchemaGenerator};
 use serde::Serialize;
 use tokio::time::timeout;
 use tracing::debug;
 
-use super::body::{self, Received};
+use super::body::{self, Received, VmDrain, VmRemoveDevice, VmResize, VmResizeDisk};
+use super::info::{VmCounters, VmInfo};
+use super::openapi::{self, Document};
 use super::request::{Answer, ApiError, Call, CallSink, ErrorKind, Gone, Reply, Request};
 use super::server::{Client, Limits};
 use super::{PREFIX, stream};
 use crate::cli::CONTRACT_VERSION;
+use crate::config::{
+    DeviceConfig, DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, PmemConfig, VmConfig,
+    VsockConfig,
+};
 
 /// One path.
 #[derive(Debug)]
@@ -31,68 +38,255 @@ pub(super) struct Endpoint {
     /// Its name, after [`PREFIX`].
     pub(super) name: &'static str,
     pub(super) method: Method,
-    does: Does,
+    /// What it is for, in one sentence.
+    pub(super) about: &'static str,
+    pub(super) does: Does,
+    pub(super) says: Says,
+    /// Why it is not done, besides a request that makes no sense and what goes wrong.
+    pub(super) refuses: &'static [ErrorKind],
 }
 
 #[derive(Debug)]
-enum Does {
+pub(super) enum Does {
     /// Answered here.
     Ping,
+    /// Answered here: what this table says.
+    Document,
     /// Asked of the owner; there is no body.
     Plain(fn() -> Request),
     /// Asked of the owner, with what the body says.
-    WithBody(fn(Received<'_>) -> Result<Request, ApiError>),
+    WithBody(Reader),
     /// Refused.
     NotBuilt,
 }
 
-const fn get(name: &'static str, does: Does) -> Endpoint {
+/// A type of bodies.
+#[derive(Debug)]
+pub(super) struct Reader {
+    read: fn(Received<'_>) -> Result<Request, ApiError>,
+    pub(super) schema: SchemaOf,
+}
+
+/// The schema of a type.
+pub(super) type SchemaOf = fn(&mut SchemaGenerator) -> Schema;
+
+/// What a client is told when it was done.
+#[derive(Debug)]
+pub(super) enum Says {
+    /// Nothing.
+    Nothing,
+    /// This.
+    Json(SchemaOf),
+    /// Where the device is, of a running guest, else nothing.
+    Added,
+}
+
+const fn takes<T: body::Body>() -> Does {
+    Does::WithBody(Reader {
+        read: body::read::<T>,
+        schema: SchemaGenerator::subschema_for::<T>,
+    })
+}
+
+const fn json<T: JsonSchema>() -> Says {
+    Says::Json(SchemaGenerator::subschema_for::<T>)
+}
+
+const fn get(
+    name: &'static str,
+    does: Does,
+    says: Says,
+    refuses: &'static [ErrorKind],
+    about: &'static str,
+) -> Endpoint {
     let method = Method::GET;
-    Endpoint { name, method, does }
+    Endpoint {
+        name,
+        method,
+        about,
+        does,
+        says,
+        refuses,
+    }
 }
 
-const fn put(name: &'static str, does: Does) -> Endpoint {
-    let method = Method::PUT;
-    Endpoint { name, method, does }
+const fn put(
+    name: &'static str,
+    does: Does,
+    refuses: &'static [ErrorKind],
+    about: &'static str,
+) -> Endpoint {
+    let (method, says) = (Method::PUT, Says::Nothing);
+    Endpoint {
+        name,
+        method,
+        about,
+        does,
+        says,
+        refuses,
+    }
 }
 
-/// Every path of the contract.
+/// Adds a device.
+const fn add<T: body::Body>(name: &'static str, about: &'static str) -> Endpoint {
+    Endpoint {
+        name,
+        method: Method::PUT,
+        about,
+        does: takes::<T>(),
+        says: Says::Added,
+        refuses: &[ErrorKind::NotFound, ErrorKind::WrongState],
+    }
+}
+
+const fn not_built(name: &'static str) -> Endpoint {
+    put(name, Does::NotBuilt, &[], "Not built: always refused.")
+}
+
+/// What needs no machine.
+const ANYTIME: &[ErrorKind] = &[];
+/// What needs one that is defined.
+const DEFINED: &[ErrorKind] = &[ErrorKind::NotFound];
+/// What needs one in a certain state.
+const IN_STATE: &[ErrorKind] = &[ErrorKind::NotFound, ErrorKind::WrongState];
+/// What can have to wait for another change besides.
+const IN_TURN: &[ErrorKind] = &[ErrorKind::NotFound, ErrorKind::WrongState, ErrorKind::Busy];
+
+/// Every path of the contract, and daxhund's own.
 pub(super) static ENDPOINTS: &[Endpoint] = &[
-    get("vmm.ping", Does::Ping),
-    get("vm.info", Does::Plain(|| Request::Info)),
-    get("vm.counters", Does::Plain(|| Request::Counters)),
-    put("vmm.shutdown", Does::Plain(|| Request::VmmShutdown)),
-    put("vm.create", Does::WithBody(body::create)),
-    put("vm.boot", Does::Plain(|| Request::Boot)),
-    put("vm.delete", Does::Plain(|| Request::Delete)),
-    put("vm.shutdown", Does::Plain(|| Request::Shutdown)),
-    put("vm.reboot", Does::Plain(|| Request::Reboot)),
-    put("vm.pause", Does::Plain(|| Request::Pause)),
-    put("vm.resume", Does::Plain(|| Request::Resume)),
-    put("vm.power-button", Does::Plain(|| Request::PowerButton)),
-    put("vm.nmi", Does::Plain(|| Request::Nmi)),
-    put("vm.resize", Does::WithBody(body::resize)),
-    put("vm.resize-disk", Does::WithBody(body::resize_disk)),
-    put("vm.add-pmem", Does::WithBody(body::add_pmem)),
-    put("vm.add-disk", Does::WithBody(body::add_disk)),
-    put("vm.add-net", Does::WithBody(body::add_net)),
-    put("vm.add-fs", Does::WithBody(body::add_fs)),
-    put("vm.add-vsock", Does::WithBody(body::add_vsock)),
-    put("vm.add-device", Does::WithBody(body::add_device)),
-    put("vm.remove-device", Does::WithBody(body::remove_device)),
-    put("vm.drain", Does::WithBody(body::drain)),
-    put(
-        "vm.add-generic-vhost-user",
-        Does::WithBody(body::add_generic_vhost_user),
+    get(
+        "vmm.ping",
+        Does::Ping,
+        json::<VmmPingResponse>(),
+        ANYTIME,
+        "Tells which VMM this is.",
     ),
-    put("vm.add-user-device", Does::NotBuilt),
-    put("vm.add-vdpa", Does::NotBuilt),
-    put("vm.coredump", Does::NotBuilt),
-    put("vm.receive-migration", Does::NotBuilt),
-    put("vm.resize-zone", Does::NotBuilt),
-    put("vm.restore", Does::NotBuilt),
-    put("vm.send-migration", Does::NotBuilt),
-    put("vm.snapshot", Does::NotBuilt),
+    get(
+        "openapi.json",
+        Does::Document,
+        json::<Document>(),
+        ANYTIME,
+        "Tells what there is to ask, and how: this document.",
+    ),
+    get(
+        "vm.info",
+        Does::Plain(|| Request::Info),
+        json::<VmInfo<'_>>(),
+        DEFINED,
+        "Tells what the machine is made of and what it does.",
+    ),
+    get(
+        "vm.counters",
+        Does::Plain(|| Request::Counters),
+        json::<VmCounters>(),
+        IN_STATE,
+        "Tells what the machine's devices have counted.",
+    ),
+    put(
+        "vmm.shutdown",
+        Does::Plain(|| Request::VmmShutdown),
+        ANYTIME,
+        "Ends the VMM, and the machine with it.",
+    ),
+    put(
+        "vm.create",
+        takes::<VmConfig>(),
+        &[ErrorKind::WrongState],
+        "Defines the machine; nothing of the host is opened yet.",
+    ),
+    put(
+        "vm.boot",
+        Does::Plain(|| Request::Boot),
+        IN_STATE,
+        "Starts the machine.",
+    ),
+    put(
+        "vm.delete",
+        Does::Plain(|| Request::Delete),
+        DEFINED,
+        "Forgets the machine; it is shut down first if need be.",
+    ),
+    put(
+        "vm.shutdown",
+        Does::Plain(|| Request::Shutdown),
+        IN_STATE,
+        "Takes the machine down; its definition stays.",
+    ),
+    put(
+        "vm.reboot",
+        Does::Plain(|| Request::Reboot),
+        IN_STATE,
+        "Takes the machine down and starts it again.",
+    ),
+    put(
+        "vm.pause",
+        Does::Plain(|| Request::Pause),
+        IN_STATE,
+        "Holds the vCPUs.",
+    ),
+    put(
+        "vm.resume",
+        Does::Plain(|| Request::Resume),
+        IN_STATE,
+        "Lets the vCPUs go on.",
+    ),
+    put(
+        "vm.power-button",
+        Does::Plain(|| Request::PowerButton),
+        IN_STATE,
+        "Presses the power button.",
+    ),
+    put(
+        "vm.nmi",
+        Does::Plain(|| Request::Nmi),
+        IN_STATE,
+        "Sends every vCPU a non-maskable interrupt.",
+    ),
+    put(
+        "vm.resize",
+        takes::<VmResize>(),
+        IN_TURN,
+        "Changes how much the guest has.",
+    ),
+    put(
+        "vm.resize-disk",
+        takes::<VmResizeDisk>(),
+        IN_STATE,
+        "Makes a disk larger.",
+    ),
+    add::<PmemConfig>("vm.add-pmem", "Adds persistent memory."),
+    add::<DiskConfig>("vm.add-disk", "Adds a disk."),
+    add::<NetConfig>(
+        "vm.add-net",
+        "Adds a network interface; descriptors of its tap come beside the request (SCM_RIGHTS).",
+    ),
+    add::<FsConfig>("vm.add-fs", "Adds a directory of the host."),
+    add::<VsockConfig>("vm.add-vsock", "Adds sockets between guest and host."),
+    add::<DeviceConfig>("vm.add-device", "Adds a PCI function of the host."),
+    add::<GenericVhostUserConfig>(
+        "vm.add-generic-vhost-user",
+        "Adds a device of whatever type that another process serves.",
+    ),
+    put(
+        "vm.remove-device",
+        takes::<VmRemoveDevice>(),
+        IN_STATE,
+        "Asks for a device to be removed; the event device-removed tells that it is gone.",
+    ),
+    put(
+        "vm.drain",
+        takes::<VmDrain>(),
+        IN_TURN,
+        "Takes a device or a memory zone from the guest; answered when the host may have it.",
+    ),
+    not_built("vm.add-user-device"),
+    not_built("vm.add-vdpa"),
+    not_built("vm.coredump"),
+    not_built("vm.receive-migration"),
+    not_built("vm.resize-zone"),
+    not_built("vm.restore"),
+    not_built("vm.send-migration"),
+    not_built("vm.snapshot"),
 ];
 
 /// What all requests share.
@@ -141,17 +335,21 @@ impl<S: CallSink> Shared<S> {
         match &endpoint.does {
             Does::NotBuilt => Err(ApiError::not_supported(endpoint.name)),
             Does::Ping => without_body(endpoint, &body).and_then(|()| ping()),
+            Does::Document => {
+                without_body(endpoint, &body)?;
+                Reply::json(openapi::document())
+            }
             Does::Plain(request) => {
                 without_body(endpoint, &body)?;
                 self.ask(endpoint.name, request()).await
             }
-            Does::WithBody(read) => {
+            Does::WithBody(reader) => {
                 let received = Received {
                     path: endpoint.name,
                     json: &body,
                     descriptors: descriptors.map_err(|stream::TooMany| too_many_descriptors())?,
                 };
-                self.ask(endpoint.name, read(received)?).await
+                self.ask(endpoint.name, (reader.read)(received)?).await
             }
         }
     }
@@ -206,21 +404,26 @@ impl<S: CallSink> Shared<S> {
     }
 }
 
-#[derive(Serialize)]
-struct Ping {
+/// Which VMM it is.
+#[derive(Serialize, JsonSchema)]
+struct VmmPingResponse {
+    /// The version of the contract, and daxhund's own.
     build_version: String,
+    /// The version of the contract.
     version: &'static str,
+    /// The process.
     pid: u32,
-    features: [&'static str; 0],
+    /// None is told of.
+    features: &'static [&'static str],
 }
 
 fn ping() -> Answer {
     let contract = CONTRACT_VERSION;
-    Reply::json(&Ping {
+    Reply::json(&VmmPingResponse {
         build_version: format!("{contract} (daxhund {})", env!("CARGO_PKG_VERSION")),
         version: contract.trim_start_matches('v'),
         pid: std::process::id(),
-        features: [],
+        features: &[],
     })
 }
 
@@ -272,7 +475,7 @@ fn unknown(path: &str) -> ApiError {
     )
 }
 
-fn status(kind: ErrorKind) -> StatusCode {
+pub(super) fn status(kind: ErrorKind) -> StatusCode {
     match kind {
         ErrorKind::NotFound => StatusCode::NOT_FOUND,
         ErrorKind::WrongState => StatusCode::CONFLICT,

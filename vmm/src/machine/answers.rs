@@ -4,13 +4,12 @@
 //! like a word of the command line; nothing is trusted because it came through the socket.
 
 use event_manager::EventOps;
-use serde_json::{Value, json};
 
 use super::Ending;
 use super::owner::{Owner, State};
 use super::processors::ResizeVcpusError;
 use super::vm::{AddError, NewDevice, ResizeDiskError, RunningVm};
-use crate::api::{Answer, ApiError, Call, DeviceAdded, ErrorKind, Reply, Request};
+use crate::api::{Answer, ApiError, Call, DeviceAdded, ErrorKind, Reply, Request, VmInfo, VmState};
 use crate::config::VmConfig;
 use crate::monitor::Event;
 use crate::virtio::blk::DiskResizeError;
@@ -280,30 +279,20 @@ impl Owner {
             State::Created(config) => (config.as_ref(), None),
             State::Up(vm) => (vm.config(), Some(vm)),
         };
-        let state = match vm {
-            None => "Created",
-            Some(vm) if vm.is_paused() => "Paused",
-            Some(_) => "Running",
-        };
-        let mut info = json!({
-            "config": config,
-            "state": state,
-            "memory_actual_size": vm.map_or(0, |vm| vm.memory_actual_bytes()),
-            "device_tree": vm.map_or(Value::Null, |vm| vm.device_tree()),
-        });
-        if let Some(vm) = vm {
-            // Regions that are on their way out, or gone.
-            info["memory_leaving"] = json!(vm.regions.tree());
-            info["poison"] = json!(vm.poison());
-            let kept: Vec<&str> = vm.host.kept().collect();
-            if !kept.is_empty() {
-                info["devices_kept"] = json!(kept);
-            }
-            if let Some(lost) = vm.lost.first() {
-                info["paused_because"] = json!(lost.to_string());
-            }
-        }
-        Reply::json(&info)
+        Reply::json(&VmInfo {
+            config,
+            state: match vm {
+                None => VmState::Created,
+                Some(vm) if vm.is_paused() => VmState::Paused,
+                Some(_) => VmState::Running,
+            },
+            memory_actual_size: vm.map_or(0, |vm| vm.memory_actual_bytes()),
+            device_tree: vm.map(|vm| vm.device_tree()),
+            memory_leaving: vm.map(|vm| vm.regions.tree()),
+            poison: vm.map(|vm| vm.poison()),
+            devices_kept: vm.map_or_else(Vec::new, |vm| vm.host.kept().collect()),
+            paused_because: vm.and_then(|vm| vm.lost.first()).map(ToString::to_string),
+        })
     }
 
     fn counters(&mut self) -> Answer {

@@ -13,11 +13,11 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 
-use serde_json::{Value, json};
 use thiserror::Error;
 use tracing::error;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use crate::api::{BackendNode, BackendState};
 use crate::memory::mapping::Source;
 use crate::memory::ram::{
     Consumer, ConsumerId, JoinError, Lease, NotAllAttached, Ram, Rank, Reason,
@@ -155,20 +155,20 @@ impl Backends {
     }
 
     /// For `vm.info`: how the backend of a device stands, if it has one.
-    pub(super) fn state_of(&self, id: &str) -> Option<Value> {
+    pub(super) fn state_of(&self, id: &str) -> Option<BackendNode<'_>> {
         let served = self
             .served
             .iter()
             .find(|served| served.backend.id() == id)?;
         let status = served.backend.status();
-        let mut node = json!({
-            "socket": served.backend.socket(),
-            "state": if status.lost.is_some() { "lost" } else { "connected" },
-        });
-        if let Some(why) = status.lost {
-            node["because"] = json!(why);
-        }
-        Some(node)
+        Some(BackendNode {
+            socket: served.backend.socket(),
+            state: match status.lost {
+                Some(_) => BackendState::Lost,
+                None => BackendState::Connected,
+            },
+            because: status.lost,
+        })
     }
 }
 

@@ -2,11 +2,11 @@
 
 use std::time::Instant;
 
-use serde_json::{Value, json};
 use tracing::{error, info, warn};
 
 use super::removal::{User, dax_device};
 use super::resources::HostResources;
+use crate::api::MemoryLeaving;
 use crate::lifecycle::region::{
     RegionAction, RegionEvent, RegionId, RegionState, Regions as Lives, Stage,
 };
@@ -219,20 +219,15 @@ impl Regions {
     }
 
     /// For `vm.info`: every region that is not simply there.
-    pub(super) fn tree(&self) -> Vec<Value> {
+    pub(super) fn tree(&self) -> Vec<MemoryLeaving<'_>> {
         self.iter()
             .filter(|(_, state, _)| state.stage() != Stage::Present)
-            .map(|(_, state, known)| {
-                let mut node = json!({
-                    "id": known.user.id(),
-                    "gpa": format!("{:#x}", known.gpa.0),
-                    "size": known.size,
-                    "state": state.name(),
-                });
-                if let (Some(held_by), false) = (&known.held_by, state.is_given_back()) {
-                    node["held_by"] = json!(held_by);
-                }
-                node
+            .map(|(_, state, known)| MemoryLeaving {
+                id: known.user.id(),
+                gpa: format!("{:#x}", known.gpa.0),
+                size: known.size,
+                state: state.name(),
+                held_by: known.held_by.as_deref().filter(|_| !state.is_given_back()),
             })
             .collect()
     }

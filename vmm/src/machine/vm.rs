@@ -1,11 +1,11 @@
 //! A machine that runs, with what it was taken from: what the owner does to it, each step beside its undo.
 
+use std::collections::BTreeMap;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use serde_json::{Value, json};
 use thiserror::Error;
 use tracing::{error, info, warn};
 
@@ -18,7 +18,7 @@ use super::processors::Resized;
 use super::regions::Regions;
 use super::removal::{LostRam, User};
 use super::resources::{HostResources, PrepareError};
-use crate::api::{ApiError, ErrorKind};
+use crate::api::{ApiError, DeviceNode, ErrorKind, VmCounters};
 use crate::config::{
     ByteSize, ConfigError, DeviceConfig, DiskConfig, FsConfig, GenericVhostUserConfig, IdAllocator,
     NetConfig, PmemConfig, ValidConfig, VcpusOutOfLimits, VmConfig, VsockConfig,
@@ -388,20 +388,18 @@ impl RunningVm {
     }
 
     /// For `vm.info`: each device by id.
-    pub(super) fn device_tree(&self) -> Value {
+    pub(super) fn device_tree(&self) -> BTreeMap<String, DeviceNode<'_>> {
         let nodes = self.machine.devices.tree().map(|(id, bdf, state)| {
-            let mut node = json!({
-                "id": id,
-                "pci_bdf": bdf.to_string(),
-                "children": [],
-                "state": state,
-            });
-            if let Some(backend) = self.host.backends.state_of(id) {
-                node["backend"] = backend;
-            }
+            let node = DeviceNode {
+                id,
+                pci_bdf: bdf.to_string(),
+                children: &[],
+                state,
+                backend: self.host.backends.state_of(id),
+            };
             (id.to_owned(), node)
         });
-        Value::Object(nodes.collect())
+        nodes.collect()
     }
 
     /// For `vm.info`: what of guest memory is poisoned.
@@ -410,18 +408,15 @@ impl RunningVm {
     }
 
     /// For `vm.counters`: each device's, by id, and those of guest memory.
-    pub(super) fn counters(&self) -> Value {
-        let named = |(name, count): (&str, u64)| (name.to_owned(), json!(count));
+    pub(super) fn counters(&self) -> VmCounters {
+        let named = |(name, count): (&str, u64)| (name.to_owned(), count);
         let memory = self.host.poison.counters().into_iter().map(named);
         let devices = self.host.devices.iter().map(|device| {
             let counters = device.kind.counters().into_iter();
-            (
-                device.id.clone(),
-                Value::Object(counters.map(named).collect()),
-            )
+            (device.id.clone(), counters.map(named).collect())
         });
-        let memory = (MEMORY_COUNTERS.to_owned(), Value::Object(memory.collect()));
-        Value::Object(devices.chain([memory]).collect())
+        let memory = (MEMORY_COUNTERS.to_owned(), memory.collect());
+        VmCounters(devices.chain([memory]).collect())
     }
 
     pub(super) fn is_paused(&self) -> bool {

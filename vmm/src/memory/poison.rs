@@ -37,6 +37,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use super::layout::Gpa;
@@ -44,7 +45,7 @@ use super::layout::Gpa;
 const PAGE: u64 = 4096;
 
 /// A poisoned range of guest memory.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct Poisoned {
     /// First guest-physical address.
     pub gpa: u64,
