@@ -86,6 +86,28 @@ pub enum ConfigError {
     File(Box<FileError>),
 }
 
+impl ConfigError {
+    /// Whether it is what somebody else has: a name, or a function of the host.
+    pub fn is_taken(&self) -> bool {
+        let id = match self {
+            Self::Device(DeviceError::Twice { .. }) => return true,
+            Self::Console(ConsoleError::Id(id))
+            | Self::Disk(DiskError::Id(id))
+            | Self::Net(NetError::Id(id))
+            | Self::Rng(RngError::Id(id))
+            | Self::GenericVhostUser(GenericVhostUserError::Id(id))
+            | Self::Fs(FsError::Id(id))
+            | Self::Pmem(PmemError::Id(id))
+            | Self::Vsock(VsockError::Id(id))
+            | Self::Balloon(BalloonError::Id(id))
+            | Self::Device(DeviceError::Id(id))
+            | Self::Id(id) => id,
+            _ => return false,
+        };
+        matches!(id, IdError::Duplicate { .. })
+    }
+}
+
 impl From<FileError> for ConfigError {
     fn from(error: FileError) -> Self {
         Self::File(Box::new(error))
@@ -444,7 +466,7 @@ impl HostMemory<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{PayloadConfig, WordError};
+    use crate::config::{PayloadConfig, WordError, from_json};
 
     fn config(memory: Option<&str>, zones: &[&str]) -> VmConfig {
         VmConfig {
@@ -454,6 +476,33 @@ mod tests {
                 ..PayloadConfig::default()
             },
             ..VmConfig::default()
+        }
+    }
+
+    #[test]
+    fn what_somebody_else_has_is_told_from_what_can_not_be() {
+        for (words, taken) in [
+            (
+                r#""disks":[{"path":"/d","id":"a"},{"path":"/e","id":"a"}]"#,
+                true,
+            ),
+            (
+                r#""net":[{"id":"a"}],"pmem":[{"file":"/p","id":"a"}]"#,
+                true,
+            ),
+            (r#""devices":[{"path":"/f"},{"path":"/f"}]"#, true),
+            (
+                r#""rng":{"src":"/r","id":"a"},"fs":[{"tag":"t","socket":"/s","id":"a"}]"#,
+                true,
+            ),
+            (r#""disks":[{"path":"/d","id":"__a"}]"#, false),
+            (r#""disks":[{"path":"/d"},{"path":"/d"}]"#, false),
+            (r#""pmem":[{"file":"/p","pci_device_id":0}]"#, false),
+        ] {
+            let json = format!(r#"{{"payload":{{"kernel":"/k"}},{words}}}"#);
+            let config: VmConfig = from_json(json.as_bytes()).unwrap();
+            let error = config.validate().unwrap_err();
+            assert_eq!(error.is_taken(), taken, "{json}: {error}");
         }
     }
 

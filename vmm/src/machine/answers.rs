@@ -10,7 +10,7 @@ use super::owner::{Owner, State};
 use super::processors::ResizeVcpusError;
 use super::vm::{AddError, NewDevice, ResizeDiskError, RunningVm};
 use crate::api::{Answer, ApiError, Call, DeviceAdded, ErrorKind, Reply, Request, VmInfo, VmState};
-use crate::config::VmConfig;
+use crate::config::{ConfigError, VmConfig};
 use crate::monitor::Event;
 use crate::virtio::blk::DiskResizeError;
 
@@ -185,14 +185,15 @@ impl Owner {
                 new.put_into(&mut changed)?;
                 let valid = changed
                     .validate()
-                    .map_err(|error| ApiError::from_error(ErrorKind::BadRequest, &error))?;
+                    .map_err(|error| ApiError::from_error(why_not_added(&error), &error))?;
                 **config = valid.config().clone();
                 DONE
             }
             State::Up(vm) => {
                 let (id, bdf) = vm.add(new, &mut self.removals).map_err(|error| {
-                    let kind = match error {
-                        AddError::Config(_) | AddError::Second { .. } => ErrorKind::BadRequest,
+                    let kind = match &error {
+                        AddError::Config(error) => why_not_added(error),
+                        AddError::Second { .. } => ErrorKind::BadRequest,
                         _ => ErrorKind::Internal,
                     };
                     ApiError::from_error(kind, &error)
@@ -297,6 +298,15 @@ impl Owner {
 
     fn counters(&mut self) -> Answer {
         Reply::json(&self.up()?.counters())
+    }
+}
+
+/// As the contract tells what is there already from what can't be.
+fn why_not_added(error: &ConfigError) -> ErrorKind {
+    if error.is_taken() {
+        ErrorKind::WrongState
+    } else {
+        ErrorKind::BadRequest
     }
 }
 
