@@ -64,19 +64,32 @@ impl Host {
 
 /// The process whose lock on `file` is `conflict`.
 pub(crate) fn of_lock(proc: &Path, file: &File, conflict: Span) -> Option<Holder> {
-    let inode = file.metadata().ok()?;
+    of_locks(proc, file, &[conflict]).pop().flatten()
+}
+
+/// For each of these locks on `file`, the process that holds it. Looks at every process once.
+pub(crate) fn of_locks(proc: &Path, file: &File, locks: &[Span]) -> Vec<Option<Holder>> {
+    let mut holders = vec![None; locks.len()];
+    let Ok(inode) = file.metadata() else {
+        return holders;
+    };
     for pid in pids(proc) {
         for (fd, metadata) in descriptors(proc, pid) {
+            if holders.iter().all(Option::is_some) {
+                return holders;
+            }
             if (metadata.dev(), metadata.ino()) != (inode.dev(), inode.ino()) {
                 continue;
             }
             let info = fs::read_to_string(fd_info(proc, pid, &fd)).unwrap_or_default();
-            if info.lines().any(|line| is_lock(line, conflict)) {
-                return Some(Holder::of(proc, pid));
+            for (lock, holder) in locks.iter().zip(&mut holders) {
+                if holder.is_none() && info.lines().any(|line| is_lock(line, *lock)) {
+                    *holder = Some(Holder::of(proc, pid));
+                }
             }
         }
     }
-    None
+    holders
 }
 
 fn pids(proc: &Path) -> Vec<u32> {

@@ -21,12 +21,14 @@
 //! - Every mapping is shared, starts at an address that is a multiple of the device's alignment, and was readable
 //!   at both ends when it was handed out.
 //!
+//! A [`Pool`] is devices of which anybody takes what is free: it gives a [`RangeLock`], the first that fits.
+//!
 //! [`Watch`] tells when a device that is mapped goes away without notice; [`sigbus`] survives a touch of what is gone, and
 //! [`loss`] says then what may be believed of what was read.
 //!
 //! # Not here
 //! No hugetlb or anonymous memory, no pins, and nothing that changes the host: the one write
-//! to sysfs is `deep_flush` ([`Flusher`]), and no byte of a device is written.
+//! to sysfs is `deep_flush` ([`Flusher`]), and no byte of a device is written but by [`DaxMapping::zero`].
 //!
 //! # Example
 //! ```no_run
@@ -62,7 +64,9 @@ mod ofd;
 mod open;
 mod pages;
 mod persistence;
+mod pool;
 mod range;
+mod room;
 pub mod sigbus;
 mod size;
 mod sysfs;
@@ -70,6 +74,7 @@ mod sysfs;
 mod testing;
 mod uevent;
 mod watch;
+mod zero;
 
 pub use classify::{ClassifyError, FileBacking, NotDaxKind, PathKind};
 pub use device::{
@@ -84,7 +89,10 @@ pub use mapping::{DaxMapping, MapError, Probe, ProbeError, UnmapError};
 pub use open::{DaxDevice, OpenError, is_for_writing};
 pub use pages::Pages;
 pub use persistence::{Flusher, FlusherError, PersistenceDomain};
+pub use pool::{Member, Miss, Pool, PoolError, Wanted, Why};
 pub use range::{Asked, DaxRange, RangeError};
+pub use room::{Room, RoomError, Taken};
 pub use size::ByteSize;
 pub use sysfs::SysfsError;
 pub use watch::{Lost, Pace, Sign, Unheard, Watch, WatchError, WatchId};
+pub use zero::ZeroError;

@@ -93,6 +93,8 @@ fn by(held: Option<DaxRange>, holder: Option<&Holder>) -> String {
 pub struct RangeLock {
     device: Arc<Shared>,
     range: DaxRange,
+    /// The pool that it was taken from, if it was.
+    pool: Option<Arc<String>>,
     released: bool,
 }
 
@@ -121,6 +123,7 @@ impl DaxDevice {
         Ok(RangeLock {
             device: Arc::clone(device),
             range,
+            pool: None,
             released: false,
         })
     }
@@ -154,6 +157,39 @@ impl RangeLock {
     /// The range held.
     pub fn range(&self) -> DaxRange {
         self.range
+    }
+
+    /// The name of the pool that the range was taken from, if it was.
+    pub fn pool(&self) -> Option<&str> {
+        self.pool.as_ref().map(|pool| pool.as_str())
+    }
+
+    pub(crate) fn of_pool(mut self, pool: &Arc<String>) -> Self {
+        self.pool = Some(Arc::clone(pool));
+        self
+    }
+
+    /// The open device that the range is of.
+    pub fn opened(&self) -> DaxDevice {
+        DaxDevice::of(Arc::clone(&self.device))
+    }
+
+    /// Cuts off the first `len` bytes as a lock of their own. Nobody can take either part meanwhile. `None`, and nothing is
+    /// changed, unless both parts are whole multiples of the device's alignment and neither is empty.
+    pub fn split_off_front(&mut self, len: u64) -> Option<Self> {
+        let (front, rest) = self.range.split(len, self.device.facts.align_bytes)?;
+        let claims = &self.device.claims;
+        let mut claims = claims.lock().unwrap_or_else(PoisonError::into_inner);
+        claims.retain(|claim| *claim != self.range);
+        claims.extend([front, rest]);
+        drop(claims);
+        self.range = rest;
+        Some(Self {
+            device: Arc::clone(&self.device),
+            range: front,
+            pool: self.pool.clone(),
+            released: false,
+        })
     }
 
     /// Maps the range. On failure the range is let go.
@@ -263,6 +299,27 @@ mod tests {
         left.release().unwrap();
         let _freed = second.lock(range(0, 8), LockKind::Exclusive).unwrap();
         second.lock(range(8, 1), LockKind::Exclusive).unwrap_err();
+    }
+
+    #[test]
+    fn a_lock_in_two_parts_is_held_throughout_and_let_go_in_parts() {
+        let file = DeviceFile::new(16 * PAGE);
+        let (device, other) = (file.open(), file.open());
+        let mut lock = device.lock(range(2, 8), LockKind::Exclusive).unwrap();
+        for len in [0, 1, 8 * PAGE, 9 * PAGE] {
+            assert!(lock.split_off_front(len).is_none(), "{len}");
+        }
+        let front = lock.split_off_front(3 * PAGE).unwrap();
+        assert_eq!((front.range(), lock.range()), (range(2, 3), range(5, 5)));
+        for device in [&device, &other] {
+            device.lock(range(4, 1), LockKind::Exclusive).unwrap_err();
+            device.lock(range(5, 1), LockKind::Exclusive).unwrap_err();
+        }
+        front.release().unwrap();
+        let _front = other.lock(range(2, 3), LockKind::Exclusive).unwrap();
+        other.lock(range(5, 1), LockKind::Exclusive).unwrap_err();
+        lock.release().unwrap();
+        let _rest = device.lock(range(5, 5), LockKind::Exclusive).unwrap();
     }
 
     #[test]

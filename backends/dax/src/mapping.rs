@@ -11,7 +11,7 @@
 
 use std::fs::File;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use thiserror::Error;
@@ -148,6 +148,16 @@ impl DaxMapping {
         self.lock.range()
     }
 
+    /// The path of the device.
+    pub fn path(&self) -> &Path {
+        &self.lock.device().path
+    }
+
+    /// The name of the pool that the range was taken from, if it was.
+    pub fn pool(&self) -> Option<&str> {
+        self.lock.pool()
+    }
+
     /// The open device. A clone keeps the device open, and with it the range locked, when the mapping is gone.
     pub fn file(&self) -> &Arc<File> {
         &self.lock.device().file
@@ -161,6 +171,16 @@ impl DaxMapping {
     /// What was known of the device when it was opened.
     pub fn facts(&self) -> &DeviceFacts {
         &self.lock.device().facts
+    }
+
+    pub(crate) fn pages(&self) -> &Pages {
+        &self.pages
+    }
+
+    /// The device's alignment.
+    pub(crate) fn align(&self) -> usize {
+        // It is mapped by it, so it fits.
+        usize::try_from(self.facts().align_bytes).unwrap_or(self.len())
     }
 
     /// Reads the first and the last byte through the kernel, which answers where a load would get SIGBUS.

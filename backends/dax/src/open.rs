@@ -276,9 +276,11 @@ impl Host {
 
 impl DaxDevice {
     pub(crate) fn assemble(shared: Shared) -> Self {
-        Self {
-            shared: Arc::new(shared),
-        }
+        Self::of(Arc::new(shared))
+    }
+
+    pub(crate) fn of(shared: Arc<Shared>) -> Self {
+        Self { shared }
     }
 
     pub(crate) fn shared(&self) -> &Arc<Shared> {

@@ -16,6 +16,8 @@ use std::ffi::c_void;
 use std::fs::File;
 use std::io;
 use std::mem::ManuallyDrop;
+use std::ops::Range;
+use std::os::fd::AsRawFd;
 use std::ptr::{self, NonNull};
 
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
@@ -29,10 +31,10 @@ pub struct Pages {
     len: usize,
 }
 
-// SAFETY: the value is an address and a length; it never reads or writes the memory, and unmapping may be done by
+// SAFETY: the value is an address and a length; only the kernel reads or writes the memory for it, and unmapping may be done by
 // any thread.
 unsafe impl Send for Pages {}
-// SAFETY: the shared methods only return the address and the length or let the kernel read the memory.
+// SAFETY: the shared methods only return the address and the length or let the kernel access the memory.
 unsafe impl Sync for Pages {}
 
 /// What to map: everything is a multiple of `align`, which is a power of two of at least a page.
@@ -99,6 +101,37 @@ impl Pages {
             )
         }
         .map_err(io::Error::from)
+    }
+
+    /// Has the kernel fill `part` with what `zeroes` reads as, which is `/dev/zero`. Where a store would be SIGBUS it answers
+    /// with the offset of the first byte that it could not write, and why.
+    pub(crate) fn fill_from(
+        &self,
+        zeroes: &File,
+        part: Range<usize>,
+    ) -> Result<(), (usize, io::Error)> {
+        assert!(
+            part.start <= part.end && part.end <= self.len,
+            "fill outside of the mapping"
+        );
+        let mut at = part.start;
+        while at < part.end {
+            let start = self.ptr.as_ptr().wrapping_add(at).cast::<c_void>();
+            // SAFETY: `at .. part.end` is within this value's own mapping, which outlives the call; nobody has a reference into
+            // it, and an address that can't be written is answered with EFAULT.
+            let read = unsafe { libc::read(zeroes.as_raw_fd(), start, part.end - at) };
+            match usize::try_from(read) {
+                Ok(0) => return Err((at, io::ErrorKind::UnexpectedEof.into())),
+                Ok(read) => at += read,
+                Err(_) => {
+                    let error = io::Error::last_os_error();
+                    if error.kind() != io::ErrorKind::Interrupted {
+                        return Err((at, error));
+                    }
+                }
+            }
+        }
+        Ok(())
     }
 
     /// The first byte.

@@ -87,6 +87,27 @@ impl DaxRange {
         Ok(Self { offset, len: asked })
     }
 
+    /// The first `len` bytes and the rest, if both are whole multiples of `align` and neither is empty.
+    pub(crate) fn split(&self, len: u64, align: u64) -> Option<(Self, Self)> {
+        let rest = self.len.checked_sub(len)?;
+        let whole = |len: u64| len != 0 && len.is_multiple_of(align);
+        let (front, back) = (
+            Self { len, ..*self },
+            Self {
+                offset: self.offset + len,
+                len: rest,
+            },
+        );
+        (whole(len) && whole(rest)).then_some((front, back))
+    }
+
+    /// What between these two is whole multiples of `align`, if anything is.
+    pub(crate) fn whole(start: u64, end: u64, align: u64) -> Option<Self> {
+        let offset = start.checked_next_multiple_of(align)?;
+        let len = (end - end % align).checked_sub(offset)?;
+        (len != 0).then_some(Self { offset, len })
+    }
+
     /// A range that somebody else holds, as the kernel reports it: whole bytes, neither checked nor aligned.
     pub(crate) fn reported(conflict: Span, device_len: u64) -> Self {
         let Span { offset, len } = conflict;

@@ -162,6 +162,11 @@ impl DeviceFile {
         Self { file, facts }
     }
 
+    pub(crate) fn on_node(mut self, node: u32) -> Self {
+        self.facts.target_node = Some(node);
+        self
+    }
+
     pub(crate) fn open(&self) -> DaxDevice {
         let path = self.file.path().to_owned();
         let file = File::options().read(true).write(true).open(&path).unwrap();
