@@ -14,6 +14,7 @@ pub mod config;
 pub mod devices;
 pub mod doctor;
 pub mod guard;
+pub mod host_config;
 #[allow(unsafe_code, reason = "takes over descriptors by their number")]
 pub mod inherited;
 #[allow(unsafe_code, reason = "wraps the KVM system calls")]
@@ -23,6 +24,7 @@ pub mod machine;
 pub mod memory;
 pub mod monitor;
 pub mod pci;
+pub mod pool;
 pub mod remote;
 pub mod vfio;
 pub mod virtio;

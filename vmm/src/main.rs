@@ -15,7 +15,7 @@ use daxhund::cli::{self, ApiSocket, Command, ExitStatus, LogLevel, Logging};
 use daxhund::config::{RemovalGuard, ValidConfig};
 use daxhund::machine::{self, Ending, ResetError, RunError};
 use daxhund::monitor::{EventMonitor, Monitor};
-use daxhund::{doctor, guard, inherited};
+use daxhund::{doctor, guard, host_config, inherited, pool};
 use tracing_subscriber::filter::LevelFilter;
 
 fn main() -> ExitCode {
@@ -28,6 +28,7 @@ fn main() -> ExitCode {
             guard,
         }) => start(config, &logging, api, events, guard),
         Ok(Command::Guard(asked)) => guard(asked),
+        Ok(Command::Pool(asked)) => pool(asked),
         Ok(Command::Doctor { json }) => examine(json),
         Ok(Command::Version(text) | Command::Help(text)) => print(&text),
         Err(error) => {
@@ -71,13 +72,14 @@ fn start(
     }
 }
 
-/// Takes over what was inherited, then hands everything to the machine's owner.
+/// Reads what the host has for its guests, takes over what was inherited, then hands everything to the machine's owner.
 fn run(
     config: Option<Box<ValidConfig>>,
     api: Option<ApiSocket>,
     events: Option<cli::EventMonitor>,
     guard: RemovalGuard,
 ) -> Result<Ending, Box<dyn Error>> {
+    let pools = host_config::read()?;
     let listener = match api {
         None => None,
         Some(ApiSocket::Path(path)) => Some(Listener::at(&path)?),
@@ -96,6 +98,7 @@ fn run(
         .map_or_else(Monitor::off, EventMonitor::monitor);
     Ok(machine::run(machine::Options {
         config: config.map(|config| *config),
+        pools,
         api: listener,
         monitor,
         guard,
@@ -173,6 +176,16 @@ fn guard(asked: cli::Guard) -> ExitStatus {
     match guard::run(asked) {
         Ok(text) if text.is_empty() => ExitStatus::Success,
         Ok(text) => print(&text),
+        Err(error) => {
+            complain(error.as_ref());
+            ExitStatus::Failure
+        }
+    }
+}
+
+fn pool(asked: cli::Pool) -> ExitStatus {
+    match pool::run(asked, &mut io::stdout().lock()) {
+        Ok(()) => ExitStatus::Success,
         Err(error) => {
             complain(error.as_ref());
             ExitStatus::Failure

@@ -23,6 +23,7 @@ mod peer_ram;
 mod persistence;
 mod pmem;
 mod poison;
+mod pools;
 mod power;
 mod processors;
 mod remote;
@@ -119,6 +120,7 @@ pub fn all(kernel: &str) -> Vec<GuestTest> {
         interrupt::TESTS.to_vec(),
         boot::TESTS.to_vec(),
         power::TESTS.to_vec(),
+        pools::TESTS.to_vec(),
         consoles::TESTS.to_vec(),
         start_errors::TESTS.to_vec(),
         pci::TESTS.to_vec(),

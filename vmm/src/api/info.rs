@@ -20,6 +20,9 @@ pub struct VmInfo<'a> {
     pub memory_actual_size: u64,
     /// Its devices by name; `null` when it is not booted.
     pub device_tree: Option<BTreeMap<String, DeviceNode<'a>>>,
+    /// The device-dax memory that it has; absent when the guest is not booted.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dax_memory: Option<Vec<DaxMemory<'a>>>,
     /// Memory that is on its way out of the guest, or gone; absent when the guest is not booted.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub memory_leaving: Option<Vec<MemoryLeaving<'a>>>,
@@ -81,6 +84,24 @@ pub enum BackendState {
     Connected,
     /// It is waited for.
     Lost,
+}
+
+/// Guest memory that is a range of a device-dax device.
+#[derive(Clone, Debug, Serialize, JsonSchema)]
+pub struct DaxMemory<'a> {
+    /// The device or zone that it is of.
+    pub id: &'a str,
+    /// First guest-physical address, in hexadecimal.
+    pub gpa: String,
+    /// Bytes.
+    pub size: u64,
+    /// The host's device.
+    pub file: &'a Path,
+    /// Where in the device it begins.
+    pub offset: u64,
+    /// The host's pool that it was taken of; absent when it is of none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pool: Option<&'a str>,
 }
 
 /// Memory that is on its way out of the guest, or gone.

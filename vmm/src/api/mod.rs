@@ -29,7 +29,9 @@ pub(crate) mod stream;
 #[cfg(test)]
 mod tests;
 
-pub use info::{BackendNode, BackendState, DeviceNode, MemoryLeaving, VmCounters, VmInfo, VmState};
+pub use info::{
+    BackendNode, BackendState, DaxMemory, DeviceNode, MemoryLeaving, VmCounters, VmInfo, VmState,
+};
 pub use listener::{ListenError, Listener};
 pub use request::{Answer, ApiError, Call, CallSink, DeviceAdded, ErrorKind, Gone, Reply, Request};
 pub use server::{Limits, Server, StartError};

@@ -10,7 +10,7 @@ use super::endpoint::{ApiSocket, EventMonitor};
 use super::exit::ExitStatus;
 use super::unsupported;
 use crate::config::{
-    BalloonConfig, ConsoleConfig, CpusConfig, DeviceConfig, DiskConfig, FsConfig,
+    BalloonConfig, ByteSize, ConsoleConfig, CpusConfig, DeviceConfig, DiskConfig, FsConfig,
     GenericVhostUserConfig, MemoryConfig, MemoryZoneConfig, NetConfig, NumaConfig, PlatformConfig,
     PmemConfig, RngConfig, VirtioConsoleConfig, VsockConfig,
 };
@@ -163,6 +163,9 @@ pub(super) enum Sub {
     /// What holds the removal of device-dax memory back
     #[command(subcommand)]
     Guard(GuardSub),
+    /// The host's pools of device-dax memory
+    #[command(subcommand)]
+    Pool(PoolSub),
 }
 
 #[derive(Debug, Subcommand)]
@@ -191,6 +194,45 @@ pub(super) enum GuardSub {
         #[arg(long, value_name = "0", value_parser = clap::value_parser!(u32).range(0..1))]
         fd: u32,
     },
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum PoolSub {
+    /// List pools, their devices, and who has what of them
+    List {
+        /// The pool [default: every one]
+        pool: Option<String>,
+        /// Print JSON instead of text
+        #[arg(long)]
+        json: bool,
+    },
+    /// List what is free
+    Free {
+        /// The pool [default: every one]
+        pool: Option<String>,
+        /// Print JSON instead of text
+        #[arg(long)]
+        json: bool,
+    },
+    /// Take a range, print its device, offset and size in bytes, and hold it: until the pipe or socket that is standard input is
+    /// closed at its other end, or until a signal
+    Reserve {
+        /// The pool
+        pool: String,
+        /// How much
+        #[arg(long, value_name = "SIZE", value_parser = size)]
+        size: ByteSize,
+        /// The host node that it is to be of [default: any]
+        #[arg(long, value_name = "N")]
+        node: Option<u32>,
+        /// Print JSON instead of text
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+fn size(text: &str) -> Result<ByteSize, &'static str> {
+    ByteSize::parse(text).ok_or("expected a size such as 512M or 4G")
 }
 
 /// The command with its long help. Nobody else builds that: it would be a third of the work of a start.
@@ -250,6 +292,8 @@ fn after_long_help() -> String {
          --pmem file=/dev/dax1.0 --disk path=root.img\n  \
          Wait for a guest to come by the REST API:\n    \
          daxhund --api-socket /run/daxhund.sock\n  \
+         See what this host's pools of device-dax memory have left:\n    \
+         daxhund pool free\n  \
          See what this host lacks:\n    \
          daxhund doctor\n\n\
          Exit status:\n{}\n\n\

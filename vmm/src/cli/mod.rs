@@ -22,15 +22,15 @@ use clap::error::ErrorKind;
 use clap::{ArgMatches, CommandFactory, FromArgMatches};
 use thiserror::Error;
 
-use args::{Args, GuardSub, Sub};
+use args::{Args, GuardSub, PoolSub, Sub};
 pub use endpoint::{ApiSocket, EventMonitor};
 pub use exit::ExitStatus;
 
 use crate::config::{
-    BalloonConfig, ConfigError, ConsoleConfig, CpusConfig, DeviceConfig, DiskConfig, FsConfig,
-    GenericVhostUserConfig, MemoryConfig, NetConfig, NumaConfig, PayloadConfig, PlatformConfig,
-    PmemConfig, RemovalGuard, RemovalGuardError, RngConfig, ValidConfig, VirtioConsoleConfig,
-    VmConfig, VsockConfig, WordError,
+    BalloonConfig, ByteSize, ConfigError, ConsoleConfig, CpusConfig, DeviceConfig, DiskConfig,
+    FsConfig, GenericVhostUserConfig, MemoryConfig, NetConfig, NumaConfig, PayloadConfig,
+    PlatformConfig, PmemConfig, RemovalGuard, RemovalGuardError, RngConfig, ValidConfig,
+    VirtioConsoleConfig, VmConfig, VsockConfig, WordError,
 };
 
 /// The release of the contract that is answered, for those who parse it from `--version`.
@@ -60,6 +60,8 @@ pub enum Command {
     },
     /// Something about the guard of removals.
     Guard(Guard),
+    /// Something about the host's pools of memory.
+    Pool(Pool),
     /// Print this line to standard output.
     Version(String),
     /// Print this text to standard output.
@@ -85,6 +87,36 @@ pub enum Guard {
     },
     /// To be it, for the VMM at the other end of standard input.
     Serve,
+}
+
+/// What is wanted of the host's pools.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Pool {
+    /// What they are, and who has what of them.
+    List {
+        /// Which; every one without it.
+        pool: Option<String>,
+        /// As JSON.
+        json: bool,
+    },
+    /// What is free of them.
+    Free {
+        /// Which; every one without it.
+        pool: Option<String>,
+        /// As JSON.
+        json: bool,
+    },
+    /// A range that nobody else gets until it is let go of.
+    Reserve {
+        /// Which.
+        pool: String,
+        /// How much.
+        size: ByteSize,
+        /// The host node that it is to be of.
+        node: Option<u32>,
+        /// As JSON.
+        json: bool,
+    },
 }
 
 /// What to log and where.
@@ -211,6 +243,21 @@ where
             GuardSub::List { socket, json } => Guard::List { socket, json },
             GuardSub::Release { device, socket } => Guard::Release { device, socket },
             GuardSub::Serve { fd: _ } => Guard::Serve,
+        })),
+        Some(Sub::Pool(pool)) => Ok(Command::Pool(match pool {
+            PoolSub::List { pool, json } => Pool::List { pool, json },
+            PoolSub::Free { pool, json } => Pool::Free { pool, json },
+            PoolSub::Reserve {
+                pool,
+                size,
+                node,
+                json,
+            } => Pool::Reserve {
+                pool,
+                size,
+                node,
+                json,
+            },
         })),
         None => run(words, &matches),
     }

@@ -404,6 +404,38 @@ fn no_arguments_are_a_usage_error_that_shows_the_usage() {
 }
 
 #[test]
+fn pools_are_listed_and_reserved_of() {
+    let pool = |words: &[&str]| match parse_line(&[&["daxhund", "pool"], words].concat()) {
+        Ok(Command::Pool(pool)) => pool,
+        other => panic!("{words:?}: {other:?}"),
+    };
+    let (none, json) = (None, false);
+    assert_eq!(pool(&["list"]), Pool::List { pool: none, json });
+    let (ram, json) = (Some("ram".to_owned()), true);
+    assert_eq!(
+        pool(&["free", "ram", "--json"]),
+        Pool::Free { pool: ram, json }
+    );
+    assert_eq!(
+        pool(&["reserve", "ram", "--size", "512M", "--node", "1"]),
+        Pool::Reserve {
+            pool: "ram".to_owned(),
+            size: ByteSize::from_mib(512),
+            node: Some(1),
+            json: false,
+        }
+    );
+    for (words, says) in [
+        (&["reserve", "ram"][..], "--size <SIZE>"),
+        (&["reserve", "--size", "1G"], "<POOL>"),
+        (&["reserve", "ram", "--size", "big"], "such as 512M or 4G"),
+    ] {
+        let error = parse_line(&[&["daxhund", "pool"], words].concat()).unwrap_err();
+        assert!(error.to_string().contains(says), "{words:?}: {error}");
+    }
+}
+
+#[test]
 fn doctor_is_a_subcommand() {
     assert_eq!(
         parse_line(&["daxhund", "doctor"]),

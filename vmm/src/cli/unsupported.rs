@@ -36,7 +36,7 @@ pub(super) const FLAGS: &[&str] = &[
 ];
 
 /// Subcommands.
-pub(super) const SUBCOMMANDS: &[&str] = &["pin", "pool"];
+pub(super) const SUBCOMMANDS: &[&str] = &["pin"];
 
 /// Makes `command` recognise the words, hidden from its help.
 pub(super) fn recognise(command: Command) -> Command {

@@ -28,6 +28,7 @@ mod disk;
 mod files;
 mod fs;
 mod generic_vhost_user;
+mod host;
 mod json;
 mod keyvalue;
 mod mac;
@@ -64,6 +65,7 @@ pub use fs::{FsConfig, FsError, MAX_FS_TAG, ValidFs};
 pub use generic_vhost_user::{
     GenericVhostUserConfig, GenericVhostUserError, MAX_DEVICE_TYPE, ValidGenericVhostUser,
 };
+pub use host::{HostConfig, HostConfigError, PoolConfig, RamConfig, UnknownPool, Zero};
 pub use json::{JsonError, JsonObject, Shape, from_json};
 pub use keyvalue::WordError;
 pub(crate) use keyvalue::{Key, Value, Word};

@@ -20,12 +20,15 @@ use super::{ByteSize, Key, PAGE_SIZE, Word, WordError};
 #[serde(deny_unknown_fields)]
 #[schemars(transform = as_sent::<Self>)]
 pub struct PmemConfig {
-    /// What the bytes are: a device-dax device or a file. Empty for memory that a backend lends.
+    /// What the bytes are: a device-dax device or a file. Empty for memory of a pool, or that a backend lends.
     #[serde(default, skip_serializing_if = "is_empty")]
     pub file: PathBuf,
     /// Where a vhost-user backend listens that lends the memory.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub socket: Option<PathBuf>,
+    /// The pool of the host that gives the memory, instead of `file`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pool: Option<String>,
     /// Size in bytes; absent means from `offset` to the end of `file`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub size: Option<ByteSize>,
@@ -73,6 +76,13 @@ pub enum PmemSource {
         /// Whether what the guest writes is its own and forgotten in the end.
         discard_writes: bool,
     },
+    /// A range of some device of a pool of the host.
+    Pool {
+        /// The pool's name.
+        pool: String,
+        /// Size in bytes, whole pages.
+        size: ByteSize,
+    },
     /// What a vhost-user backend lends.
     Lent {
         /// Where it listens.
@@ -98,8 +108,8 @@ pub struct ValidPmem {
 pub enum PmemError {
     /// The path is the empty text.
     #[error(
-        "--pmem has no file: give file=PATH, a device such as /dev/dax1.0 or a file, or socket=PATH for memory that a vhost-user \
-         backend lends"
+        "--pmem has no file: give file=PATH, a device such as /dev/dax1.0 or a file, pool=NAME for memory of a pool of the host, \
+         or socket=PATH for memory that a vhost-user backend lends"
     )]
     EmptyFile,
     /// A key that says something of a file.
@@ -111,6 +121,26 @@ pub enum PmemError {
         device: String,
         /// The key.
         key: &'static str,
+    },
+    /// A key that says of the memory what its pool says.
+    #[error(
+        "{device}: {key} beside pool={pool}: the pool chooses the memory, which is device-dax and shared; remove one of the two"
+    )]
+    BesidePool {
+        /// The device.
+        device: String,
+        /// The pool given.
+        pool: String,
+        /// The key.
+        key: &'static str,
+    },
+    /// A part of a pool without a size.
+    #[error("{device}: pool={pool} without size=: say how much of the pool it gets with size=SIZE")]
+    NoSize {
+        /// The device.
+        device: String,
+        /// The pool given.
+        pool: String,
     },
     /// `size=0`.
     #[error("{device}: size=0: it cannot be empty; give a size, or leave it out for all of file")]
@@ -160,7 +190,6 @@ impl JsonObject for PmemConfig {
             NotBuilt::switch("iommu", false),
             NotBuilt::presence("align"),
             NotBuilt::presence("on_loss"),
-            NotBuilt::presence("pool"),
         ],
         ..Shape::WHOLE
     };
@@ -184,7 +213,7 @@ impl PmemConfig {
             Key::new(
                 "file",
                 "PATH",
-                "a device such as /dev/dax1.0, or a file (required, unless socket= is given)",
+                "a device such as /dev/dax1.0, or a file (required, unless pool= or socket= is given)",
                 |pmem, value| {
                     pmem.file = value.path()?;
                     Ok(())
@@ -196,6 +225,15 @@ impl PmemConfig {
                 "where a vhost-user backend listens that lends the memory, instead of file",
                 |pmem, value| {
                     pmem.socket = Some(value.path()?);
+                    Ok(())
+                },
+            ),
+            Key::new(
+                "pool",
+                "NAME",
+                "the host's pool that gives the memory, with what it holds, instead of file",
+                |pmem, value| {
+                    pmem.pool = Some(value.text()?);
                     Ok(())
                 },
             ),
@@ -259,7 +297,6 @@ impl PmemConfig {
             Key::not_built("iommu"),
             Key::not_built("align"),
             Key::not_built("on_loss"),
-            Key::not_built("pool"),
         ],
     };
 
@@ -270,6 +307,7 @@ impl PmemConfig {
         Self {
             file: file.into(),
             socket: None,
+            pool: None,
             size: None,
             offset: None,
             discard_writes: false,
@@ -286,7 +324,7 @@ impl PmemConfig {
     pub fn parse(text: &str) -> Result<Self, WordError> {
         let mut pmem = Self::new("");
         Self::WORD.fill(text, &mut pmem)?;
-        if is_empty(&pmem.file) && pmem.socket.is_none() {
+        if is_empty(&pmem.file) && pmem.socket.is_none() && pmem.pool.is_none() {
             // The setter refuses an empty path, so the key was not there.
             return Err(WordError::MissingKey {
                 flag: Self::WORD.flag,
@@ -298,11 +336,13 @@ impl PmemConfig {
 
     /// The device as errors name it.
     fn label(&self) -> String {
-        match (&self.id, &self.socket) {
-            (Some(id), _) => format!("{} id={id}", Self::WORD.flag),
-            (None, Some(socket)) => format!("{} socket={}", Self::WORD.flag, socket.display()),
-            (None, None) => format!("{} file={}", Self::WORD.flag, self.file.display()),
-        }
+        let what = match (&self.id, &self.socket, &self.pool) {
+            (Some(id), _, _) => format!("id={id}"),
+            (None, Some(socket), _) => format!("socket={}", socket.display()),
+            (None, None, Some(pool)) => format!("pool={pool}"),
+            (None, None, None) => format!("file={}", self.file.display()),
+        };
+        format!("{} {what}", Self::WORD.flag)
     }
 
     /// Checks what can be told of this device by itself in a guest with `segments` PCI segments, and takes its id.
@@ -326,6 +366,7 @@ impl PmemConfig {
         if let Some(socket) = self.socket.clone() {
             let of_a_file = [
                 ("file", !is_empty(&self.file)),
+                ("pool", self.pool.is_some()),
                 ("size", self.size.is_some()),
                 ("offset", self.offset.is_some()),
                 ("discard_writes", self.discard_writes),
@@ -336,7 +377,17 @@ impl PmemConfig {
             }
             return Ok(PmemSource::Lent { socket });
         }
-        if is_empty(&self.file) {
+        if let Some(pool) = self.pool.clone() {
+            let said_twice = [
+                ("file=", !is_empty(&self.file)),
+                ("offset=", self.offset.is_some()),
+                ("discard_writes=on", self.discard_writes),
+            ];
+            if let Some((key, _)) = said_twice.into_iter().find(|(_, is_given)| *is_given) {
+                let device = device();
+                return Err(PmemError::BesidePool { device, pool, key });
+            }
+        } else if is_empty(&self.file) {
             return Err(PmemError::EmptyFile);
         }
         if self.size == Some(ByteSize::ZERO) {
@@ -357,6 +408,13 @@ impl PmemConfig {
                 offset,
                 size,
             });
+        }
+        if let Some(pool) = self.pool.clone() {
+            let device = device();
+            return match self.size {
+                Some(size) => Ok(PmemSource::Pool { pool, size }),
+                None => Err(PmemError::NoSize { device, pool }),
+            };
         }
         Ok(PmemSource::File {
             file: self.file.clone(),
@@ -426,7 +484,7 @@ mod tests {
     fn a_file_is_required_and_keys_not_built_are_named() {
         let error = PmemConfig::parse("size=1G").unwrap_err();
         assert!(error.to_string().contains("add file=VALUE"), "{error}");
-        for key in ["iommu", "align", "on_loss", "pool"] {
+        for key in ["iommu", "align", "on_loss"] {
             let words = format!("not supported by daxhund: --pmem {key}");
             let error = PmemConfig::parse(&format!("file=/f,{key}=on")).unwrap_err();
             assert_eq!(error.to_string(), words);
@@ -456,6 +514,31 @@ mod tests {
             let (name, _) = key.split_once('=').unwrap();
             let expected = format!("--pmem socket=/s: {name}= says nothing");
             assert!(error.to_string().contains(&expected), "{error}");
+        }
+    }
+
+    #[test]
+    fn memory_can_come_from_a_pool_which_chooses_it() {
+        let config = PmemConfig::parse("pool=cxl,size=1G").unwrap();
+        let json = br#"{"pool":"cxl","size":1073741824}"#;
+        assert_eq!(config, from_json::<PmemConfig>(json).unwrap());
+        let (pool, size) = ("cxl".to_owned(), ByteSize::from_mib(1024));
+        let valid = validate("pool=cxl,size=1G,id=p").unwrap();
+        assert_eq!(valid.source, PmemSource::Pool { pool, size });
+        for (text, words) in [
+            ("pool=cxl", "--pmem pool=cxl: pool=cxl without size="),
+            ("pool=cxl,size=1G,file=/f", "file= beside pool=cxl"),
+            ("pool=cxl,size=1G,offset=0", "offset= beside pool=cxl"),
+            (
+                "pool=cxl,size=1G,discard_writes=on",
+                "discard_writes=on beside pool=cxl",
+            ),
+            ("pool=cxl,size=0", "size=0: it cannot be empty"),
+            ("pool=cxl,size=1", "size=1 is not a multiple of 4K"),
+            ("pool=cxl,socket=/s", "pool= says nothing of memory that"),
+        ] {
+            let error = validate(text).unwrap_err();
+            assert!(error.to_string().contains(words), "{text}: {error}");
         }
     }
 

@@ -445,14 +445,14 @@ fn at() -> impl Strategy<Value = At> {
 
 prop_compose! {
     fn any_pmem()(
-        file in path(), socket in option::of(path()), size in option::of(size()), offset in option::of(size()),
+        file in path(), (socket, pool) in (option::of(path()), option::of("[a-c]{1,2}")), size in option::of(size()), offset in option::of(size()),
         discard_writes: bool, dma: Option<bool>, timeout in option::of(0_u32..=3600), refuse: Option<bool>,
         (id, pci_segment, pci_device_id) in at(),
     ) -> PmemConfig {
         let removal_timeout = timeout.map(|seconds| RemovalTimeout::try_from(seconds).unwrap());
         let on_removal = refuse.map(|refuse| if refuse { OnRemoval::Refuse } else { OnRemoval::Eject });
         PmemConfig {
-            file, socket, size, offset, discard_writes, dma, on_removal, removal_timeout, id, pci_segment, pci_device_id,
+            file, socket, pool, size, offset, discard_writes, dma, on_removal, removal_timeout, id, pci_segment, pci_device_id,
         }
     }
 }
@@ -565,9 +565,9 @@ prop_compose! {
     fn any_zone()(
         id in "[a-c]{1,2}", size in option::of(size()), file in option::of(path()),
         offset in option::of(size()), shared: Option<bool>, host_numa_node: Option<u32>,
-        prefault: bool, dma: Option<bool>,
+        prefault: bool, dma: Option<bool>, pool in option::of("[a-c]{1,2}"),
     ) -> MemoryZoneConfig {
-        MemoryZoneConfig { id, size, file, offset, shared, host_numa_node, prefault, dma, ..Default::default() }
+        MemoryZoneConfig { id, size, file, offset, pool, shared, host_numa_node, prefault, dma, ..Default::default() }
     }
 }
 
@@ -708,6 +708,7 @@ proptest! {
         let text = Text::new((&config.id, config.pci_segment, config.pci_device_id))
             .key("file", config.file.display())
             .maybe("socket", config.socket.as_ref().map(|path| path.display()))
+            .maybe("pool", config.pool.as_ref())
             .maybe("size", config.size)
             .maybe("offset", config.offset)
             .switch("discard_writes", config.discard_writes)

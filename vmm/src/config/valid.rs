@@ -160,6 +160,13 @@ pub enum Backing {
         /// Which huge pages.
         page: HugePageSize,
     },
+    /// A range of some device of a pool of the host.
+    Pool {
+        /// The pool's name.
+        pool: String,
+        /// Size in bytes, whole pages.
+        size: ByteSize,
+    },
     /// A device-dax device or a file.
     File {
         /// The path as given.
@@ -177,7 +184,9 @@ impl Backing {
     /// Size in bytes; `None` is as much as the file has.
     pub fn size(&self) -> Option<ByteSize> {
         match self {
-            Self::Anonymous { size, .. } | Self::HugeTlb { size, .. } => Some(*size),
+            Self::Anonymous { size, .. } | Self::HugeTlb { size, .. } | Self::Pool { size, .. } => {
+                Some(*size)
+            }
             Self::File { size, .. } => *size,
         }
     }
@@ -429,6 +438,9 @@ fn zone_backing(zone: &MemoryZoneConfig, thp: bool) -> Result<Backing, ConfigErr
     let size = zone.size.ok_or_else(|| ZoneError::NoSize {
         id: zone.id.clone(),
     })?;
+    if let Some(pool) = zone.pool.clone() {
+        return Ok(Backing::Pool { pool, size });
+    }
     let host = HostMemory {
         flag: &flag,
         size,
@@ -550,6 +562,7 @@ mod tests {
                 "id=dax,file=/dev/dax0.0,offset=2M",
                 "id=huge,size=2G,hugepages=on,hugepage_size=1G,shared=on",
                 "id=anon,size=512M,host_numa_node=1,prefault=on",
+                "id=pool,size=1G,pool=cxl",
             ],
         )
         .validate()
@@ -574,6 +587,10 @@ mod tests {
                     shared: false,
                     thp: false,
                 },
+                &Backing::Pool {
+                    pool: "cxl".into(),
+                    size: ByteSize::from_mib(1024),
+                },
             ]
         );
         assert_eq!(valid.zones()[2].host_numa_node, Some(1));
@@ -592,6 +609,10 @@ mod tests {
             (
                 &["id=a,file=/d,offset=1"],
                 "--memory-zone id=a: offset=1 is not a multiple of 4K",
+            ),
+            (
+                &["id=a,pool=p,size=4097"],
+                "--memory-zone id=a: size=4097 is not a multiple of 4K",
             ),
             (
                 &["id=a,size=1G,mergeable=on"],

@@ -29,6 +29,9 @@ pub struct MemoryZoneConfig {
     /// Where in `file` the zone begins, in bytes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub offset: Option<ByteSize>,
+    /// The pool of the host that gives the memory, instead of `file`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pool: Option<String>,
     /// Whether the host may merge equal pages; only off is supported.
     #[serde(default)]
     pub mergeable: bool,
@@ -117,6 +120,19 @@ pub enum ZoneError {
         /// The file given.
         file: PathBuf,
     },
+    /// A key that says of the memory what its pool says.
+    #[error(
+        "--memory-zone id={id}: {key} beside pool={pool}: the pool chooses the memory, which is device-dax and shared; remove \
+         one of the two"
+    )]
+    BesidePool {
+        /// The zone.
+        id: String,
+        /// The pool given.
+        pool: String,
+        /// The key.
+        key: &'static str,
+    },
     /// RAM can't be ejected.
     #[error(
         "--memory-zone id={id}: on_removal=eject: a guest can't give RAM up that it was started with; \
@@ -165,7 +181,6 @@ impl JsonObject for MemoryZoneConfig {
             NotBuilt::number("hotplugged_size", 0),
             NotBuilt::switch("reserve", false),
             NotBuilt::presence("align"),
-            NotBuilt::presence("pool"),
         ],
         ..Shape::WHOLE
     };
@@ -209,6 +224,15 @@ impl MemoryZoneConfig {
                 "where in file it begins [default: 0]",
                 |zone, value| {
                     zone.offset = Some(value.size()?);
+                    Ok(())
+                },
+            ),
+            Key::new(
+                "pool",
+                "NAME",
+                "the host's pool that gives it, instead of file",
+                |zone, value| {
+                    zone.pool = Some(value.text()?);
                     Ok(())
                 },
             ),
@@ -301,7 +325,6 @@ impl MemoryZoneConfig {
             Key::not_built("hotplugged_size"),
             Key::not_built("reserve"),
             Key::not_built("align"),
-            Key::not_built("pool"),
         ],
     };
 
@@ -335,6 +358,18 @@ impl MemoryZoneConfig {
         }
         if self.size == Some(ByteSize::ZERO) {
             return Err(ZoneError::ZeroSize { id });
+        }
+        if let Some(pool) = self.pool.clone() {
+            let said_twice = [
+                ("file=", self.file.is_some()),
+                ("offset=", self.offset.is_some()),
+                ("shared=off", self.shared == Some(false)),
+                ("hugepages=on", self.hugepages),
+                ("hugepage_size=", self.hugepage_size.is_some()),
+            ];
+            if let Some((key, _)) = said_twice.into_iter().find(|(_, is_given)| *is_given) {
+                return Err(ZoneError::BesidePool { id, pool, key });
+            }
         }
         let Some(file) = &self.file else {
             return match (self.size, self.offset) {
@@ -410,6 +445,7 @@ mod tests {
             size: Some(ByteSize::from_mib(1024)),
             file: Some("/dev/dax0.0".into()),
             offset: Some(ByteSize::from_mib(512)),
+            pool: None,
             mergeable: false,
             shared: Some(true),
             hugepages: false,
@@ -440,13 +476,7 @@ mod tests {
             }
         );
         assert!(error.to_string().contains("add id=VALUE"));
-        for key in [
-            "align",
-            "pool",
-            "hotplug_size",
-            "hotplugged_size",
-            "reserve",
-        ] {
+        for key in ["align", "hotplug_size", "hotplugged_size", "reserve"] {
             let error = MemoryZoneConfig::parse(&format!("id=a,{key}=x")).unwrap_err();
             let words = format!("not supported by daxhund: --memory-zone {key}");
             assert_eq!(error.to_string(), words);
@@ -459,6 +489,7 @@ mod tests {
             "id=a,size=1G",
             "id=a,file=/dev/dax0.0",
             "id=a,file=/d,offset=2M,size=2M",
+            "id=a,pool=p,size=2M,shared=on,host_numa_node=1,prefault=on",
         ] {
             assert_eq!(zone(text).check(1), Ok(()), "{text}");
         }
@@ -470,6 +501,18 @@ mod tests {
             (
                 "id=a,size=1G,file=/d,hugepages=on",
                 "both hugepages=on and file=/d",
+            ),
+            ("id=a,pool=p", "neither size= nor file="),
+            ("id=a,size=1G,pool=p,file=/d", "file= beside pool=p"),
+            ("id=a,size=1G,pool=p,offset=0", "offset= beside pool=p"),
+            ("id=a,size=1G,pool=p,shared=off", "shared=off beside pool=p"),
+            (
+                "id=a,size=1G,pool=p,hugepages=on",
+                "hugepages=on beside pool=p",
+            ),
+            (
+                "id=a,size=1G,pool=p,hugepage_size=2M",
+                "hugepage_size= beside pool=p",
             ),
             (
                 "id=a,size=4K,file=/d,offset=18446744073709551615",

@@ -20,6 +20,7 @@ mod dax;
 mod kvm;
 mod limits;
 mod passthrough;
+mod pools;
 mod removal;
 mod report;
 mod roots;
@@ -59,6 +60,7 @@ fn examine(roots: &Roots, live: &dyn Live) -> Vec<Row> {
     let mut rows = Vec::new();
     rows.extend(kvm::check(roots, live));
     rows.extend(dax::check(roots, live));
+    rows.extend(pools::check(roots, live));
     rows.extend(limits::check(roots));
     rows.extend(passthrough::check(roots, live));
     rows.push(removal::check(roots, live));
@@ -82,6 +84,7 @@ mod tests {
             "dax",
             "dax0.0",
             "region0",
+            "config",
             "numa",
             "memlock",
         ] {

@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 use daxhund_guard::{DEFAULT_SOCKET, Guard};
 use rustix::fs::{Access, AtFlags, CWD, accessat};
 
+use crate::config::HostConfig;
+use crate::host_config::{self, ReadError};
 use crate::kvm::{Hypervisor, OpenError};
 
 /// The roots of a host's sysfs, procfs and device nodes.
@@ -97,6 +99,8 @@ pub(super) trait Live {
     fn may_open(&self, node: &Path) -> bool;
     /// Asks the removal guard's daemon whether it is there.
     fn guard_daemon(&self) -> Daemon;
+    /// What a VMM that this user starts reads of the host's configuration.
+    fn host_config(&self) -> Result<HostConfig, ReadError>;
 }
 
 /// This process on the running kernel.
@@ -121,5 +125,9 @@ impl Live for ThisProcess {
             Ok(_) => Daemon::Answers,
             Err(error) => Daemon::Silent(crate::chain(&error)),
         }
+    }
+
+    fn host_config(&self) -> Result<HostConfig, ReadError> {
+        host_config::read()
     }
 }

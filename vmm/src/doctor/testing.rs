@@ -8,6 +8,8 @@ use tempfile::TempDir;
 
 use super::report::Row;
 use super::roots::{Daemon, Live, Roots};
+use crate::config::HostConfig;
+use crate::host_config::ReadError;
 use crate::kvm::OpenError;
 
 /// The only row of this check.
@@ -23,6 +25,8 @@ pub(super) fn row<'a>(rows: &'a [Row], check: &str) -> &'a Row {
 pub(super) struct FakeLive {
     refused: Option<&'static str>,
     daemon: Daemon,
+    /// The text of the host's configuration, if it has one.
+    config: Option<String>,
 }
 
 impl FakeLive {
@@ -30,12 +34,20 @@ impl FakeLive {
         Self {
             refused: None,
             daemon: Daemon::Answers,
+            config: None,
         }
     }
 
     pub(super) fn refusing(node: &'static str) -> Self {
         Self {
             refused: Some(node),
+            ..Self::allowing()
+        }
+    }
+
+    pub(super) fn with_config(text: &str) -> Self {
+        Self {
+            config: Some(text.to_owned()),
             ..Self::allowing()
         }
     }
@@ -72,6 +84,13 @@ impl Live for FakeLive {
 
     fn guard_daemon(&self) -> Daemon {
         self.daemon.clone()
+    }
+
+    fn host_config(&self) -> Result<HostConfig, ReadError> {
+        match &self.config {
+            None => Ok(HostConfig::default()),
+            Some(text) => Ok(HostConfig::parse(Path::new("/c.toml"), text)?),
+        }
     }
 }
 

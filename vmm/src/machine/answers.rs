@@ -3,6 +3,8 @@
 //! A request that does not fit the state is refused and changes nothing. What a client asked for is checked again here
 //! like a word of the command line; nothing is trusted because it came through the socket.
 
+use std::sync::Arc;
+
 use event_manager::EventOps;
 
 use super::Ending;
@@ -96,6 +98,7 @@ impl Owner {
             .map_err(|error| ApiError::from_error(ErrorKind::Internal, &error))?;
         let vm = RunningVm::boot(
             valid,
+            Arc::clone(&self.pools),
             &self.monitor,
             &mut self.removals,
             self.signals.told(),
@@ -289,6 +292,7 @@ impl Owner {
             },
             memory_actual_size: vm.map_or(0, |vm| vm.memory_actual_bytes()),
             device_tree: vm.map(|vm| vm.device_tree()),
+            dax_memory: vm.map(|vm| vm.dax_memory()),
             memory_leaving: vm.map(|vm| vm.regions.tree()),
             poison: vm.map(|vm| vm.poison()),
             devices_kept: vm.map_or_else(Vec::new, |vm| vm.host.kept().collect()),

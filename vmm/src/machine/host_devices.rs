@@ -23,6 +23,7 @@ use crate::devices::console::{Console, OpenConsoleError};
 use crate::inherited::{self, InheritedError};
 use crate::memory::layout::Gpa;
 use crate::memory::pmem::{PmemBacking, PmemMapError, PmemOpenError, PmemSpec};
+use crate::memory::pools::{self, TakeError};
 use crate::memory::ram::Ram;
 use crate::memory::region::Region;
 use crate::pci::NoPlace;
@@ -45,6 +46,15 @@ pub enum OpenDeviceError {
     /// Its mapping.
     #[error(transparent)]
     PmemMap(#[from] PmemMapError),
+    /// A pool does not give it.
+    #[error("pmem {id}")]
+    Pool {
+        /// Which device.
+        id: String,
+        /// Why.
+        #[source]
+        source: TakeError,
+    },
     /// Its place in the guest.
     #[error("pmem {id}")]
     Room {
@@ -129,24 +139,37 @@ impl OpenedDevice {
 impl HostResources {
     /// Opens, places and maps persistent memory, or has it lent and maps that.
     pub(super) fn open_pmem(&mut self, valid: &ValidPmem) -> Result<OpenedDevice, OpenDeviceError> {
-        let spec = match &valid.source {
+        let mut backing = match &valid.source {
             PmemSource::Lent { socket } => return self.open_lent_pmem(valid, socket),
+            PmemSource::Pool { pool, size } => {
+                let wanted = PmemBacking::wanted(size.bytes());
+                let taken =
+                    pools::take(&self.dax, &self.pools, pool, wanted).map_err(|source| {
+                        OpenDeviceError::Pool {
+                            id: valid.id.clone(),
+                            source,
+                        }
+                    })?;
+                PmemBacking::of_range(&valid.id, taken.lock, valid.dma)?
+            }
             PmemSource::File {
                 file,
                 size,
                 offset,
                 discard_writes,
-            } => PmemSpec {
-                id: valid.id.clone(),
-                file: file.clone(),
-                size: size.map(ByteSize::bytes),
-                offset: offset.bytes(),
-                discard_writes: *discard_writes,
-                dma: valid.dma,
-            },
+            } => {
+                let spec = PmemSpec {
+                    id: valid.id.clone(),
+                    file: file.clone(),
+                    size: size.map(ByteSize::bytes),
+                    offset: offset.bytes(),
+                    discard_writes: *discard_writes,
+                    dma: valid.dma,
+                };
+                PmemBacking::open(&self.dax, &spec)?
+            }
         };
-        let backing = PmemBacking::open(&self.dax, &spec)?;
-        let region = self.map_pmem(&backing)?;
+        let region = self.map_pmem(&mut backing)?;
         let device = PmemDevice::new(&valid.id, region.gpa(), region.size(), backing.flusher())
             .with_mark(region.mark().clone());
         let mut opened = OpenedDevice::new(&valid.id, valid.place, Arc::new(device));
@@ -211,8 +234,8 @@ impl HostResources {
             discard_writes: false,
             dma: valid.dma,
         };
-        let backing = PmemBacking::lent(&self.dax, &spec, loan.file)?;
-        let region = self.map_pmem(&backing)?;
+        let mut backing = PmemBacking::lent(&self.dax, &spec, loan.file)?;
+        let region = self.map_pmem(&mut backing)?;
         if backend.loan_is_mapped().is_err() {
             self.unmap_pmem(region);
             return Err(silent().into());
@@ -220,7 +243,7 @@ impl HostResources {
         Ok(region)
     }
 
-    fn map_pmem(&mut self, backing: &PmemBacking) -> Result<Region, OpenDeviceError> {
+    fn map_pmem(&mut self, backing: &mut PmemBacking) -> Result<Region, OpenDeviceError> {
         let (size, align) = (backing.size(), backing.placement_align());
         let gpa = self
             .device_memory

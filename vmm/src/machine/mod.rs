@@ -41,6 +41,8 @@ mod vcpus;
 mod vm;
 mod wiring;
 
+use std::sync::Arc;
+
 use thiserror::Error;
 
 pub use build::{BuildError, Machine};
@@ -57,7 +59,7 @@ pub use resources::{HostResources, PrepareError};
 pub use vm::{AddError, BalloonResizeError, BootError, PauseError, ResetError};
 
 use crate::api::{ListenError, Listener, Server, StartError};
-use crate::config::{RemovalGuard, ValidConfig};
+use crate::config::{HostConfig, RemovalGuard, ValidConfig};
 use crate::kvm::VcpuFault;
 use crate::monitor::{Event as Happened, Monitor};
 use calls::Calls;
@@ -123,6 +125,8 @@ pub enum RunError {
 pub struct Options {
     /// The guest to start with; without it one comes by the API.
     pub config: Option<ValidConfig>,
+    /// What the host has pools of.
+    pub pools: HostConfig,
     /// Where the API listens.
     pub api: Option<Listener>,
     /// Where events go.
@@ -135,10 +139,12 @@ pub struct Options {
 pub fn run(options: Options) -> Result<Ending, RunError> {
     let Options {
         config,
+        pools,
         api,
         monitor,
         guard,
     } = options;
+    let pools = Arc::new(pools);
     monitor.send(&Happened::VmmStarting);
     // Before anything that must be undone: from here on a signal ends the guest in order.
     let signals = owner::Signals::install()?;
@@ -155,7 +161,13 @@ pub fn run(options: Options) -> Result<Ending, RunError> {
         None => None,
         Some(valid) => {
             monitor.send(&Happened::Booting);
-            let vm = RunningVm::boot(valid, &monitor, &mut removals, signals.told())?;
+            let vm = RunningVm::boot(
+                valid,
+                Arc::clone(&pools),
+                &monitor,
+                &mut removals,
+                signals.told(),
+            )?;
             monitor.send(&Happened::Booted);
             Some(vm)
         }
@@ -164,6 +176,7 @@ pub fn run(options: Options) -> Result<Ending, RunError> {
         calls,
         signals,
         monitor.clone(),
+        pools,
         (removals, lookout),
         running,
     )?

@@ -37,7 +37,7 @@ use super::timer::Timer;
 use super::vm::RunningVm;
 use super::{Ending, RunError};
 use crate::api::Call;
-use crate::config::VmConfig;
+use crate::config::{HostConfig, VmConfig};
 use crate::devices::power::PowerRequest;
 use crate::kvm::VcpuFault;
 use crate::monitor::{Event as Happened, Monitor};
@@ -215,6 +215,8 @@ pub(super) struct Owner {
     /// When a guard is looked for again.
     guard_timer: Timer,
     pub(super) monitor: Monitor,
+    /// What the host has pools of.
+    pub(super) pools: Arc<HostConfig>,
     pub(super) state: State,
     feed: SerialFeed,
     /// The descriptor of the machine's events that is waited on.
@@ -240,6 +242,7 @@ impl Owner {
         calls: Calls,
         signals: Signals,
         monitor: Monitor,
+        pools: Arc<HostConfig>,
         (removals, lookout): (Removals, Lookout),
         running: Option<RunningVm>,
     ) -> Result<Self, OwnerError> {
@@ -255,6 +258,7 @@ impl Owner {
             timer: timer()?,
             guard_timer: timer()?,
             monitor,
+            pools,
             state: running.map_or(State::NoVm, |vm| State::Up(Box::new(vm))),
             feed: SerialFeed::default(),
             machine_fd: None,

@@ -17,7 +17,7 @@ use super::guard::Removals;
 use super::host_devices::{self, OpenDeviceError, OpenedDevice};
 use super::notices::Notices;
 use crate::boot::{Initramfs, InitramfsError, Kernel, KernelError, Payload};
-use crate::config::{ConsoleConfig, ValidConfig};
+use crate::config::{ConsoleConfig, HostConfig, ValidConfig};
 use crate::devices::console::{Console, ConsoleInput, ConsoleOutput, OpenConsoleError};
 use crate::kvm::{CpuidError, CpuidTemplate, Hypervisor, OpenError, Topology, TopologyError};
 use crate::memory::discard::DiscardTable;
@@ -90,6 +90,8 @@ impl From<OpenDeviceError> for PrepareError {
 pub struct HostResources {
     /// Where device-dax devices are looked for.
     pub(super) dax: Host,
+    /// What the host has pools of.
+    pub(super) pools: Arc<HostConfig>,
     pub(super) hypervisor: Hypervisor,
     pub(super) cpuid: CpuidTemplate,
     pub(super) payload: Payload,
@@ -131,6 +133,7 @@ impl HostResources {
     /// Takes everything a configuration names. The regions are guest memory, mapped and not yet anybody's.
     pub(super) fn open(
         config: &ValidConfig,
+        pools: Arc<HostConfig>,
         monitor: &Monitor,
         removals: &mut Removals,
         told: Arc<UnixStream>,
@@ -160,10 +163,10 @@ impl HostResources {
         };
 
         let host = Host::system();
-        let zones = config
+        let mut zones = config
             .zones()
             .iter()
-            .map(|spec| Zone::open(&host, spec))
+            .map(|spec| Zone::open(&host, &pools, spec))
             .collect::<Result<Vec<_>, _>>()?;
         let requests: Vec<_> = zones.iter().map(|zone| zone.request().clone()).collect();
         let layout = RamLayout::place(&requests, cpuid.address_bits())?;
@@ -185,6 +188,7 @@ impl HostResources {
         })?;
         let mut resources = Self {
             dax: host,
+            pools,
             hypervisor,
             cpuid,
             payload,

@@ -18,15 +18,15 @@ use super::processors::Resized;
 use super::regions::Regions;
 use super::removal::{LostRam, User};
 use super::resources::{HostResources, PrepareError};
-use crate::api::{ApiError, DeviceNode, ErrorKind, VmCounters};
+use crate::api::{ApiError, DaxMemory, DeviceNode, ErrorKind, VmCounters};
 use crate::config::{
-    ByteSize, ConfigError, DeviceConfig, DiskConfig, FsConfig, GenericVhostUserConfig, IdAllocator,
-    NetConfig, PmemConfig, ValidConfig, VcpusOutOfLimits, VmConfig, VsockConfig,
+    ByteSize, ConfigError, DeviceConfig, DiskConfig, FsConfig, GenericVhostUserConfig, HostConfig,
+    IdAllocator, NetConfig, PmemConfig, ValidConfig, VcpusOutOfLimits, VmConfig, VsockConfig,
 };
 use crate::lifecycle::region::RegionEvent;
 use crate::memory::poison::Poisoned;
 use crate::memory::ram::{AttachFailure, DetachError, JoinError, Ram};
-use crate::memory::region::Region;
+use crate::memory::region::{Mapping, Region};
 use crate::monitor::Monitor;
 use crate::virtio::balloon::BalloonSizeError;
 use crate::virtio::blk::DiskResizeError;
@@ -232,11 +232,12 @@ impl RunningVm {
     /// readable.
     pub(super) fn boot(
         valid: ValidConfig,
+        pools: Arc<HostConfig>,
         monitor: &Monitor,
         removals: &mut Removals,
         told: Arc<UnixStream>,
     ) -> Result<Self, BootError> {
-        let (mut host, regions) = HostResources::open(&valid, monitor, removals, told)
+        let (mut host, regions) = HostResources::open(&valid, pools, monitor, removals, told)
             .map_err(|e| BootError::Prepare(Box::new(e)))?;
         // From here on it is taken from everybody before the host's resources go.
         let mut ram = Ram::new(vec![host.discard.consumer()]);
@@ -400,6 +401,24 @@ impl RunningVm {
             (id.to_owned(), node)
         });
         nodes.collect()
+    }
+
+    /// For `vm.info`: which device-dax memory the guest has, and which pool it is of, if it is of one.
+    pub(super) fn dax_memory(&self) -> Vec<DaxMemory<'_>> {
+        let ranges = self.ram.regions().filter_map(|region| {
+            let Mapping::Dax(mapping) = region.mapping() else {
+                return None;
+            };
+            Some(DaxMemory {
+                id: region.zone(),
+                gpa: format!("{:#x}", region.gpa().0),
+                size: region.size(),
+                file: mapping.path(),
+                offset: mapping.range().offset(),
+                pool: mapping.pool(),
+            })
+        });
+        ranges.collect()
     }
 
     /// For `vm.info`: what of guest memory is poisoned.

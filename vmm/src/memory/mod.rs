@@ -1,7 +1,7 @@
 //! Guest memory: from a zone in the configuration to a page every consumer can reach, and back.
 //!
 //! The walk of one page of RAM, file by file:
-//! 1. [`zone`]: a configured zone is opened and checked; nothing is built on it yet.
+//! 1. [`zone`]: a configured zone is opened and checked, or taken of one of the host's [`pools`]; nothing is built on it yet.
 //! 2. [`layout`]: pure arithmetic gives each zone its guest-physical ranges.
 //! 3. [`mapping`] and `daxhund-dax`: each range is locked and mapped at an address with the alignment it needs.
 //! 4. [`region`]: mapping and guest-physical address become one thing.
@@ -23,10 +23,13 @@ pub mod layout;
 pub mod mapping;
 pub mod pmem;
 pub mod poison;
+pub mod pools;
 pub mod ram;
 #[allow(unsafe_code, reason = "hands a mapping to vm-memory")]
 pub mod region;
 pub mod snapshot;
+#[cfg(test)]
+pub(crate) mod testing;
 pub mod tombstones;
 pub mod zone;
 

@@ -2,214 +2,45 @@
 //!
 //! Everything that can be wrong with a backing is found here, before a VM exists. Nothing is mapped yet and no byte
 //! of the backing is read or written.
+//!
+//! A zone that names neither a file nor a pool is of the pool that the host has for RAM, if it has one; it is locked from
+//! the moment it was chosen. Of a pool, memory is zeroed when it is mapped, unless the pool says otherwise: its last user
+//! may have been another guest. No other memory is.
+
+mod error;
 
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsFd;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
+use std::time::Instant;
 
 use daxhund_dax::{
-    DaxDevice, FileBacking, Host, LockError, LockKind, MapError, NotDaxKind, OpenError, RangeError,
+    DaxDevice, DaxRange, FileBacking, Host, LockKind, NotDaxKind, OpenError, RangeLock, Wanted,
 };
 use rustix::fs::{Mode, OFlags};
-use thiserror::Error;
 
-use super::dma::DmaRefused;
 use super::layout::{FileOffset, MIN_ALIGN, RamRange, ZoneRequest};
-use super::mapping::{self, HostMapping, MapMemoryError, Source};
-use super::region::{Mapping, Region, RegionError};
-use crate::config::{Backing, ByteSize, HugePageSize, ZoneSpec};
+use super::mapping::{self, HostMapping, Source};
+use super::pools;
+use super::region::{Mapping, Region};
+use crate::config::{Backing, ByteSize, HostConfig, HugePageSize, Zero, ZoneSpec};
+
+pub use error::{ZoneMapError, ZoneOpenError};
 
 const MIB: u64 = 1 << 20;
 /// Largest page the host maps ordinary memory with.
 const THP: u64 = 2 * MIB;
 
-/// A zone's backing can't be used.
-#[derive(Debug, Error)]
-pub enum ZoneOpenError {
-    /// It is no usable device-dax device.
-    #[error("memory zone {id}")]
-    Dax {
-        /// Which zone.
-        id: String,
-        /// Why.
-        #[source]
-        source: OpenError,
-    },
-    /// The range asked for is not one of the device.
-    #[error("memory zone {id}")]
-    Range {
-        /// Which zone.
-        id: String,
-        /// Why.
-        #[source]
-        source: RangeError,
-    },
-    /// device-dax is always shared.
-    #[error(
-        "memory zone {id}: {} is device-dax, whose mappings are always shared; leave shared= out or give shared=on",
-        path.display()
-    )]
-    DaxNotShared {
-        /// Which zone.
-        id: String,
-        /// The device.
-        path: PathBuf,
-    },
-    /// device-dax memory is on the node of its device.
-    #[error(
-        "memory zone {id}: {} is memory of host node {}, not of node {asked}; leave host_numa_node= out or choose another device",
-        path.display(),
-        found.map_or("unknown".to_owned(), |n| n.to_string())
-    )]
-    DaxNode {
-        /// Which zone.
-        id: String,
-        /// The device.
-        path: PathBuf,
-        /// Node asked for.
-        asked: u32,
-        /// Node of the device.
-        found: Option<u32>,
-    },
-    /// A file can't be opened.
-    #[error("memory zone {id}: {} can't be opened for reading and writing", path.display())]
-    File {
-        /// Which zone.
-        id: String,
-        /// The file.
-        path: PathBuf,
-        /// What the kernel said.
-        #[source]
-        source: io::Error,
-    },
-    /// A file has not what the zone asks for.
-    #[error(
-        "memory zone {id}: bytes {offset:#x} to {:#x} are past the end of {} ({len:#x} bytes): it would be SIGBUS on access; \
-         make the file larger (`truncate -s`) or the zone smaller",
-        offset.saturating_add(*size), path.display()
-    )]
-    FileTooShort {
-        /// Which zone.
-        id: String,
-        /// The file.
-        path: PathBuf,
-        /// First byte of the zone.
-        offset: u64,
-        /// Its length.
-        size: u64,
-        /// Bytes in the file.
-        len: u64,
-    },
-    /// A directory has no size to go by.
-    #[error("memory zone {id}: {} is a directory, so the zone needs size=", path.display())]
-    DirectorySize {
-        /// Which zone.
-        id: String,
-        /// The directory.
-        path: PathBuf,
-    },
-    /// The zone is not in whole pages of its backing.
-    #[error(
-        "memory zone {id}: {what} {value:#x} is not a multiple of the huge page size {page:#x}"
-    )]
-    HugePageMultiple {
-        /// Which zone.
-        id: String,
-        /// Size or offset.
-        what: &'static str,
-        /// Its value.
-        value: u64,
-        /// Huge page size in bytes.
-        page: u64,
-    },
-    /// The host has no default huge page size to go by.
-    #[error(
-        "memory zone {id}: the host has no huge pages of {page:#x} bytes; see `ls /sys/kernel/mm/hugepages`"
-    )]
-    NoHugePages {
-        /// Which zone.
-        id: String,
-        /// Huge page size in bytes, 0 for the default.
-        page: u64,
-    },
-}
-
-/// A zone's memory can't be mapped.
-#[derive(Debug, Error)]
-pub enum ZoneMapError {
-    /// The device's range.
-    #[error("memory zone {id}")]
-    Range {
-        /// Which zone.
-        id: String,
-        /// Why.
-        #[source]
-        source: RangeError,
-    },
-    /// Somebody has it.
-    #[error("memory zone {id}")]
-    Lock {
-        /// Which zone.
-        id: String,
-        /// Why.
-        #[source]
-        source: LockError,
-    },
-    /// The device does not let itself be mapped.
-    #[error("memory zone {id}")]
-    Dax {
-        /// Which zone.
-        id: String,
-        /// Why.
-        #[source]
-        source: MapError,
-    },
-    /// Other memory.
-    #[error("memory zone {id}")]
-    Host {
-        /// Which zone.
-        id: String,
-        /// Why.
-        #[source]
-        source: MapMemoryError,
-    },
-    /// Not enough huge pages.
-    #[error(
-        "memory zone {id} needs {needed} huge pages of {page_kib} KiB, the host has {free} free; \
-         `echo N > /sys/kernel/mm/hugepages/hugepages-{page_kib}kB/nr_hugepages` reserves them"
-    )]
-    HugePages {
-        /// Which zone.
-        id: String,
-        /// Pages it takes.
-        needed: u64,
-        /// Pages that are free.
-        free: u64,
-        /// Page size.
-        page_kib: u64,
-        /// What the kernel said.
-        #[source]
-        source: MapMemoryError,
-    },
-    /// The region.
-    #[error(transparent)]
-    Region(#[from] RegionError),
-    /// Devices can't reach it.
-    #[error("memory zone {id}")]
-    Dma {
-        /// Which zone.
-        id: String,
-        /// Why.
-        #[source]
-        source: DmaRefused,
-    },
-}
-
 #[derive(Debug)]
 enum Memory {
-    Dax(DaxDevice),
+    Dax {
+        device: DaxDevice,
+        /// What of the range is locked already, and not mapped yet.
+        held: Option<RangeLock>,
+        zero: Zero,
+    },
     File {
         file: Arc<File>,
         shared: bool,
@@ -233,9 +64,34 @@ pub struct Zone {
 
 impl Zone {
     /// Opens the backing of a zone and sees that it can be what the zone asks for.
-    pub fn open(host: &Host, spec: &ZoneSpec) -> Result<Self, ZoneOpenError> {
+    pub fn open(host: &Host, pools: &HostConfig, spec: &ZoneSpec) -> Result<Self, ZoneOpenError> {
+        let opened = match open_by_default(host, pools, spec)? {
+            Some(opened) => opened,
+            None => Self::open_backing(host, pools, spec)?,
+        };
+        let (memory, size, align, offset) = opened;
+        let request = ZoneRequest {
+            id: spec.id.clone(),
+            size,
+            align,
+            file_offset: FileOffset(offset),
+        };
+        Ok(Self {
+            request,
+            memory,
+            prefault: spec.prefault,
+            node: spec.host_numa_node,
+            dma: spec.dma,
+        })
+    }
+
+    fn open_backing(
+        host: &Host,
+        pools: &HostConfig,
+        spec: &ZoneSpec,
+    ) -> Result<Opened, ZoneOpenError> {
         let id = spec.id.clone();
-        let (memory, size, align, offset) = match &spec.backing {
+        Ok(match &spec.backing {
             Backing::Anonymous {
                 size,
                 shared: false,
@@ -282,19 +138,7 @@ impl Zone {
                 };
                 open_path(host, spec, &place)?
             }
-        };
-        let request = ZoneRequest {
-            id,
-            size,
-            align,
-            file_offset: FileOffset(offset),
-        };
-        Ok(Self {
-            request,
-            memory,
-            prefault: spec.prefault,
-            node: spec.host_numa_node,
-            dma: spec.dma,
+            Backing::Pool { pool, size } => open_pool(host, pools, spec, pool, *size)?,
         })
     }
 
@@ -304,39 +148,48 @@ impl Zone {
     }
 
     /// Locks and maps one range of the zone where the layout put it.
-    pub fn map(&self, range: &RamRange) -> Result<Region, ZoneMapError> {
+    pub fn map(&mut self, range: &RamRange) -> Result<Region, ZoneMapError> {
         let id = || self.request.id.clone();
-        let mapping = match &self.memory {
-            Memory::Dax(device) => {
+        let mapping = match &mut self.memory {
+            Memory::Dax { device, held, zero } => {
                 let dax = device
                     .range(Some(range.file_offset.0), Some(range.size))
                     .map_err(|source| ZoneMapError::Range { id: id(), source })?;
-                let lock = device
-                    .lock(dax, LockKind::Exclusive)
+                let lock = part_of(held, dax)
+                    .map_or_else(|| device.lock(dax, LockKind::Exclusive), Ok)
                     .map_err(|source| ZoneMapError::Lock { id: id(), source })?;
-                Mapping::Dax(
-                    lock.map()
-                        .map_err(|source| ZoneMapError::Dax { id: id(), source })?,
-                )
+                let mapping = lock
+                    .map()
+                    .map_err(|source| ZoneMapError::Dax { id: id(), source })?;
+                if *zero == Zero::Before {
+                    let start = Instant::now();
+                    mapping
+                        .zero()
+                        .map_err(|source| ZoneMapError::Zero { id: id(), source })?;
+                    tracing::info!(
+                        zone = self.request.id, size = %format_args!("{:#x}", range.size),
+                        elapsed_ms = start.elapsed().as_millis(), "memory of a pool zeroed"
+                    );
+                }
+                Mapping::Dax(mapping)
             }
             Memory::File {
                 file,
                 shared,
                 huge_bytes,
             } => {
+                let huge_bytes = *huge_bytes;
                 let source = Source::File {
                     file: Arc::clone(file),
                     offset: range.file_offset.0,
                     shared: *shared,
                 };
-                Mapping::Host(self.map_host(source, range.size, *huge_bytes)?)
+                Mapping::Host(self.map_host(source, range.size, huge_bytes)?)
             }
             Memory::Anonymous { huge_bytes, thp } => {
-                let source = Source::Anonymous {
-                    huge_bytes: *huge_bytes,
-                    thp: *thp,
-                };
-                Mapping::Host(self.map_host(source, range.size, *huge_bytes)?)
+                let (huge_bytes, thp) = (*huge_bytes, *thp);
+                let source = Source::Anonymous { huge_bytes, thp };
+                Mapping::Host(self.map_host(source, range.size, huge_bytes)?)
             }
         };
         self.prepare(&mapping)?;
@@ -392,6 +245,72 @@ impl Zone {
             }
         }
     }
+}
+
+/// The front of what is held, or all of it; `None` when that is not what is asked for.
+fn part_of(held: &mut Option<RangeLock>, asked: DaxRange) -> Option<RangeLock> {
+    let lock = held.as_mut()?;
+    if lock.range() == asked {
+        return held.take();
+    }
+    if lock.range().offset() != asked.offset() {
+        return None;
+    }
+    lock.split_off_front(asked.len())
+}
+
+/// For a zone that says nothing of where its memory is to come from: the pool that the host has for RAM. `None` when it has
+/// none, or when that can't give it and need not.
+fn open_by_default(
+    host: &Host,
+    pools: &HostConfig,
+    spec: &ZoneSpec,
+) -> Result<Option<Opened>, ZoneOpenError> {
+    let (Some(ram), Backing::Anonymous { size, .. } | Backing::HugeTlb { size, .. }) =
+        (pools.ram(), &spec.backing)
+    else {
+        return Ok(None);
+    };
+    match open_pool(host, pools, spec, &ram.pool, *size) {
+        Ok(opened) => Ok(Some(opened)),
+        Err(error) if ram.required => Err(error),
+        Err(error) => {
+            tracing::warn!(
+                error = crate::chain(&error),
+                "RAM is not of the host's pool for it, and is not required to be"
+            );
+            Ok(None)
+        }
+    }
+}
+
+fn open_pool(
+    host: &Host,
+    pools: &HostConfig,
+    spec: &ZoneSpec,
+    name: &str,
+    size: ByteSize,
+) -> Result<Opened, ZoneOpenError> {
+    let wanted = Wanted {
+        node: spec.host_numa_node,
+        ..Wanted::bytes(size.bytes())
+    };
+    let taken = pools::take(host, pools, name, wanted).map_err(|source| ZoneOpenError::Pool {
+        id: spec.id.clone(),
+        source,
+    })?;
+    let (device, range) = (taken.lock.opened(), taken.lock.range());
+    tracing::info!(
+        zone = spec.id, pool = name, device = %device.path().display(),
+        offset = %format_args!("{:#x}", range.offset()), "memory taken of a pool"
+    );
+    let align = device.facts().align_bytes;
+    let memory = Memory::Dax {
+        device,
+        held: Some(taken.lock),
+        zero: taken.zero,
+    };
+    Ok((memory, range.len(), align, range.offset()))
 }
 
 struct FilePlace<'a> {
@@ -468,7 +387,12 @@ fn open_dax(
         .range(Some(place.offset), place.size)
         .map_err(|source| ZoneOpenError::Range { id: id(), source })?;
     let align = device.facts().align_bytes;
-    Ok((Memory::Dax(device), range.len(), align, range.offset()))
+    let memory = Memory::Dax {
+        device,
+        held: None,
+        zero: Zero::Never,
+    };
+    Ok((memory, range.len(), align, range.offset()))
 }
 
 fn open_file(
@@ -663,3 +587,6 @@ fn default_huge_page() -> Option<u64> {
         .ok()
         .map(|kib| kib * 1024)
 }
+
+#[cfg(test)]
+mod tests;

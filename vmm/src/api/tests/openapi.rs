@@ -103,6 +103,7 @@ fn what_is_answered_is_as_the_document_says() {
         state: VmState::Created,
         memory_actual_size: 0,
         device_tree: None,
+        dax_memory: None,
         memory_leaving: None,
         poison: None,
         devices_kept: Vec::new(),
@@ -125,6 +126,14 @@ fn what_is_answered_is_as_the_document_says() {
         }),
     };
     info.device_tree = Some([("d".to_owned(), node)].into());
+    info.dax_memory = Some(vec![DaxMemory {
+        id: "mem0",
+        gpa: "0x0".into(),
+        size: 4096,
+        file: Path::new("/dev/dax0.0"),
+        offset: 4096,
+        pool: Some("ram"),
+    }]);
     info.memory_leaving = Some(vec![MemoryLeaving {
         id: "d",
         gpa: "0x1000".into(),

@@ -5,6 +5,8 @@
 //! - a file, on fs-dax or any other file system: mapped shared, a flush is a real `fdatasync`.
 //! - a file with `discard_writes`: mapped copy-on-write, a flush is nothing.
 //!
+//! - a range of a pool of the host: device-dax that is locked already, with what its last user left in it.
+//!
 //! Invariants: no byte of the backing is written, and no file is made longer or shorter. Everything that can be wrong
 //! with a backing is found by [`PmemBacking::open`], but for a device-dax range that somebody holds:
 //! [`PmemBacking::map`] finds that.
@@ -20,7 +22,7 @@ use std::sync::atomic::{AtomicI32, Ordering};
 
 use daxhund_dax::{
     ByteSize, DaxDevice, DaxRange, FileBacking, Flusher, Host, LockKind, NotDaxKind, OpenError,
-    is_for_writing,
+    RangeLock, Wanted, is_for_writing,
 };
 
 use super::layout::Gpa;
@@ -60,7 +62,12 @@ pub trait Flush: Send + Sync {
 }
 
 enum Memory {
-    Dax { device: DaxDevice, range: DaxRange },
+    Dax {
+        device: DaxDevice,
+        range: DaxRange,
+        /// The range, locked already; until it is mapped.
+        held: Option<RangeLock>,
+    },
     File(Source),
 }
 
@@ -82,7 +89,7 @@ impl PmemBacking {
         let (id, file) = (spec.id.clone(), spec.file.clone());
         // Tried as device-dax first: the refusal says what else it is.
         match host.open(&spec.file) {
-            Ok(device) => Self::of_device(spec, device),
+            Ok(device) => Self::of_device(spec, device, None),
             Err(OpenError::FsDaxFile { .. }) => Self::of_file(host, spec, FileBacking::FsDax),
             Err(OpenError::NotDax {
                 kind: NotDaxKind::File(kind),
@@ -97,6 +104,28 @@ impl PmemBacking {
         }
     }
 
+    /// What a backing of this size wants of a pool.
+    pub fn wanted(size: u64) -> Wanted {
+        Wanted {
+            align: UNIT,
+            ..Wanted::bytes(size)
+        }
+    }
+
+    /// A range that was taken of a pool.
+    pub fn of_range(id: &str, lock: RangeLock, dma: Option<bool>) -> Result<Self, PmemOpenError> {
+        let device = lock.opened();
+        let spec = PmemSpec {
+            id: id.to_owned(),
+            file: device.path().to_owned(),
+            size: Some(lock.range().len()),
+            offset: lock.range().offset(),
+            discard_writes: false,
+            dma,
+        };
+        Self::of_device(&spec, device, Some(lock))
+    }
+
     /// Takes what somebody else has opened, and lends, for what a specification names; its `file` is for messages. The lender
     /// is not believed: what it is, where it ends and who else has it is seen by the descriptor.
     pub fn lent(host: &Host, spec: &PmemSpec, file: File) -> Result<Self, PmemOpenError> {
@@ -106,7 +135,7 @@ impl PmemBacking {
             source,
         })?;
         match host.adopt(file, &spec.file) {
-            Ok(device) => Self::of_device(spec, device),
+            Ok(device) => Self::of_device(spec, device, None),
             Err(OpenError::FsDaxFile { .. }) => {
                 Self::of_opened(host, spec, FileBacking::FsDax, opened)
             }
@@ -121,7 +150,12 @@ impl PmemBacking {
         }
     }
 
-    fn of_device(spec: &PmemSpec, device: DaxDevice) -> Result<Self, PmemOpenError> {
+    /// `held`: the lock on the very range, if there is one already.
+    fn of_device(
+        spec: &PmemSpec,
+        device: DaxDevice,
+        held: Option<RangeLock>,
+    ) -> Result<Self, PmemOpenError> {
         let id = || spec.id.clone();
         if spec.discard_writes {
             return Err(PmemOpenError::DaxNotPrivate {
@@ -148,7 +182,11 @@ impl PmemBacking {
         }
         Ok(Self {
             id: id(),
-            memory: Memory::Dax { device, range },
+            memory: Memory::Dax {
+                device,
+                range,
+                held,
+            },
             size: range.len(),
             align,
             flusher: Arc::new(flusher),
@@ -259,17 +297,22 @@ impl PmemBacking {
     }
 
     /// Maps it, a device's range being locked first, for this guest-physical address.
-    pub fn map(&self, gpa: Gpa) -> Result<Region, PmemMapError> {
+    pub fn map(&mut self, gpa: Gpa) -> Result<Region, PmemMapError> {
         let id = || self.id.clone();
-        let mapping = match &self.memory {
-            Memory::Dax { device, range } => {
+        let mapping = match &mut self.memory {
+            Memory::Dax {
+                device,
+                range,
+                held,
+            } => {
                 let kind = if device.is_writable() {
                     LockKind::Exclusive
                 } else {
                     LockKind::Shared
                 };
-                let lock = device
-                    .lock(*range, kind)
+                let lock = held
+                    .take()
+                    .map_or_else(|| device.lock(*range, kind), Ok)
                     .map_err(|source| PmemMapError::Lock { id: id(), source })?;
                 Mapping::Dax(
                     lock.map()

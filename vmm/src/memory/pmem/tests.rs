@@ -88,7 +88,7 @@ fn dax_host(align: u64, size: u64, nd: bool) -> (TempDir, Host, PathBuf) {
 #[test]
 fn a_file_is_guest_memory_and_keeps_what_the_guest_wrote() {
     let file = file(4 * MIB);
-    let backing = open(&PmemSpec {
+    let mut backing = open(&PmemSpec {
         offset: 2 * MIB,
         ..spec(file.path())
     })
@@ -114,7 +114,7 @@ fn a_file_is_guest_memory_and_keeps_what_the_guest_wrote() {
 #[test]
 fn discarded_writes_do_not_reach_the_file() {
     let file = file(2 * MIB);
-    let backing = open(&PmemSpec {
+    let mut backing = open(&PmemSpec {
         discard_writes: true,
         ..spec(file.path())
     })
@@ -152,7 +152,7 @@ fn a_file_has_one_writer_or_several_that_discard() {
 #[test]
 fn the_lock_lives_as_long_as_the_mapping() {
     let file = file(2 * MIB);
-    let backing = open(&spec(file.path())).unwrap();
+    let mut backing = open(&spec(file.path())).unwrap();
     let region = backing.map(Gpa(GIB)).unwrap();
     drop(backing);
     refusal(&spec(file.path()));
@@ -164,7 +164,7 @@ fn the_lock_lives_as_long_as_the_mapping() {
 fn a_file_of_memory_works_too() {
     let memfd = super::super::mapping::memfd(2 * MIB, None).unwrap();
     let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&memfd));
-    let backing = open(&spec(Path::new(&path))).unwrap();
+    let mut backing = open(&spec(Path::new(&path))).unwrap();
     backing.map(Gpa(GIB)).unwrap().release().unwrap();
     backing.flusher().flush().unwrap();
 }
@@ -236,7 +236,7 @@ fn device_dax_is_mapped_with_its_alignment_and_flushed_deep() {
             size: Some(GIB),
             ..spec(&node)
         };
-        let backing = PmemBacking::open(&host, &part).unwrap();
+        let mut backing = PmemBacking::open(&host, &part).unwrap();
         assert_eq!((backing.size(), backing.align()), (GIB, align));
         assert_eq!(backing.placement_align(), placement);
         let region = backing.map(Gpa(4 * GIB)).unwrap();
@@ -260,10 +260,25 @@ fn a_whole_device_is_as_many_units_as_it_has() {
 #[test]
 fn a_range_of_a_device_is_had_once() {
     let (_root, host, node) = dax_host(2 * MIB, GIB, false);
-    let backing = PmemBacking::open(&host, &spec(&node)).unwrap();
+    let mut backing = PmemBacking::open(&host, &spec(&node)).unwrap();
     let _region = backing.map(Gpa(4 * GIB)).unwrap();
     let error = backing.map(Gpa(8 * GIB)).unwrap_err();
     assert!(matches!(error, PmemMapError::Lock { .. }), "{error:?}");
+}
+
+#[test]
+fn a_range_of_a_pool_is_held_from_the_moment_it_was_taken() {
+    let (_root, host, node) = super::super::testing::dax_host("/dev/null");
+    let pool = daxhund_dax::Pool::new("p", vec![node]);
+    let before = pool.take(&host, Wanted::bytes(4 * MIB)).unwrap();
+    let lock = pool.take(&host, PmemBacking::wanted(8 * MIB)).unwrap();
+    let (device, range) = (lock.opened(), lock.range());
+    let backing = PmemBacking::of_range("p0", lock, None).unwrap();
+    assert_eq!((backing.size(), range.offset()), (8 * MIB, 4 * MIB));
+    drop(before);
+    device.lock(range, LockKind::Exclusive).unwrap_err();
+    drop(backing);
+    drop(device.lock(range, LockKind::Exclusive).unwrap());
 }
 
 #[test]
@@ -333,7 +348,7 @@ fn what_is_lent_is_seen_for_what_it_is() {
         PmemBacking::lent(&host, &spec, file.try_clone().unwrap())
     };
     let good = file(4 * MIB);
-    let backing = lent(good.as_file(), 2 * MIB, 2 * MIB).unwrap();
+    let mut backing = lent(good.as_file(), 2 * MIB, 2 * MIB).unwrap();
     let region = backing.map(Gpa(4 * GIB)).unwrap();
     // What the lender has locked is ours as well, and nobody else's.
     assert_eq!(region.shared_file().unwrap().1, 2 * MIB);
@@ -371,7 +386,7 @@ fn what_is_lent_for_reading_is_the_guests_alone_and_shared_with_other_readers() 
             ..spec(path)
         };
         let read = || {
-            let backing = PmemBacking::lent(host, &spec, File::open(path).unwrap()).unwrap();
+            let mut backing = PmemBacking::lent(host, &spec, File::open(path).unwrap()).unwrap();
             backing.map(Gpa(4 * GIB)).unwrap()
         };
         let readers = [read(), read()];
@@ -408,13 +423,13 @@ fn a_part_of_device_dax_that_is_lent_is_device_dax_and_stays_locked() {
     let lent =
         |file: &File, spec: &PmemSpec| PmemBacking::lent(&host, spec, file.try_clone().unwrap());
     let lender = open();
-    let backing = lent(&lender, &part(64 * MIB, 0)).unwrap();
+    let mut backing = lent(&lender, &part(64 * MIB, 0)).unwrap();
     let region = backing.map(Gpa(4 * GIB)).unwrap();
     assert!(matches!(region.mapping(), Mapping::Dax(_)));
     drop(backing);
     region.release().unwrap();
     // Ours is gone, and the lender still has what it has locked.
-    let other = lent(&open(), &part(64 * MIB, 0)).unwrap();
+    let mut other = lent(&open(), &part(64 * MIB, 0)).unwrap();
     let error = other.map(Gpa(4 * GIB)).unwrap_err();
     assert!(matches!(error, PmemMapError::Lock { .. }), "{error:?}");
     drop(lender);
