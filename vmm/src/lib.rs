@@ -13,6 +13,8 @@ pub mod cli;
 pub mod config;
 pub mod devices;
 pub mod doctor;
+#[cfg(test)]
+mod documents;
 pub mod guard;
 pub mod host_config;
 #[allow(unsafe_code, reason = "takes over descriptors by their number")]

@@ -194,6 +194,12 @@ pub enum CliError {
     Config(#[from] ConfigError),
 }
 
+/// The command with all that it tells of itself.
+#[cfg(test)]
+pub(crate) fn command() -> clap::Command {
+    args::explained(Args::command())
+}
+
 /// Reads a command line whose first item is the program's name.
 pub fn parse<I>(argv: I) -> Result<Command, CliError>
 where

@@ -84,6 +84,12 @@ struct Ask {
     descriptors: Vec<OwnedFd>,
 }
 
+/// The command with all that it tells of itself.
+#[cfg(test)]
+pub(crate) fn command() -> clap::Command {
+    Args::command()
+}
+
 /// Does what a command line says, whose first item is the program's name, and returns the exit status.
 pub fn run(
     words: impl IntoIterator<Item = OsString>,

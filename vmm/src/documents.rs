@@ -1,0 +1,125 @@
+//! Manual pages and shell completions in `resources/` are those of this version: made from the same tables as `--help`.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+
+use clap::Command;
+use clap_complete::Shell;
+use clap_mangen::Man;
+
+use crate::{cli, remote};
+
+const BLESS: &str = "DAXHUND_BLESS=1 cargo test -p daxhund documents";
+const SHELLS: [(Shell, &str); 3] = [
+    (Shell::Bash, "bash"),
+    (Shell::Zsh, "zsh"),
+    (Shell::Fish, "fish"),
+];
+
+/// Files below `resources/`, with what is in them.
+type Documents = BTreeMap<String, String>;
+
+fn generated() -> Documents {
+    let mut documents = Documents::new();
+    for command in [cli::command(), remote::command()] {
+        let mut command = command.version(env!("CARGO_PKG_VERSION"));
+        let name = command.get_name().to_owned();
+        for (shell, extension) in SHELLS {
+            let mut text = Vec::new();
+            clap_complete::generate(shell, &mut command, &name, &mut text);
+            let path = format!("completions/{name}.{extension}");
+            documents.insert(path, String::from_utf8(text).unwrap());
+        }
+        // Names subcommands after all that leads to them.
+        command.build();
+        pages(&command, &mut documents);
+    }
+    documents
+}
+
+/// A page for a command and for each of its subcommands that are not hidden.
+fn pages(command: &Command, documents: &mut Documents) {
+    for sub in command.get_subcommands().filter(|sub| !sub.is_hide_set()) {
+        // `help` is what clap adds when it builds a command.
+        if sub.get_name() != "help" {
+            pages(sub, documents);
+        }
+    }
+    let name = command.get_display_name().unwrap_or(command.get_name());
+    let mut text = Vec::new();
+    Man::new(command.clone())
+        .manual("daxhund")
+        .source(concat!("daxhund ", env!("CARGO_PKG_VERSION")))
+        .render(&mut text)
+        .unwrap();
+    documents.insert(format!("man/{name}.1"), String::from_utf8(text).unwrap());
+}
+
+/// What is there now.
+fn found(root: &Path) -> Documents {
+    let mut found = Documents::new();
+    for folder in ["completions", "man"] {
+        let Ok(files) = fs::read_dir(root.join(folder)) else {
+            continue;
+        };
+        for file in files {
+            let file = file.unwrap();
+            let name = file.file_name().into_string().unwrap();
+            let text = fs::read_to_string(file.path()).unwrap();
+            found.insert(format!("{folder}/{name}"), text);
+        }
+    }
+    found
+}
+
+#[test]
+fn they_are_of_this_version() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../resources");
+    let generated = generated();
+    if std::env::var_os("DAXHUND_BLESS").is_some() {
+        for path in found(&root).keys() {
+            fs::remove_file(root.join(path)).unwrap();
+        }
+        for (path, text) in &generated {
+            let path = root.join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        }
+    }
+    let found = found(&root);
+    let names = |documents: &Documents| documents.keys().cloned().collect::<Vec<_>>();
+    assert_eq!(
+        names(&found),
+        names(&generated),
+        "`{BLESS}` makes them anew"
+    );
+    for (path, text) in &generated {
+        assert!(
+            found[path] == *text,
+            "resources/{path} is not of this version; `{BLESS}` makes it anew"
+        );
+    }
+}
+
+/// A few things that somebody would look for, so that an empty document is noticed.
+#[test]
+fn they_tell_words_and_keys() {
+    let documents = generated();
+    for (path, words) in [
+        (
+            "man/daxhund.1",
+            vec!["memory\\-zone", "on_removal", "removal_timeout", "143"],
+        ),
+        ("man/daxhund-pool-list.1", vec!["json"]),
+        ("man/daxhund-remote-add-disk.1", vec!["readonly"]),
+        ("completions/daxhund.bash", vec!["--memory-zone", "doctor"]),
+        ("completions/daxhund-remote.zsh", vec!["resize-disk"]),
+        ("completions/daxhund.fish", vec!["removal-guard"]),
+    ] {
+        let text = &documents[path];
+        for word in words {
+            assert!(text.contains(word), "{path} has no {word}");
+        }
+    }
+}
