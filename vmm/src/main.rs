@@ -11,7 +11,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::process::ExitCode;
 
 use daxhund::api::Listener;
-use daxhund::cli::{self, ApiSocket, Command, ExitStatus, LogLevel, Logging};
+use daxhund::cli::{self, ApiSocket, Command, EventPlace, ExitStatus, LogLevel, Logging};
 use daxhund::config::{RemovalGuard, ValidConfig};
 use daxhund::machine::{self, Ending, ResetError, RunError};
 use daxhund::monitor::{EventMonitor, Monitor};
@@ -88,10 +88,10 @@ fn run(
     // Until the end: its thread writes the last event.
     let events = match events {
         None => None,
-        Some(cli::EventMonitor::Path(path)) => Some(EventMonitor::open(&path)?),
-        Some(cli::EventMonitor::Descriptor(fd)) => {
-            Some(EventMonitor::inherited(inherited::take(fd)?)?)
-        }
+        Some(cli::EventMonitor { place, form }) => Some(match place {
+            EventPlace::Path(path) => EventMonitor::open(&path, form)?,
+            EventPlace::Descriptor(fd) => EventMonitor::inherited(inherited::take(fd)?, form)?,
+        }),
     };
     let monitor = events
         .as_ref()

@@ -4,7 +4,8 @@
 //!   Monitor::send ──▶ queue of a fixed length ──▶ thread `event-monitor` ──▶ the file
 //! ```
 //! Names and form are Cloud Hypervisor's: each event is one pretty-printed object with `timestamp` (since the monitor
-//! was opened), `source`, `event` and `properties` (texts, or null), and an empty line after it.
+//! was opened), `source`, `event` and `properties` (texts, or null), and an empty line after it. Who reads line by line takes
+//! [`Form::JsonLines`]: the same objects, each on one line.
 //!
 //! Invariants:
 //! - [`Monitor::send`] never waits. When the reader is slow or absent and the queue is full, events are dropped, and a
@@ -32,7 +33,7 @@ use std::time::{Duration, Instant};
 use thiserror::Error;
 use tracing::{error, warn};
 
-pub use event::Event;
+pub use event::{Event, Form, UnknownForm};
 
 use sink::{Sink, Written};
 
@@ -80,6 +81,7 @@ pub struct Monitor(Option<Arc<Shared>>);
 #[derive(Debug)]
 struct Shared {
     start: Instant,
+    form: Form,
     queue: Mutex<Queue>,
     changed: Condvar,
     /// Takes the thread out of its wait for a reader.
@@ -102,27 +104,28 @@ impl Shared {
 impl EventMonitor {
     /// Writes events to what is at `path`: a FIFO, whether somebody reads it by now or not, or a file, which is made
     /// when it is not there and emptied when it is.
-    pub fn open(path: &Path) -> Result<Self, OpenError> {
+    pub fn open(path: &Path, form: Form) -> Result<Self, OpenError> {
         let sink = Sink::open(path).map_err(|source| OpenError::Path {
             path: path.to_owned(),
             source,
         })?;
-        Self::start(sink)
+        Self::start(sink, form)
     }
 
     /// Writes events to a pipe, a socket or a file that is open already. It is set to non-blocking, which whoever
     /// shares it sees, too.
-    pub fn inherited(descriptor: OwnedFd) -> Result<Self, OpenError> {
+    pub fn inherited(descriptor: OwnedFd, form: Form) -> Result<Self, OpenError> {
         let sink = Sink::of(descriptor).map_err(|error| match error.raw_os_error() {
             Some(libc::EBADF) => OpenError::ReadOnly,
             _ => OpenError::Descriptor(error),
         })?;
-        Self::start(sink)
+        Self::start(sink, form)
     }
 
-    fn start(sink: Sink) -> Result<Self, OpenError> {
+    fn start(sink: Sink, form: Form) -> Result<Self, OpenError> {
         let shared = Arc::new(Shared {
             start: Instant::now(),
+            form,
             queue: Mutex::default(),
             changed: Condvar::new(),
             end: sink::Wake::new().map_err(OpenError::Thread)?,
@@ -181,7 +184,7 @@ impl Monitor {
         let Some(shared) = &self.0 else {
             return;
         };
-        let text = event::text(event, shared.start.elapsed());
+        let text = event::text(event, shared.start.elapsed(), shared.form);
         let mut queue = shared.queue();
         if queue.ended {
             return;

@@ -44,7 +44,7 @@ fn events_are_objects_in_the_order_they_were_sent() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("events");
     std::fs::write(&path, "what an earlier guest left").unwrap();
-    let monitor = EventMonitor::open(&path).unwrap();
+    let monitor = EventMonitor::open(&path, Form::Ch).unwrap();
     let send = monitor.monitor();
     send.send(&Sample("starting", &[]));
     send.clone().send(&Sample(
@@ -71,7 +71,11 @@ fn events_are_objects_in_the_order_they_were_sent() {
 
 #[test]
 fn braces_are_those_of_objects_only() {
-    let text = event::text(&Sample("panic", &[("event", "}{{}")]), Duration::new(3, 7));
+    let text = event::text(
+        &Sample("panic", &[("event", "}{{}")]),
+        Duration::new(3, 7),
+        Form::Ch,
+    );
     assert_eq!(text.matches('{').count(), 3);
     assert_eq!(text.matches('}').count(), 3);
     let value: Value = serde_json::from_str(&text).unwrap();
@@ -90,7 +94,7 @@ fn braces_are_those_of_objects_only() {
 fn a_fifo_needs_no_reader_to_be_opened() {
     let folder = tempfile::tempdir().unwrap();
     let path = fifo(&folder);
-    let monitor = EventMonitor::open(&path).unwrap();
+    let monitor = EventMonitor::open(&path, Form::Ch).unwrap();
     monitor.monitor().send(&Sample("booted", &[]));
     // The reader comes late and finds what was said before.
     let mut lines = BufReader::new(File::open(&path).unwrap()).lines();
@@ -104,7 +108,7 @@ fn a_fifo_needs_no_reader_to_be_opened() {
 fn without_a_reader_nothing_waits_and_the_queue_is_bounded() {
     let folder = tempfile::tempdir().unwrap();
     let path = fifo(&folder);
-    let monitor = EventMonitor::open(&path).unwrap();
+    let monitor = EventMonitor::open(&path, Form::Ch).unwrap();
     let send = monitor.monitor();
     let id = "x".repeat(1000);
     for _ in 0..QUEUE * 2 {
@@ -123,7 +127,7 @@ fn without_a_reader_nothing_waits_and_the_queue_is_bounded() {
 #[test]
 fn a_descriptor_that_is_open_already() {
     let (mut read, write) = std::io::pipe().unwrap();
-    let monitor = EventMonitor::inherited(write.into()).unwrap();
+    let monitor = EventMonitor::inherited(write.into(), Form::Ch).unwrap();
     let send = monitor.monitor();
     send.send(&Sample("paused", &[]));
     drop(monitor);
@@ -136,7 +140,7 @@ fn a_descriptor_that_is_open_already() {
 fn a_reader_that_goes_away_ends_the_events_and_nothing_else() {
     let (read, mut write) = std::io::pipe().unwrap();
     let copy = write.as_fd().try_clone_to_owned().unwrap();
-    let monitor = EventMonitor::inherited(copy).unwrap();
+    let monitor = EventMonitor::inherited(copy, Form::Ch).unwrap();
     drop(read);
     assert!(write.write_all(b"x").is_err(), "nobody reads any more");
     let send = monitor.monitor();
@@ -150,15 +154,42 @@ fn a_reader_that_goes_away_ends_the_events_and_nothing_else() {
 #[test]
 fn what_no_events_can_be_written_to() {
     let folder = tempfile::tempdir().unwrap();
-    let error = EventMonitor::open(&folder.path().join("no/folder")).unwrap_err();
+    let error = EventMonitor::open(&folder.path().join("no/folder"), Form::Ch).unwrap_err();
     assert!(error.to_string().contains("no/folder"), "{error}");
-    assert!(EventMonitor::open(folder.path()).is_err());
+    assert!(EventMonitor::open(folder.path(), Form::Ch).is_err());
     let (read, _write) = std::io::pipe().unwrap();
-    let error = EventMonitor::inherited(read.into()).unwrap_err();
+    let error = EventMonitor::inherited(read.into(), Form::Ch).unwrap_err();
     assert!(matches!(error, OpenError::ReadOnly), "{error}");
 }
 
 #[test]
 fn an_event_monitor_that_is_off_takes_everything() {
     Monitor::off().send(&Sample("booting", &[]));
+}
+
+#[test]
+fn json_lines_are_the_same_objects_each_on_a_line() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("events");
+    let monitor = EventMonitor::open(&path, Form::JsonLines).unwrap();
+    let send = monitor.monitor();
+    send.send(&Sample("starting", &[]));
+    send.send(&Sample("backend-lost", &[("why", "two\nlines {")]));
+    drop(monitor);
+    let text = std::fs::read_to_string(&path).unwrap();
+    assert_eq!(text.matches('\n').count(), 2, "{text:?}");
+    let events: Vec<Value> = text
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    assert_eq!(events[0]["event"], "starting");
+    assert_eq!(events[0]["properties"], Value::Null);
+    assert_eq!(events[1]["properties"]["why"], "two\nlines (");
+    for (name, form) in [("ch", Form::Ch), ("jsonl", Form::JsonLines)] {
+        assert_eq!(
+            (name.parse(), form.to_string()),
+            (Ok(form), name.to_owned())
+        );
+    }
+    assert_eq!("json".parse::<Form>(), Err(UnknownForm));
 }

@@ -74,6 +74,8 @@ mod tests {
     use std::time::Duration;
 
     use clap::Parser;
+    use daxhund_monitor::Form;
+    use daxhund_vhost_user::event::Place;
     use daxhund_vhost_user::policy::{
         OnRemoval, REMOVAL_TIMEOUT, RemovalGuard, RemovalPolicy, Seccomp,
     };
@@ -142,11 +144,15 @@ mod tests {
     #[test]
     fn who_watches_says_where() {
         let with = |word| parse(&["--file", "/f", "--event-monitor", word]);
-        assert_eq!(
-            with("path=/e=1").unwrap().policy.events,
-            Some("/e=1".into())
-        );
-        for word in ["/e", "path=", "fd=3"] {
+        for (word, path, form) in [
+            ("path=/e=1", "/e=1", Form::Ch),
+            ("path=/e,format=jsonl", "/e", Form::JsonLines),
+        ] {
+            let path = path.into();
+            let place = Some(Place { path, form });
+            assert_eq!(with(word).unwrap().policy.events, place);
+        }
+        for word in ["/e", "path=", "fd=3", "path=/e,format=xml"] {
             assert!(
                 matches!(
                     with(word),

@@ -184,7 +184,7 @@ impl Daemon {
     /// Opens and locks the range, then listens. On an error nothing is left.
     pub fn new(config: &Config) -> Result<Self, DaemonError> {
         let host = Host::system();
-        let events = Events::open(config.policy.events.as_deref(), NOUNS);
+        let events = Events::open(config.policy.events.as_ref(), NOUNS);
         let events = events.map_err(DaemonError::Events)?;
         let metrics = Arc::new(Metrics::default());
         let incidents = Incidents::open()?;

@@ -3,11 +3,11 @@
 #![forbid(unsafe_code)]
 
 use std::error::Error;
-use std::path::Path;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use daxhund_guard::chain;
-use daxhund_monitor::{EventMonitor, Monitor, OpenError};
+use daxhund_monitor::{EventMonitor, Form, Monitor, OpenError};
 
 /// The words for a daemon and for what it serves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,6 +66,15 @@ pub enum Event<'a> {
     },
 }
 
+/// Where events are written, and how.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// A file or a FIFO.
+    pub path: PathBuf,
+    /// Form of the objects.
+    pub form: Form,
+}
+
 /// Tells of events by a daemon's nouns.
 #[derive(Clone, Debug)]
 pub struct Events {
@@ -77,8 +86,9 @@ pub struct Events {
 
 impl Events {
     /// To a file or a FIFO; without one they are only logged.
-    pub fn open(path: Option<&Path>, nouns: Nouns) -> Result<Self, OpenError> {
-        let writer = path.map(EventMonitor::open).transpose()?.map(Arc::new);
+    pub fn open(place: Option<&Place>, nouns: Nouns) -> Result<Self, OpenError> {
+        let open = |place: &Place| EventMonitor::open(&place.path, place.form);
+        let writer = place.map(open).transpose()?.map(Arc::new);
         let monitor = writer
             .as_deref()
             .map_or_else(Monitor::off, EventMonitor::monitor);

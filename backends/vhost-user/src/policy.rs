@@ -7,8 +7,10 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
+use daxhund_monitor::Form;
 use thiserror::Error;
 
+use crate::event::Place;
 use crate::source::number;
 
 /// How long a frontend has to go by itself when the host wants the device, unless `removal_timeout=` says otherwise.
@@ -68,7 +70,7 @@ pub struct PolicyArgs {
     #[arg(long, value_enum, value_name = "WHO", conflicts_with = "file")]
     pub removal_guard: Option<RemovalGuard>,
     /// Tell what happens as JSON objects in this file or FIFO
-    #[arg(long, value_name = "path=PATH")]
+    #[arg(long, value_name = "path=PATH[,format=ch|jsonl]")]
     pub event_monitor: Option<String>,
     /// Give counts of what was done to whoever connects to this unix socket
     #[arg(long, value_name = "PATH")]
@@ -88,7 +90,7 @@ pub struct Policy {
     /// What becomes of system calls that are not needed.
     pub seccomp: Seccomp,
     /// Where events are written.
-    pub events: Option<PathBuf>,
+    pub events: Option<Place>,
     /// Where metrics are given.
     pub metrics_socket: Option<PathBuf>,
 }
@@ -96,8 +98,10 @@ pub struct Policy {
 /// What is typed makes no sense.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum PolicyError {
-    /// `--event-monitor` says no place.
-    #[error("--event-monitor {text}: write path=PATH, of a file or a FIFO")]
+    /// `--event-monitor` says no place, or none of the forms.
+    #[error(
+        "--event-monitor {text}: write path=PATH, of a file or a FIFO, and format=ch or format=jsonl after it"
+    )]
     Events {
         /// What was given.
         text: String,
@@ -165,10 +169,17 @@ impl RemovalPolicy {
     }
 }
 
-/// The place in `--event-monitor path=PATH`.
-fn events(text: String) -> Result<PathBuf, PolicyError> {
-    match text.strip_prefix("path=") {
-        Some(path) if !path.is_empty() => Ok(path.into()),
+/// The place in `--event-monitor path=PATH[,format=FORM]`.
+fn events(text: String) -> Result<Place, PolicyError> {
+    let (place, form) = match text.rsplit_once(",format=") {
+        Some((place, form)) => (place, form.parse().ok()),
+        None => (text.as_str(), Some(Form::default())),
+    };
+    match (place.strip_prefix("path="), form) {
+        (Some(path), Some(form)) if !path.is_empty() => Ok(Place {
+            path: path.into(),
+            form,
+        }),
         _ => Err(PolicyError::Events { text }),
     }
 }
@@ -200,7 +211,13 @@ mod tests {
 
     #[test]
     fn who_watches_says_where() {
-        assert_eq!(events("path=/e=1".into()), Ok("/e=1".into()));
+        let place = |path: &str, form| {
+            let path = path.into();
+            Ok(Place { path, form })
+        };
+        assert_eq!(events("path=/e=1".into()), place("/e=1", Form::Ch));
+        let lines = events("path=/e,format=jsonl".into());
+        assert_eq!(lines, place("/e", Form::JsonLines));
         for word in ["/e", "path=", "fd=3"] {
             let error = events(word.into()).unwrap_err();
             assert!(matches!(error, PolicyError::Events { .. }), "{word}");

@@ -2,7 +2,8 @@
 
 use std::path::PathBuf;
 
-use crate::config::{Key, Word, WordError};
+use crate::config::{Expected, Key, Word, WordError};
+use crate::monitor::Form;
 
 /// Where the REST server listens.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -13,9 +14,18 @@ pub enum ApiSocket {
     Descriptor(i32),
 }
 
+/// Where events are written to, and how.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EventMonitor {
+    /// Where.
+    pub place: EventPlace,
+    /// Form of the objects.
+    pub form: Form,
+}
+
 /// Where events are written to.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum EventMonitor {
+pub enum EventPlace {
     /// A file or a FIFO there.
     Path(PathBuf),
     /// An open file, inherited under this number.
@@ -26,6 +36,7 @@ pub enum EventMonitor {
 pub(crate) struct EndpointDraft {
     path: Option<PathBuf>,
     fd: Option<i32>,
+    form: Form,
 }
 
 enum Endpoint {
@@ -70,15 +81,24 @@ const EVENT_MONITOR: Word<EndpointDraft> = Word {
             draft.fd = Some(value.descriptor()?);
             Ok(())
         }),
+        Key::new(
+            "format",
+            "ch|jsonl",
+            "Cloud Hypervisor's objects over several lines (the default), or one object a line",
+            |draft, value| {
+                draft.form = value.text()?.parse().map_err(|_| Expected("ch or jsonl"))?;
+                Ok(())
+            },
+        ),
     ],
 };
 
-fn read(word: &Word<EndpointDraft>, text: &str) -> Result<Endpoint, WordError> {
+fn read(word: &Word<EndpointDraft>, text: &str) -> Result<(Endpoint, Form), WordError> {
     let mut draft = EndpointDraft::default();
     word.fill(text, &mut draft)?;
     match (draft.path, draft.fd) {
-        (Some(path), None) => Ok(Endpoint::Path(path)),
-        (None, Some(fd)) => Ok(Endpoint::Descriptor(fd)),
+        (Some(path), None) => Ok((Endpoint::Path(path), draft.form)),
+        (None, Some(fd)) => Ok((Endpoint::Descriptor(fd), draft.form)),
         _ => Err(WordError::Mode {
             flag: word.flag,
             value: text.to_owned(),
@@ -94,7 +114,8 @@ impl ApiSocket {
         if !text.is_empty() && !keys.iter().any(|key| text.starts_with(key)) {
             return Ok(Self::Path(text.into()));
         }
-        Ok(match read(&API_SOCKET, text)? {
+        let (endpoint, _) = read(&API_SOCKET, text)?;
+        Ok(match endpoint {
             Endpoint::Path(path) => Self::Path(path),
             Endpoint::Descriptor(fd) => Self::Descriptor(fd),
         })
@@ -108,10 +129,12 @@ impl ApiSocket {
 impl EventMonitor {
     /// Reads the value of `--event-monitor`.
     pub fn parse(text: &str) -> Result<Self, WordError> {
-        Ok(match read(&EVENT_MONITOR, text)? {
-            Endpoint::Path(path) => Self::Path(path),
-            Endpoint::Descriptor(fd) => Self::Descriptor(fd),
-        })
+        let (endpoint, form) = read(&EVENT_MONITOR, text)?;
+        let place = match endpoint {
+            Endpoint::Path(path) => EventPlace::Path(path),
+            Endpoint::Descriptor(fd) => EventPlace::Descriptor(fd),
+        };
+        Ok(Self { place, form })
     }
 
     pub(super) fn help() -> String {
@@ -146,17 +169,24 @@ mod tests {
 
     #[test]
     fn an_event_monitor_says_which() {
-        assert_eq!(
-            EventMonitor::parse("path=/run/events"),
-            Ok(EventMonitor::Path("/run/events".into()))
-        );
-        assert_eq!(EventMonitor::parse("fd=9"), Ok(EventMonitor::Descriptor(9)));
+        let path = || EventPlace::Path("/run/events".into());
+        for (text, place, form) in [
+            ("path=/run/events", path(), Form::Ch),
+            ("path=/run/events,format=ch", path(), Form::Ch),
+            ("format=jsonl,path=/run/events", path(), Form::JsonLines),
+            ("fd=9", EventPlace::Descriptor(9), Form::Ch),
+        ] {
+            let expected = EventMonitor { place, form };
+            assert_eq!(EventMonitor::parse(text), Ok(expected), "{text}");
+        }
         for (text, words) in [
             (
                 "/run/events",
                 "--event-monitor: \"/run/events\" is not key=value",
             ),
             ("fd=0", "fd=0 is not"),
+            ("format=jsonl", "expected either path=PATH or fd=N"),
+            ("fd=9,format=xml", "format=xml is not ch or jsonl"),
         ] {
             let error = EventMonitor::parse(text).unwrap_err();
             assert!(error.to_string().contains(words), "{text}: {error}");

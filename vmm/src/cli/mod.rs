@@ -23,7 +23,7 @@ use clap::{ArgMatches, CommandFactory, FromArgMatches};
 use thiserror::Error;
 
 use args::{Args, GuardSub, PoolSub, Sub};
-pub use endpoint::{ApiSocket, EventMonitor};
+pub use endpoint::{ApiSocket, EventMonitor, EventPlace};
 pub use exit::ExitStatus;
 
 use crate::config::{

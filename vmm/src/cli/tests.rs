@@ -4,6 +4,7 @@ use std::path::Path;
 
 use super::*;
 use crate::config::{Backing, ByteSize, CpusError, MemoryError, PayloadError, PmemSource};
+use crate::monitor::Form;
 
 fn parse_line(line: &[&str]) -> Result<Command, CliError> {
     parse(line.iter().map(OsString::from))
@@ -249,7 +250,10 @@ fn with_an_api_socket_the_guest_may_come_later() {
     let line = ["--api-socket=path=/run/s", "-v", "--seccomp", "false"];
     assert_eq!(serving(&line), (socket(), None));
     let line = ["--api-socket", "fd=7", "--event-monitor", "path=/run/e"];
-    let events = EventMonitor::Path("/run/e".into());
+    let events = EventMonitor {
+        place: EventPlace::Path("/run/e".into()),
+        form: Form::Ch,
+    };
     assert_eq!(serving(&line), (ApiSocket::Descriptor(7), Some(events)));
     match with_kernel(&["--api-socket", "/run/s", "--event-monitor", "fd=8"]) {
         Ok(Command::Run {
@@ -260,7 +264,8 @@ fn with_an_api_socket_the_guest_may_come_later() {
         }) => {
             assert_eq!(config.kernel(), Path::new("/k"));
             assert_eq!(api, Some(socket()));
-            assert_eq!(events, Some(EventMonitor::Descriptor(8)));
+            let place = events.map(|events| events.place);
+            assert_eq!(place, Some(EventPlace::Descriptor(8)));
         }
         other => panic!("{other:?}"),
     }

@@ -68,7 +68,7 @@ pub use generic_vhost_user::{
 pub use host::{HostConfig, HostConfigError, PoolConfig, RamConfig, UnknownPool, Zero};
 pub use json::{JsonError, JsonObject, Shape, from_json};
 pub use keyvalue::WordError;
-pub(crate) use keyvalue::{Key, Value, Word};
+pub(crate) use keyvalue::{Expected, Key, Value, Word};
 pub use mac::{MacAddr, MacAddrError};
 pub use memory::{DEFAULT_MEMORY_SIZE, HotplugMethod, MemoryConfig, MemoryError};
 pub use net::{

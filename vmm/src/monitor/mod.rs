@@ -4,5 +4,5 @@
 
 mod event;
 
-pub use daxhund_monitor::{EventMonitor, Monitor, OpenError};
+pub use daxhund_monitor::{EventMonitor, Form, Monitor, OpenError};
 pub use event::Event;
