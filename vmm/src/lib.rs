@@ -24,6 +24,7 @@ pub mod kvm;
 pub mod lifecycle;
 pub mod machine;
 pub mod memory;
+pub mod metrics;
 pub mod monitor;
 pub mod pci;
 pub mod pool;

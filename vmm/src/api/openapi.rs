@@ -105,10 +105,10 @@ impl Schemas {
 /// What one path is asked and what it answers.
 fn operation(endpoint: &Endpoint, schemas: &mut Schemas) -> Value {
     let mut responses = Map::new();
-    let mut done = |status: StatusCode, description: &str, schema: Option<Schema>| {
+    let mut done = |status: StatusCode, description: &str, content: Option<Value>| {
         let mut response = json!({"description": description});
-        if let Some(schema) = schema {
-            response["content"] = content(&schema);
+        if let Some(content) = content {
+            response["content"] = content;
         }
         responses.insert(status.as_str().to_owned(), response);
     };
@@ -119,10 +119,15 @@ fn operation(endpoint: &Endpoint, schemas: &mut Schemas) -> Value {
         Says::Json(schema) => done(
             StatusCode::OK,
             "The answer.",
-            Some(schema(&mut schemas.answers)),
+            Some(content(&schema(&mut schemas.answers))),
         ),
+        Says::Text(kind) => {
+            let text = json!({kind: {"schema": {"type": "string"}}});
+            done(StatusCode::OK, "The answer.", Some(text));
+        }
         Says::Added => {
             let place = schemas.answers.subschema_for::<DeviceAdded>();
+            let place = content(&place);
             done(StatusCode::OK, "The running guest has it.", Some(place));
             let later = "The guest has it when it boots.";
             done(StatusCode::NO_CONTENT, later, None);

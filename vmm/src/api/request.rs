@@ -32,6 +32,10 @@ pub enum Request {
     Info,
     /// What the devices have counted.
     Counters,
+    /// Where guest memory is, and who has it.
+    Regions,
+    /// Publish what is so by now, for metrics.
+    Metrics,
     /// End the process.
     VmmShutdown,
     /// Define the machine; nothing of the host is opened yet.
@@ -104,6 +108,8 @@ pub enum Reply {
     Empty,
     /// This is to say.
     Json(Value),
+    /// These are the metrics.
+    Metrics(String),
 }
 
 impl Reply {

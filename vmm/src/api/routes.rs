@@ -31,6 +31,8 @@ use crate::config::{
     DeviceConfig, DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, PmemConfig, VmConfig,
     VsockConfig,
 };
+use crate::memory::report::RegionsReport;
+use crate::metrics::{self, Metrics};
 
 /// One path.
 #[derive(Debug)]
@@ -52,6 +54,8 @@ pub(super) enum Does {
     Ping,
     /// Answered here: what this table says.
     Document,
+    /// Answered here, after the owner was given a moment.
+    Metrics,
     /// Asked of the owner; there is no body.
     Plain(fn() -> Request),
     /// Asked of the owner, with what the body says.
@@ -77,6 +81,8 @@ pub(super) enum Says {
     Nothing,
     /// This.
     Json(SchemaOf),
+    /// Text of this type.
+    Text(&'static str),
     /// Where the device is, of a running guest, else nothing.
     Added,
 }
@@ -181,6 +187,20 @@ pub(super) static ENDPOINTS: &[Endpoint] = &[
         json::<VmCounters>(),
         IN_STATE,
         "Tells what the machine's devices have counted.",
+    ),
+    get(
+        "vm.regions",
+        Does::Plain(|| Request::Regions),
+        json::<RegionsReport>(),
+        IN_STATE,
+        "Tells where guest memory is, how it stands and who has it.",
+    ),
+    get(
+        "vmm.metrics",
+        Does::Metrics,
+        Says::Text(metrics::CONTENT_TYPE),
+        ANYTIME,
+        "Tells numbers for a monitoring system, as OpenMetrics text; waits for nobody.",
     ),
     put(
         "vmm.shutdown",
@@ -293,12 +313,17 @@ pub(super) static ENDPOINTS: &[Endpoint] = &[
 #[derive(Debug)]
 struct Shared<S> {
     sink: S,
+    metrics: Metrics,
     limits: Limits,
 }
 
 /// The paths, for requests that carry their [`Client`] as an extension.
-pub(super) fn router<S: CallSink>(sink: S, limits: Limits) -> Router {
-    let shared = Arc::new(Shared { sink, limits });
+pub(super) fn router<S: CallSink>(sink: S, metrics: Metrics, limits: Limits) -> Router {
+    let shared = Arc::new(Shared {
+        sink,
+        metrics,
+        limits,
+    });
     let mut router = Router::new();
     for endpoint in ENDPOINTS {
         let shared = Arc::clone(&shared);
@@ -339,6 +364,10 @@ impl<S: CallSink> Shared<S> {
                 without_body(endpoint, &body)?;
                 Reply::json(openapi::document())
             }
+            Does::Metrics => {
+                without_body(endpoint, &body)?;
+                Ok(Reply::Metrics(self.metrics().await))
+            }
             Does::Plain(request) => {
                 without_body(endpoint, &body)?;
                 self.ask(endpoint.name, request()).await
@@ -377,6 +406,16 @@ impl<S: CallSink> Shared<S> {
                 Span(self.limits.body_timeout)
             )),
         }
+    }
+
+    /// What is so by now; what was so, from an owner that is busy: it is not waited for.
+    async fn metrics(&self) -> String {
+        let (call, published) = Call::new(Request::Metrics);
+        if self.sink.submit(call).is_ok() {
+            // Whatever it says, the text tells how old it is.
+            let _ = timeout(metrics::PATIENCE, published).await;
+        }
+        self.metrics.text()
     }
 
     /// Asks the owner and waits for what it says.
@@ -487,23 +526,25 @@ pub(super) fn status(kind: ErrorKind) -> StatusCode {
 }
 
 fn respond(name: &str, answer: Answer) -> Response {
+    const JSON: &str = "application/json";
     let (status, body) = match answer {
         Ok(Reply::Empty) => (StatusCode::NO_CONTENT, None),
-        Ok(Reply::Json(value)) => (StatusCode::OK, Some(value.to_string())),
+        Ok(Reply::Json(value)) => (StatusCode::OK, Some((JSON, value.to_string()))),
+        Ok(Reply::Metrics(text)) => (StatusCode::OK, Some((metrics::CONTENT_TYPE, text))),
         Err(error) => {
             debug!(name, %error, "a request was refused");
             let chain: Vec<_> = error.chain().iter().map(String::as_str).collect();
             (
                 status(error.kind()),
-                Some(serde_json::Value::from(chain).to_string()),
+                Some((JSON, serde_json::Value::from(chain).to_string())),
             )
         }
     };
     let mut response = match body {
-        Some(text) => {
+        Some((kind, text)) => {
             let mut response = Response::new(Body::from(text));
-            let json = HeaderValue::from_static("application/json");
-            response.headers_mut().insert(CONTENT_TYPE, json);
+            let kind = HeaderValue::from_static(kind);
+            response.headers_mut().insert(CONTENT_TYPE, kind);
             response
         }
         None => Response::new(Body::empty()),

@@ -33,6 +33,7 @@ use tokio::time::{sleep, timeout};
 use tracing::{debug, error, warn};
 
 use crate::config::LONGEST_REMOVAL_TIMEOUT;
+use crate::metrics::Metrics;
 
 use super::listener::Listener;
 use super::request::CallSink;
@@ -109,15 +110,20 @@ pub struct Server {
 }
 
 impl Server {
-    /// Serves `listener`'s clients on a thread of its own; what they ask goes to `sink`.
-    pub fn start(listener: Listener, sink: impl CallSink) -> Result<Self, StartError> {
-        Self::start_with(listener, sink, Limits::default())
+    /// Serves `listener`'s clients on a thread of its own; what they ask goes to `sink`, but for `metrics`, which it tells itself.
+    pub fn start(
+        listener: Listener,
+        sink: impl CallSink,
+        metrics: Metrics,
+    ) -> Result<Self, StartError> {
+        Self::start_with(listener, sink, metrics, Limits::default())
     }
 
     /// As [`Server::start`], with other limits.
     pub fn start_with(
         listener: Listener,
         sink: impl CallSink,
+        metrics: Metrics,
         limits: Limits,
     ) -> Result<Self, StartError> {
         let (socket, place) = listener.into_parts();
@@ -126,7 +132,7 @@ impl Server {
             .build()
             .map_err(StartError::Runtime)?;
         let socket = listen(&runtime, socket).map_err(StartError::Listen)?;
-        let router = routes::router(sink, limits);
+        let router = routes::router(sink, metrics, limits);
         let (stop, stopping) = watch::channel(false);
         let (end, ended) = channel::<()>();
         let thread = Builder::new()

@@ -8,6 +8,7 @@
 //! when guest memory is taken away under it, so no design here may wait for it without that signal.
 
 mod cpuid;
+mod exits;
 mod hypervisor;
 mod instruction;
 mod interrupts;
@@ -21,6 +22,7 @@ mod vfio;
 mod vm;
 
 pub use cpuid::{CpuidError, CpuidTemplate};
+pub use exits::{ExitCounts, ExitReason};
 pub use hypervisor::{Hypervisor, OpenError};
 pub use interrupts::{Interrupts, Message, Vectors, VectorsError};
 pub use kick::{KickError, KickTarget};

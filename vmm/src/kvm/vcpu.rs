@@ -5,6 +5,7 @@
 //! this vCPU, is an [`Exit`] or a [`VcpuFault`].
 
 use std::io;
+use std::sync::Arc;
 
 use kvm_bindings::{
     KVM_INTERNAL_ERROR_EMULATION, KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES,
@@ -15,6 +16,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use thiserror::Error;
 
 use super::cpuid::{self, CpuidTemplate};
+use super::exits::{ExitCounts, ExitReason};
 use super::kick::Kickable;
 use super::machine_check::MachineChecks;
 
@@ -291,6 +293,7 @@ pub struct Vcpu {
     /// Set by [`Vcpu::set_up`].
     machine_checks: Option<MachineChecks>,
     is_set_up: bool,
+    exits: Arc<ExitCounts>,
 }
 
 impl Vcpu {
@@ -300,12 +303,18 @@ impl Vcpu {
             fd,
             machine_checks: None,
             is_set_up: false,
+            exits: Arc::default(),
         }
     }
 
     /// Its number.
     pub fn id(&self) -> u8 {
         self.id
+    }
+
+    /// Has its exits counted there: nobody else's are, from then on.
+    pub fn count_exits(&mut self, exits: Arc<ExitCounts>) {
+        self.exits = exits;
     }
 
     /// Power-on state. `boot` is given to the boot vCPU only; the others wait for INIT and SIPI in KVM.
@@ -469,6 +478,7 @@ impl Vcpu {
             id: self.id,
             fd: self.fd,
             machine_checks: self.machine_checks,
+            exits: self.exits,
         }
     }
 }
@@ -500,6 +510,7 @@ pub struct BoundVcpu {
     pub(super) id: u8,
     pub(super) fd: VcpuFd,
     machine_checks: Option<MachineChecks>,
+    exits: Arc<ExitCounts>,
 }
 
 /// What one return from `KVM_RUN` asks for, once the borrow of the shared page is over.
@@ -536,6 +547,7 @@ impl BoundVcpu {
             id,
             fd,
             machine_checks,
+            exits,
         } = self;
         drop(kick);
         Vcpu {
@@ -543,6 +555,7 @@ impl BoundVcpu {
             fd,
             machine_checks,
             is_set_up: true,
+            exits,
         }
     }
 
@@ -591,7 +604,9 @@ impl BoundVcpu {
 
     fn step(&mut self, io: &impl Io) -> Step {
         let id = self.id;
-        match self.fd.run() {
+        let ran = self.fd.run();
+        self.exits.add(ExitReason::of(&ran));
+        match ran {
             Ok(VcpuExit::IoIn(port, data)) => io.port_read(port, data),
             Ok(VcpuExit::IoOut(port, data)) => io.port_write(port, data),
             Ok(VcpuExit::MmioRead(address, data)) => match io.beneath(address) {

@@ -25,6 +25,11 @@ impl Owner {
         let answer = match request {
             Request::Info => self.info(),
             Request::Counters => self.counters(),
+            Request::Regions => self.regions(),
+            Request::Metrics => {
+                self.publish();
+                DONE
+            }
             Request::VmmShutdown => {
                 self.end(Ok(Ending::Asked));
                 DONE
@@ -93,13 +98,14 @@ impl Owner {
             State::NoVm => return Err(no_vm()),
         };
         self.monitor.send(&Event::Booting);
+        self.metrics.booting();
         let valid = config
             .validate()
             .map_err(|error| ApiError::from_error(ErrorKind::Internal, &error))?;
         let vm = RunningVm::boot(
             valid,
             Arc::clone(&self.pools),
-            &self.monitor,
+            (&self.monitor, &self.metrics),
             &mut self.removals,
             self.signals.told(),
         )
@@ -237,7 +243,12 @@ impl Owner {
     }
 
     fn resize_disk(&mut self, id: &str, bytes: u64) -> Answer {
+        self.up()?;
+        self.monitor.send(&Event::Resizing);
         let resized = self.up()?.resize_disk(id, bytes);
+        if resized.is_ok() {
+            self.monitor.send(&Event::Resized);
+        }
         resized.map(|()| Reply::Empty).map_err(|error| {
             let kind = match &error {
                 ResizeDiskError::Unknown(_) => ErrorKind::NotFound,

@@ -23,6 +23,7 @@ use crate::memory::ram::{
     Consumer, ConsumerId, JoinError, Lease, NotAllAttached, Ram, Rank, Reason,
 };
 use crate::memory::region::{Mapping, Region};
+use crate::memory::report::Holder;
 use crate::virtio::vhost_user::{Backend, Change, OpenError, SharedRegion, Spec, VhostUserDevice};
 
 /// Memory that no other process can map.
@@ -154,6 +155,14 @@ impl Backends {
         self.news.try_iter().collect()
     }
 
+    /// By the id of the device that each serves: whether it is there.
+    pub(super) fn connected(&self) -> impl Iterator<Item = (String, bool)> {
+        self.served.iter().map(|Served { backend, .. }| {
+            let is_there = backend.status().lost.is_none();
+            (backend.id().to_owned(), is_there)
+        })
+    }
+
     /// For `vm.info`: how the backend of a device stands, if it has one.
     pub(super) fn state_of(&self, id: &str) -> Option<BackendNode<'_>> {
         let served = self
@@ -181,6 +190,19 @@ impl AsRawFd for Backends {
 /// A backend's reach: after the guest, before devices of the host.
 struct BackendMemory(Arc<Backend>);
 
+/// Bytes of a region that a backend has: all or none.
+struct Has(u64);
+
+/// What becomes a lease.
+fn has(region: &Region) -> Lease {
+    let bytes = if region.is_read_only() {
+        0
+    } else {
+        region.size()
+    };
+    Lease(Box::new(Has(bytes)))
+}
+
 fn shared(region: &Region) -> Result<SharedRegion, Private> {
     let private = || match region.mapping() {
         Mapping::Host(host) if matches!(host.source(), Source::File { .. }) => Private::Copy,
@@ -207,11 +229,10 @@ impl Consumer for BackendMemory {
 
     /// A backend maps memory for writing: what can only be read is not its to reach.
     fn attach(&mut self, region: &Region) -> Result<Lease, Reason> {
-        if region.is_read_only() {
-            return Ok(Lease(Box::new(())));
+        if !region.is_read_only() {
+            self.0.attach(vec![shared(region)?])?;
         }
-        self.0.attach(vec![shared(region)?])?;
-        Ok(Lease(Box::new(())))
+        Ok(has(region))
     }
 
     /// All at once: a backend without memory slots is sent its whole table each time.
@@ -228,13 +249,23 @@ impl Consumer for BackendMemory {
         }
         // Of too much in all, the first is as good as any: the reason says what is too much.
         self.0.attach(all).map_err(|why| refused(0, why.into()))?;
-        Ok(regions.iter().map(|_| Lease(Box::new(()))).collect())
+        Ok(regions.iter().map(|region| has(region)).collect())
     }
 
     fn detach(&mut self, region: &Region, lease: Lease) -> Result<(), (Lease, Reason)> {
         self.0
             .detach(region.gpa().0)
             .map_err(|error| (lease, error.into()))
+    }
+
+    fn holding(&self, lease: &Lease) -> Option<Holder> {
+        let Has(bytes) = *lease.0.downcast_ref()?;
+        (bytes > 0).then(|| Holder::VhostUser {
+            id: self.0.id().to_owned(),
+            socket: self.0.socket().to_owned(),
+            connected: self.0.status().lost.is_none(),
+            bytes,
+        })
     }
 }
 

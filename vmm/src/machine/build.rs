@@ -127,7 +127,7 @@ impl Machine {
         });
         let vcpus = Vcpus::spawn(vcpus, &io, &sender)?;
         Ok(Self {
-            processors: Processors::new(vcpus, registers),
+            processors: Processors::new(vcpus, registers, host.metrics.clone()),
             io,
             devices,
             hotplug,
@@ -413,6 +413,7 @@ fn vcpus(
     for id in 0..count {
         let mut vcpu = vm.create_vcpu(id, host.cpuid.topology())?;
         vcpu.set_up(&host.cpuid, (id == 0).then_some(registers))?;
+        vcpu.count_exits(host.metrics.exits_of(id));
         vcpus.push(vcpu);
     }
     Ok(vcpus)

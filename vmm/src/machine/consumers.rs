@@ -10,6 +10,7 @@ use crate::kvm::{MemorySlots, SlotError, SlotLease, SlotRange};
 use crate::memory::poison::Poison;
 use crate::memory::ram::{Consumer, Lease, Rank, Reason};
 use crate::memory::region::Region;
+use crate::memory::report::Holder;
 
 /// The guest's own view: KVM memory slots. First to attach, last to let go.
 ///
@@ -101,6 +102,14 @@ impl Consumer for KvmSlots {
             Ok(()) => Ok(Lease(Box::new(leases))),
             Err(error) => Err((Lease(Box::new(leases)), error.into())),
         }
+    }
+
+    fn holding(&self, lease: &Lease) -> Option<Holder> {
+        let leases: &Vec<SlotLease> = lease.0.downcast_ref()?;
+        Some(Holder::Kvm {
+            slots: leases.len(),
+            bytes: leases.iter().map(|lease| lease.range().size).sum(),
+        })
     }
 }
 

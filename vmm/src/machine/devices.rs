@@ -410,6 +410,13 @@ impl Devices {
         }
     }
 
+    /// Whether the guest is asked for it, and may let go of it still.
+    pub(super) fn is_asked_for(&self, id: &str) -> bool {
+        let is_asked = |state| matches!(state, SlotState::Asked { .. } | SlotState::Claimed(_));
+        let asked = |plugged: &Plugged| plugged.id == id && is_asked(plugged.state);
+        self.plugged.iter().any(asked)
+    }
+
     /// Whether the guest was asked for it, and has not let go in time.
     pub(super) fn is_kept(&self, id: &str) -> bool {
         let kept = |plugged: &Plugged| plugged.id == id && plugged.state == SlotState::Unanswered;

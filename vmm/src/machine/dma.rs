@@ -14,8 +14,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use daxhund_pin::{
-    AddressSpace, DmaLease, DmaMapper, DmaMemory, DmaRequest, PciFunction, Progress, SpaceKind,
-    map_all,
+    AddressSpace, DmaLease, DmaMapper, DmaMemory, DmaRequest, PciFunction, Progress, SpaceFacts,
+    SpaceKind, map_all,
 };
 use rustix::fs::Access;
 use tracing::warn;
@@ -26,6 +26,8 @@ use super::pin_progress::PinProgress;
 use crate::memory::discard::Forbidden;
 use crate::memory::ram::{Consumer, ConsumerId, Lease, NotAllAttached, Rank, Reason};
 use crate::memory::region::Region;
+use crate::memory::report::{Holder, Pinned};
+use crate::metrics::Metrics;
 use crate::monitor::Monitor;
 
 /// Of iommufd, there with its module and usable with rights to it.
@@ -40,6 +42,8 @@ pub(super) struct DmaDomain {
     pub(super) devices: usize,
     /// Where progress is told.
     pub(super) monitor: Monitor,
+    /// Where it is counted.
+    pub(super) metrics: Metrics,
     /// Functions that could not leave because memory is still mapped for them.
     pub(super) kept: Vec<Arc<PassedThrough>>,
     /// When that is tried again, while there are any.
@@ -111,6 +115,7 @@ impl DmaDomain {
         Box::new(DmaConsumer {
             space: Arc::clone(&self.space),
             monitor: self.monitor.clone(),
+            metrics: self.metrics.clone(),
             said: BTreeSet::new(),
         })
     }
@@ -120,6 +125,7 @@ impl DmaDomain {
 struct DmaConsumer {
     space: Arc<AddressSpace>,
     monitor: Monitor,
+    metrics: Metrics,
     /// Zones whose exclusion was told.
     said: BTreeSet<String>,
 }
@@ -177,7 +183,7 @@ impl Consumer for DmaConsumer {
             .filter(|index| requests[*index].is_some())
             .collect();
         let asked: Vec<DmaRequest<'_>> = requests.iter().flatten().copied().collect();
-        let mut progress = PinProgress::new(&self.monitor);
+        let mut progress = PinProgress::new(&self.monitor, &self.metrics);
         let mut tell = |now: Progress| progress.tell(now);
         let pins = map_all(self.space.as_ref(), &asked, &mut tell).map_err(|failure| {
             let stuck = failure.stuck.into_iter();
@@ -211,6 +217,20 @@ impl Consumer for DmaConsumer {
             },
             Err(other) => Err((Lease(other), "not a lease of the IOMMU".into())),
         }
+    }
+
+    fn holding(&self, lease: &Lease) -> Option<Holder> {
+        let pin = lease.0.downcast_ref::<Pin>()?.as_ref()?;
+        let SpaceFacts { kind, devices, .. } = self.space.space_facts();
+        let pinned = Pinned {
+            bytes: pin.size,
+            took_us: u64::try_from(pin.took.as_micros()).unwrap_or(u64::MAX),
+            devices: devices.iter().map(ToString::to_string).collect(),
+        };
+        Some(match kind {
+            SpaceKind::Type1 => Holder::Type1(pinned),
+            SpaceKind::Iommufd => Holder::Iommufd(pinned),
+        })
     }
 }
 

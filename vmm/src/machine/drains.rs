@@ -20,6 +20,7 @@ use super::vm::RunningVm;
 use crate::api::{Answer, ApiError, ErrorKind, Reply};
 use crate::config::OnRemoval;
 use crate::lifecycle::slot::Claimant;
+use crate::monitor::Event as Happened;
 
 /// At once. Each keeps a connection of the API open.
 const MOST: usize = 16;
@@ -39,6 +40,8 @@ impl Owner {
         match self.claim_for_drain(id) {
             Ok((user, until)) => {
                 info!(%user, "it is drained");
+                self.monitor
+                    .send(&Happened::DrainRequested { id: user.id() });
                 self.drains.push(Drain { user, until, reply });
                 self.settle();
             }
@@ -143,7 +146,7 @@ impl RunningVm {
     }
 
     /// The host's device under a user's memory, or its name.
-    fn device_of(&self, user: &User) -> String {
+    pub(super) fn device_of(&self, user: &User) -> String {
         let device = self.regions.iter().find(|(.., known)| known.user == *user);
         device
             .and_then(|(.., known)| known.device.clone())

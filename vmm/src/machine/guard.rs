@@ -28,6 +28,7 @@ use thiserror::Error;
 use tracing::{error, info, warn};
 
 use crate::config::RemovalGuard;
+use crate::metrics::Outcomes;
 
 /// What a release takes beyond the guest's time: transfers are stopped, memory is unpinned and unmapped.
 pub(super) const RELEASE_SLACK: Duration = Duration::from_secs(30);
@@ -89,7 +90,12 @@ pub(super) struct Removals {
     /// One that is lost, until nobody waits on its descriptor any more: the next one must not have the same number.
     lost: Option<Guard>,
     held: BTreeSet<String>,
+    /// Of them, those that the guard does not hold after all.
+    unheld: BTreeSet<String>,
     waiting: Vec<Waiting>,
+    /// Given up to somebody who waited, since the last [`Removals::take_granted`].
+    granted: Vec<String>,
+    pub(super) outcomes: Outcomes,
     search: Search,
     /// Whether there is anything to hold.
     has_use: bool,
@@ -109,7 +115,10 @@ impl Removals {
             guard,
             lost: None,
             held: BTreeSet::new(),
+            unheld: BTreeSet::new(),
             waiting: Vec::new(),
+            granted: Vec::new(),
+            outcomes: Outcomes::default(),
             search: Search::default(),
             has_use: false,
         })
@@ -162,6 +171,22 @@ impl Removals {
         is_missing.then(|| self.search.next().unwrap_or_else(Instant::now))
     }
 
+    /// Whether somebody waits for a device whose removal is held; `None`: it is not.
+    pub(super) fn standing_of(&self, device: &str) -> Option<bool> {
+        let is_held = self.held.contains(device) && !self.unheld.contains(device);
+        is_held.then(|| self.waiting.iter().any(|waiting| waiting.device == device))
+    }
+
+    /// How many wait.
+    pub(super) fn waiting(&self) -> u64 {
+        self.waiting.len() as u64
+    }
+
+    /// What was given up to somebody who waited, since the last call.
+    pub(super) fn take_granted(&mut self) -> Vec<String> {
+        std::mem::take(&mut self.granted)
+    }
+
     /// Looks for a guard where one may be and none has to.
     fn find(&mut self, now: Instant) {
         if self.wish == RemovalGuard::Off {
@@ -212,6 +237,7 @@ impl Removals {
             Err(error) => {
                 // Not to be asked again at each step.
                 self.held.insert(device.to_owned());
+                self.unheld.insert(device.to_owned());
                 error!(device, %error, "its removal is not held");
             }
         }
@@ -220,6 +246,7 @@ impl Removals {
     /// Nothing of a device is left here.
     fn let_go(&mut self, device: &str) {
         self.held.remove(device);
+        self.unheld.remove(device);
         let requests: Vec<RequestId> = self
             .waiting
             .extract_if(.., |waiting| waiting.device == device)
@@ -230,6 +257,8 @@ impl Removals {
             guard.let_go(device)
         } else {
             info!(device, "it is given up; whoever wants it can have it");
+            self.granted.push(device.to_owned());
+            self.outcomes.let_through += requests.len() as u64;
             requests
                 .into_iter()
                 .try_for_each(|request| guard.answer(request, Verdict::Released))
@@ -260,6 +289,7 @@ impl Removals {
                     by,
                 } => {
                     let by = by.to_string();
+                    self.outcomes.held += 1;
                     self.waiting.push(Waiting {
                         request,
                         device: device.clone(),
@@ -272,9 +302,11 @@ impl Removals {
                 }
                 Notice::Withdrawn { request } => {
                     let place = self.waiting.iter().position(|w| w.request == request);
-                    if let Some(waiting) = place.map(|place| self.waiting.remove(place))
-                        && !self.waiting.iter().any(|w| w.device == waiting.device)
-                    {
+                    let Some(waiting) = place.map(|place| self.waiting.remove(place)) else {
+                        continue;
+                    };
+                    self.outcomes.called_off += 1;
+                    if !self.waiting.iter().any(|w| w.device == waiting.device) {
                         asked.push(Asked::Unwanted(waiting.device));
                     }
                 }
@@ -286,6 +318,7 @@ impl Removals {
     /// It stays.
     pub(super) fn refuse(&mut self, request: RequestId, why: String) {
         self.waiting.retain(|waiting| waiting.request != request);
+        self.outcomes.refused += 1;
         let Some(guard) = &mut self.guard else { return };
         if let Err(error) = guard.answer(request, Verdict::Refused { why }) {
             self.lost(&error);
@@ -297,6 +330,7 @@ impl Removals {
         self.search.lost(Instant::now());
         self.lost = self.guard.take();
         self.held.clear();
+        self.unheld.clear();
         self.waiting.clear();
     }
 }

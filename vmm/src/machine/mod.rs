@@ -32,6 +32,7 @@ mod poison;
 mod processors;
 mod regions;
 mod removal;
+mod report;
 mod requests;
 mod resources;
 mod seat;
@@ -61,6 +62,7 @@ pub use vm::{AddError, BalloonResizeError, BootError, PauseError, ResetError};
 use crate::api::{ListenError, Listener, Server, StartError};
 use crate::config::{HostConfig, RemovalGuard, ValidConfig};
 use crate::kvm::VcpuFault;
+use crate::metrics::Metrics;
 use crate::monitor::{Event as Happened, Monitor};
 use calls::Calls;
 use guard::Removals;
@@ -154,17 +156,19 @@ pub fn run(options: Options) -> Result<Ending, RunError> {
         what: "event descriptor",
         source,
     })?;
+    let metrics = Metrics::default();
     let server = api
-        .map(|listener| Server::start(listener, sender))
+        .map(|listener| Server::start(listener, sender, metrics.clone()))
         .transpose()?;
     let running = match config {
         None => None,
         Some(valid) => {
             monitor.send(&Happened::Booting);
+            metrics.booting();
             let vm = RunningVm::boot(
                 valid,
                 Arc::clone(&pools),
-                &monitor,
+                (&monitor, &metrics),
                 &mut removals,
                 signals.told(),
             )?;
@@ -175,7 +179,7 @@ pub fn run(options: Options) -> Result<Ending, RunError> {
     let ended = Owner::new(
         calls,
         signals,
-        monitor.clone(),
+        (monitor.clone(), metrics),
         pools,
         (removals, lookout),
         running,

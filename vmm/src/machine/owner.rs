@@ -40,6 +40,7 @@ use crate::api::Call;
 use crate::config::{HostConfig, VmConfig};
 use crate::devices::power::PowerRequest;
 use crate::kvm::VcpuFault;
+use crate::metrics::Metrics;
 use crate::monitor::{Event as Happened, Monitor};
 use crate::virtio::vhost_user::Change;
 
@@ -217,6 +218,7 @@ pub(super) struct Owner {
     pub(super) monitor: Monitor,
     /// What the host has pools of.
     pub(super) pools: Arc<HostConfig>,
+    pub(super) metrics: Metrics,
     pub(super) state: State,
     feed: SerialFeed,
     /// The descriptor of the machine's events that is waited on.
@@ -241,7 +243,7 @@ impl Owner {
     pub(super) fn new(
         calls: Calls,
         signals: Signals,
-        monitor: Monitor,
+        (monitor, metrics): (Monitor, Metrics),
         pools: Arc<HostConfig>,
         (removals, lookout): (Removals, Lookout),
         running: Option<RunningVm>,
@@ -259,6 +261,7 @@ impl Owner {
             guard_timer: timer()?,
             monitor,
             pools,
+            metrics,
             state: running.map_or(State::NoVm, |vm| State::Up(Box::new(vm))),
             feed: SerialFeed::default(),
             machine_fd: None,
@@ -309,6 +312,9 @@ impl Owner {
         // A guard that was lost since the last time goes before another one comes.
         self.wait_on_guard(ops);
         self.removals.follow(&used);
+        for device in &self.removals.take_granted() {
+            self.monitor.send(&Happened::RemovalGranted { device });
+        }
         self.wait_on_guard(ops);
         self.guard_timer.set_once(self.removals.looks_again_at());
     }
@@ -472,6 +478,7 @@ impl Owner {
         };
         let losses = vm.look_for_losses(going);
         let found = !losses.is_empty();
+        self.removals.outcomes.lost += losses.regions;
         self.tell(losses.settled);
         for lost in &losses.ram {
             self.monitor.send(&Happened::MemoryLost {
@@ -704,13 +711,16 @@ impl MutEventSubscriber for Owner {
         }
         self.watch(ops);
         self.follow(ops);
+        self.publish();
     }
 
     fn process(&mut self, events: event_manager::Events, ops: &mut EventOps<'_>) {
         match Token::from_data(events.data()) {
             Token::Machine => self.on_machine(ops),
+            // Nothing of it shows in what is followed and published.
             token @ (Token::ConsoleInput | Token::SerialSpace | Token::ConsoleClient) => {
                 self.on_serial(token, ops);
+                return;
             }
             Token::Calls => self.on_calls(ops),
             Token::Timer => {
@@ -735,6 +745,7 @@ impl MutEventSubscriber for Owner {
             self.shut_down(ops);
         }
         self.follow(ops);
+        self.publish();
         self.answer_drains();
     }
 }

@@ -300,6 +300,7 @@ impl HostResources {
             member: None,
             devices: 0,
             monitor: self.monitor.clone(),
+            metrics: self.metrics.clone(),
             kept: Vec::new(),
             ask_again: None,
             _no_discard: self.discard.forbid(),

@@ -1,6 +1,6 @@
-//! How far a long pin is, told to those who watch: events, and a bar on a terminal.
+//! How far a long pin is, told to those who watch: metrics, events, and a bar on a terminal.
 //!
-//! Most pins are over before anybody has looked: nothing is said of those that take less than [`WORTH_SAYING`].
+//! Most pins are over before anybody has looked: nothing is said of those that take less than [`WORTH_SAYING`]. All are counted.
 
 use std::io::{IsTerminal, stderr};
 use std::time::Duration;
@@ -8,6 +8,7 @@ use std::time::Duration;
 use daxhund_pin::Progress;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
+use crate::metrics::Metrics;
 use crate::monitor::{Event, Monitor};
 
 /// From here on somebody may wonder.
@@ -19,15 +20,26 @@ const BAR: &str =
 /// Of one pin.
 pub(super) struct PinProgress<'a> {
     monitor: &'a Monitor,
+    metrics: &'a Metrics,
+    /// As long as was told last; `None`: there was nothing to pin.
+    elapsed: Option<Duration>,
     bar: Option<ProgressBar>,
 }
 
 impl<'a> PinProgress<'a> {
-    pub(super) fn new(monitor: &'a Monitor) -> Self {
-        Self { monitor, bar: None }
+    pub(super) fn new(monitor: &'a Monitor, metrics: &'a Metrics) -> Self {
+        Self {
+            monitor,
+            metrics,
+            elapsed: None,
+            bar: None,
+        }
     }
 
     pub(super) fn tell(&mut self, progress: Progress) {
+        self.elapsed = Some(progress.elapsed);
+        self.metrics
+            .pinning(progress.done_bytes, progress.total_bytes);
         if progress.elapsed < WORTH_SAYING {
             return;
         }
@@ -52,6 +64,9 @@ impl Drop for PinProgress<'_> {
     fn drop(&mut self) {
         if let Some(bar) = self.bar.take() {
             bar.finish_and_clear();
+        }
+        if let Some(elapsed) = self.elapsed {
+            self.metrics.pinned(elapsed);
         }
     }
 }

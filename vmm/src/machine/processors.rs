@@ -20,6 +20,7 @@ use crate::config::VcpusOutOfLimits;
 use crate::devices::processors::Processors as Registers;
 use crate::kvm::{CpuidTemplate, CreateVmError, SetupError, Vcpu, Vm};
 use crate::lifecycle::vcpus::{Outcome, Plan, Resizing};
+use crate::metrics::Metrics;
 
 /// The guest keeps the vCPUs that it has.
 #[derive(Debug, Error)]
@@ -52,14 +53,17 @@ pub(super) struct Processors {
     pub(super) vcpus: Vcpus,
     registers: Arc<Registers>,
     resizing: Resizing,
+    /// Where exits are counted.
+    metrics: Metrics,
 }
 
 impl Processors {
-    pub(super) fn new(vcpus: Vcpus, registers: Arc<Registers>) -> Self {
+    pub(super) fn new(vcpus: Vcpus, registers: Arc<Registers>, metrics: Metrics) -> Self {
         Self {
             vcpus,
             registers,
             resizing: Resizing::default(),
+            metrics,
         }
     }
 
@@ -145,6 +149,7 @@ impl Processors {
             Some(vcpu) => vcpu,
             None => vm.create_vcpu(id, cpuid.topology())?,
         };
+        vcpu.count_exits(self.metrics.exits_of(id));
         match vcpu.set_up_again(cpuid) {
             Ok(()) => Ok(vcpu),
             Err(error) => {

@@ -13,6 +13,7 @@ use crate::lifecycle::region::{
 use crate::memory::layout::Gpa;
 use crate::memory::ram::{DetachError, Ram};
 use crate::memory::region::Region;
+use crate::memory::report::{RegionKind, RegionReport};
 
 /// What is known of a region beside its state.
 pub(super) struct Known {
@@ -21,6 +22,8 @@ pub(super) struct Known {
     pub(super) size: u64,
     /// The host's device, for device-dax.
     pub(super) device: Option<String>,
+    /// What does not change of it.
+    pub(super) report: RegionReport,
     /// Who did not let go at the last try.
     held_by: Option<String>,
     /// Set between the last consumer's letting go and its unmapping.
@@ -47,7 +50,12 @@ pub(super) struct Regions {
 impl Regions {
     /// A region that is about to be attached.
     pub(super) fn begin(&mut self, region: &Region, user: User) -> RegionId {
+        let kind = match user {
+            User::Zone(_) => RegionKind::Ram,
+            User::Device(_) => RegionKind::Pmem,
+        };
         self.lives.begin(Known {
+            report: RegionReport::of(region, user.id(), kind),
             user,
             gpa: region.gpa(),
             size: region.size(),
@@ -234,6 +242,11 @@ impl Regions {
 }
 
 impl Known {
+    /// Who did not let go at the last try.
+    pub(super) fn held_by(&self) -> Option<&str> {
+        self.held_by.as_deref()
+    }
+
     fn report(&self, held_by: Option<String>) -> StuckMemory {
         StuckMemory {
             user: self.user.clone(),

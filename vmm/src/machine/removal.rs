@@ -90,6 +90,8 @@ pub(super) struct Losses {
     pub(super) ram: Vec<LostRam>,
     /// Devices that were cut off.
     pub(super) settled: Vec<Settled>,
+    /// How many regions were not known to be gone.
+    pub(super) regions: u64,
 }
 
 impl Losses {
@@ -224,7 +226,10 @@ impl RunningVm {
         if self.host.dma.is_some() && self.regions.iter().filter(is_news).any(is_cut) {
             warn!(elapsed_us, "devices do not reach it any more");
         }
-        let mut losses = Losses::default();
+        let mut losses = Losses {
+            regions: news.len() as u64,
+            ..Losses::default()
+        };
         let mut cut_off = Vec::new();
         for (_, _, known) in self.regions.iter().filter(is_news) {
             match &known.user {

@@ -78,6 +78,7 @@ impl Owner {
 
     fn on_unwanted(&mut self, device: &str) {
         info!(device, "the host does not want it any more");
+        self.monitor.send(&Happened::RemovalCalledOff { device });
         // The button was pressed; what the guest makes of it is its own affair.
         self.stopping
             .take_if(|stopping| stopping.device == device && stopping.by == Claimant::Host);
@@ -99,16 +100,19 @@ impl Owner {
     /// Who has lent a device's memory wants it back, for the host.
     pub(super) fn on_wanted_back(&mut self, id: &str) {
         let State::Up(vm) = &self.state else { return };
-        let (policy, timeout) = vm.removal_policy(&User::Device(id.to_owned()));
+        let user = User::Device(id.to_owned());
+        let (policy, timeout) = vm.removal_policy(&user);
+        self.monitor.send(&Happened::DeviceRequested { id });
         if policy == OnRemoval::Refuse {
+            let device = &vm.device_of(&user);
             warn!(
                 id,
                 "the backend wants its memory back; on_removal=refuse keeps it"
             );
+            self.monitor.send(&Happened::RemovalRefused { device });
             return;
         }
         warn!(id, "the backend wants its memory back");
-        self.monitor.send(&Happened::DeviceRequested { id });
         self.claim_until(id, Instant::now() + timeout);
     }
 

@@ -26,6 +26,7 @@ use crate::memory::poison::Poison;
 use crate::memory::region::Region;
 use crate::memory::tombstones::Tombstones;
 use crate::memory::zone::{Zone, ZoneMapError, ZoneOpenError};
+use crate::metrics::Metrics;
 use crate::monitor::Monitor;
 use crate::pci::{self, LayoutRequest, MemoryArea, PciLayout};
 use crate::virtio::balloon::BalloonDevice;
@@ -117,6 +118,8 @@ pub struct HostResources {
     pub(super) balloon: Option<Arc<BalloonDevice>>,
     /// Where it is told how far a long pin is.
     pub(super) monitor: Monitor,
+    /// Where exits and pins are counted.
+    pub(super) metrics: Metrics,
     /// What the host tells of passed-through devices.
     pub(super) notices: Notices,
     /// vhost-user backends that serve devices.
@@ -134,7 +137,7 @@ impl HostResources {
     pub(super) fn open(
         config: &ValidConfig,
         pools: Arc<HostConfig>,
-        monitor: &Monitor,
+        (monitor, metrics): (&Monitor, &Metrics),
         removals: &mut Removals,
         told: Arc<UnixStream>,
     ) -> Result<(Self, Vec<Region>), PrepareError> {
@@ -204,6 +207,7 @@ impl HostResources {
             devices: Vec::new(),
             balloon: None,
             monitor: monitor.clone(),
+            metrics: metrics.clone(),
             notices: Notices::new().map_err(PrepareError::Notices)?,
             backends: Backends::new(told).map_err(PrepareError::Notices)?,
             iommufd: config.iommufd(),

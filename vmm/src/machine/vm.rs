@@ -27,6 +27,7 @@ use crate::lifecycle::region::RegionEvent;
 use crate::memory::poison::Poisoned;
 use crate::memory::ram::{AttachFailure, DetachError, JoinError, Ram};
 use crate::memory::region::{Mapping, Region};
+use crate::metrics::Metrics;
 use crate::monitor::Monitor;
 use crate::virtio::balloon::BalloonSizeError;
 use crate::virtio::blk::DiskResizeError;
@@ -233,11 +234,11 @@ impl RunningVm {
     pub(super) fn boot(
         valid: ValidConfig,
         pools: Arc<HostConfig>,
-        monitor: &Monitor,
+        telling: (&Monitor, &Metrics),
         removals: &mut Removals,
         told: Arc<UnixStream>,
     ) -> Result<Self, BootError> {
-        let (mut host, regions) = HostResources::open(&valid, pools, monitor, removals, told)
+        let (mut host, regions) = HostResources::open(&valid, pools, telling, removals, told)
             .map_err(|e| BootError::Prepare(Box::new(e)))?;
         // From here on it is taken from everybody before the host's resources go.
         let mut ram = Ram::new(vec![host.discard.consumer()]);
@@ -430,12 +431,20 @@ impl RunningVm {
     pub(super) fn counters(&self) -> VmCounters {
         let named = |(name, count): (&str, u64)| (name.to_owned(), count);
         let memory = self.host.poison.counters().into_iter().map(named);
-        let devices = self.host.devices.iter().map(|device| {
-            let counters = device.kind.counters().into_iter();
-            (device.id.clone(), counters.map(named).collect())
+        let devices = self.device_counters().map(|(id, counters)| {
+            let counters = counters.into_iter().map(named);
+            (id, counters.collect())
         });
         let memory = (MEMORY_COUNTERS.to_owned(), memory.collect());
         VmCounters(devices.chain([memory]).collect())
+    }
+
+    /// What each device has counted, by its id.
+    pub(super) fn device_counters(
+        &self,
+    ) -> impl Iterator<Item = (String, Vec<(&'static str, u64)>)> {
+        let devices = self.host.devices.iter();
+        devices.map(|device| (device.id.clone(), device.kind.counters()))
     }
 
     pub(super) fn is_paused(&self) -> bool {

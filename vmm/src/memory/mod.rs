@@ -8,6 +8,7 @@
 //! 5. [`ram`]: the region is attached to every consumer in order, detached in reverse, and released.
 //!
 //! Persistent memory walks the same way from step 3 on; [`pmem`] is its step 1.
+//! [`report`] is what of a region is told to those who ask.
 //! [`dma`] says whether passed-through devices reach a region.
 //! [`tombstones`] are where memory was that the host took away.
 //! Devices of this process reach what is attached through a [`snapshot`].
@@ -27,6 +28,7 @@ pub mod pools;
 pub mod ram;
 #[allow(unsafe_code, reason = "hands a mapping to vm-memory")]
 pub mod region;
+pub mod report;
 pub mod snapshot;
 #[cfg(test)]
 pub(crate) mod testing;

@@ -38,14 +38,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use schemars::JsonSchema;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::layout::Gpa;
 
 const PAGE: u64 = 4096;
 
 /// A poisoned range of guest memory.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Poisoned {
     /// First guest-physical address.
     pub gpa: u64,
@@ -183,6 +183,21 @@ impl PoisonList {
         }
     }
 
+    /// What of a range is poisoned, by address.
+    pub fn within(&self, range: Range<u64>) -> Vec<Poisoned> {
+        let near = self.ranges.range(..range.end);
+        near.filter_map(|(_, poisoned)| {
+            let (start, end) = (poisoned.gpa.max(range.start), poisoned.end().min(range.end));
+            let pages = poisoned.pages.iter().copied();
+            (start < end).then(|| Poisoned {
+                gpa: start,
+                size: end - start,
+                pages: pages.filter(|page| (start..end).contains(page)).collect(),
+            })
+        })
+        .collect()
+    }
+
     /// All of it, by address; for `vm.info`.
     pub fn iter(&self) -> impl Iterator<Item = &Poisoned> {
         self.ranges.values()
@@ -233,6 +248,11 @@ impl Poison {
     /// Whether all of it is out.
     pub fn is_all_out(&self, range: Range<u64>) -> bool {
         self.left_of(range).is_empty()
+    }
+
+    /// What of a range is known to be poisoned.
+    pub fn known_within(&self, range: Range<u64>) -> Vec<Poisoned> {
+        self.read().known.within(range)
     }
 
     /// What of a range the guest is to reach.
@@ -325,6 +345,13 @@ mod tests {
         assert_eq!(list.find(0..2 * M), None);
         assert_eq!(list.find(4 * M..u64::MAX), None);
         assert_eq!(list.find(3 * M..3 * M), None);
+        let part = Poisoned {
+            gpa: 3 * M,
+            size: M,
+            pages: vec![3 * M],
+        };
+        assert_eq!(list.within(3 * M..8 * M), [part]);
+        assert_eq!(list.within(4 * M..8 * M), []);
     }
 
     #[test]

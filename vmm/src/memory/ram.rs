@@ -20,6 +20,7 @@ use vm_memory::{GuestAddress, GuestMemoryAtomic, GuestMemoryRegion};
 
 use super::layout::Gpa;
 use super::region::Region;
+use super::report::Holder;
 use super::snapshot::{Snapshot, SnapshotRegion};
 
 /// What devices see of guest memory.
@@ -85,6 +86,11 @@ pub trait Consumer: Send {
     fn renew(&mut self, region: &Region, lease: Lease) -> Result<Lease, (Lease, Reason)> {
         let _ = region;
         Ok(lease)
+    }
+    /// What it has of a region, for those who ask; `None` of one who neither maps nor pins it.
+    fn holding(&self, lease: &Lease) -> Option<Holder> {
+        let _ = lease;
+        None
     }
 }
 
@@ -354,6 +360,17 @@ impl Ram {
     /// The regions that exist.
     pub fn regions(&self) -> impl Iterator<Item = &Region> {
         self.attached.iter().map(|a| &a.region)
+    }
+
+    /// Who has a region that exists, in the order in which they got it.
+    pub fn holders_of(&self, gpa: Gpa) -> Vec<Holder> {
+        let attached = self.attached.iter().find(|a| a.region.gpa() == gpa);
+        let leases = attached.into_iter().flat_map(|attached| &attached.leases);
+        let holding = leases.filter_map(|(id, lease)| {
+            let member = self.members.iter().find(|member| member.id == *id)?;
+            member.consumer.holding(lease)
+        });
+        holding.collect()
     }
 
     /// The regions that are stuck on their way out.

@@ -54,7 +54,7 @@ pub enum Event<'a> {
         /// The device's name.
         id: &'a str,
     },
-    /// RAM was taken away by the host; the guest ends.
+    /// RAM was taken away by the host; the guest ends, or is held for good.
     MemoryLost {
         /// The zone.
         id: &'a str,
@@ -108,7 +108,22 @@ pub enum Event<'a> {
         /// The host's device.
         device: &'a str,
     },
-    /// The host wants a passed-through device back.
+    /// Nothing of the device is left here: whoever waited has it.
+    RemovalGranted {
+        /// The host's device.
+        device: &'a str,
+    },
+    /// Nobody waits for the device any more; it is kept.
+    RemovalCalledOff {
+        /// The host's device.
+        device: &'a str,
+    },
+    /// An operator wants a device, or a memory zone, and waits.
+    DrainRequested {
+        /// The device's or the zone's name.
+        id: &'a str,
+    },
+    /// The host wants a passed-through device back, or a backend the memory that it has lent.
     DeviceRequested {
         /// The device's name.
         id: &'a str,
@@ -141,29 +156,12 @@ pub enum Event<'a> {
         /// How long the rest takes at that rate.
         eta_ms: Option<&'a str>,
     },
-    /// The guest's kernel panicked and said so.
-    GuestPanic {
-        /// What it said.
-        event: &'a str,
-    },
-    /// The guest's driver has set a virtio device up.
-    VirtioActivated {
-        /// The device's name.
-        id: &'a str,
-    },
-    /// The guest's driver has reset a virtio device.
-    VirtioReset {
-        /// The device's name.
-        id: &'a str,
-    },
 }
 
 impl daxhund_monitor::Event for Event<'_> {
     fn source(&self) -> &'static str {
         match self {
             Self::VmmStarting | Self::VmmShutdown => "vmm",
-            Self::GuestPanic { .. } => "guest",
-            Self::VirtioActivated { .. } | Self::VirtioReset { .. } => "virtio-device",
             _ => "vm",
         }
     }
@@ -193,14 +191,14 @@ impl daxhund_monitor::Event for Event<'_> {
             Self::MemoryPoisoned { .. } => "memory-poisoned",
             Self::RemovalRequested { .. } => "removal-requested",
             Self::RemovalRefused { .. } => "removal-refused",
+            Self::RemovalGranted { .. } => "removal-granted",
+            Self::RemovalCalledOff { .. } => "removal-called-off",
+            Self::DrainRequested { .. } => "drain-requested",
             Self::DeviceRequested { .. } => "device-requested",
             Self::DeviceError { .. } => "device-error",
             Self::BackendLost { .. } => "backend-lost",
             Self::BackendConnected { .. } => "backend-connected",
             Self::PinProgress { .. } => "pin-progress",
-            Self::GuestPanic { .. } => "panic",
-            Self::VirtioActivated { .. } => "activated",
-            Self::VirtioReset { .. } => "reset",
         }
     }
 
@@ -255,18 +253,18 @@ impl daxhund_monitor::Event for Event<'_> {
                 ("touched", touched),
             ],
             Self::RemovalRequested { device, by } => vec![("device", device), ("by", by)],
-            Self::RemovalRefused { device } => vec![("device", device)],
+            Self::RemovalRefused { device }
+            | Self::RemovalGranted { device }
+            | Self::RemovalCalledOff { device } => vec![("device", device)],
             Self::DeviceRemoved { id, bdf } => vec![("id", id), ("bdf", bdf)],
-            Self::GuestPanic { event } => vec![("event", event)],
             Self::ResizeUnanswered { vcpus } => vec![("vcpus", vcpus)],
             Self::BackendLost { id, why } => vec![("id", id), ("why", why)],
             Self::DeviceRemovalUnanswered { id }
             | Self::DeviceCutOff { id }
             | Self::DeviceRequested { id }
             | Self::DeviceError { id }
-            | Self::BackendConnected { id }
-            | Self::VirtioActivated { id }
-            | Self::VirtioReset { id } => vec![("id", id)],
+            | Self::DrainRequested { id }
+            | Self::BackendConnected { id } => vec![("id", id)],
             _ => Vec::new(),
         }
     }

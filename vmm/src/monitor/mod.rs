@@ -3,6 +3,8 @@
 #![forbid(unsafe_code)]
 
 mod event;
+mod table;
 
 pub use daxhund_monitor::{EventMonitor, Form, Monitor, OpenError};
 pub use event::Event;
+pub use table::Row;

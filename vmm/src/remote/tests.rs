@@ -4,6 +4,7 @@ use std::thread;
 
 use super::*;
 use crate::api::{ApiError, Call, ErrorKind, Gone, Listener, Reply, Request, Server};
+use crate::metrics::Metrics;
 
 struct Ran {
     status: u8,
@@ -45,7 +46,7 @@ impl Daxhund {
         let listener = Listener::at(&folder.path().join("api.sock")).unwrap();
         let (sender, calls) = channel();
         let sink = move |call| sender.send(call).map_err(|_| Gone);
-        let server = Server::start(listener, sink).unwrap();
+        let server = Server::start(listener, sink, Metrics::default()).unwrap();
         let asked = Arc::new(Mutex::new(Vec::new()));
         let notes = Arc::clone(&asked);
         thread::spawn(move || {

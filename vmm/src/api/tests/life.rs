@@ -136,7 +136,7 @@ fn a_socket_that_was_handed_over_is_served() {
     let descriptor = crate::inherited::take(number).unwrap();
     drop(theirs);
     let listener = Listener::inherited(descriptor).unwrap();
-    let server = Server::start(listener, |_| Err(Gone)).unwrap();
+    let server = Server::start(listener, |_| Err(Gone), Metrics::default()).unwrap();
     assert_eq!(get(&Client::new(&path), "vmm.ping").unwrap().status, 200);
     server.stop();
     assert!(path.exists(), "the path is theirs");

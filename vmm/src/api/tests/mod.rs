@@ -18,6 +18,7 @@ use serde_json::{Value, json};
 
 use super::routes::ENDPOINTS;
 use super::*;
+use crate::metrics::{Metrics, View, VmPhase};
 use crate::remote::{Client, ClientError, Method, Refusal, Response};
 
 /// Nothing takes this long unless it is wrong.
@@ -26,6 +27,7 @@ const DEADLINE: Duration = Duration::from_secs(20);
 /// A server and the end of what its clients ask.
 struct Api {
     folder: tempfile::TempDir,
+    metrics: Metrics,
     calls: Option<Receiver<Call>>,
     server: Option<Server>,
 }
@@ -36,9 +38,12 @@ impl Api {
         let listener = Listener::at(&folder.path().join("api.sock")).unwrap();
         let (sender, calls) = channel();
         let sink = move |call| sender.send(call).map_err(|_| Gone);
+        let metrics = Metrics::default();
+        let server = Server::start_with(listener, sink, metrics.clone(), limits);
         Self {
-            server: Some(Server::start_with(listener, sink, limits).unwrap()),
+            server: Some(server.unwrap()),
             folder,
+            metrics,
             calls: Some(calls),
         }
     }
@@ -172,6 +177,9 @@ fn the_paths_are_those_of_the_contract() {
         "GET openapi.json",
         "GET vm.counters",
         "GET vm.info",
+        // daxhund's own.
+        "GET vm.regions",
+        "GET vmm.metrics",
         "GET vmm.ping",
         "PUT vm.add-device",
         "PUT vm.add-disk",
@@ -325,6 +333,43 @@ fn a_ping_needs_no_owner() {
     assert_eq!(refusal.status, 500);
     assert_eq!(refusal.chain[0], "vm.boot was not done");
     assert!(refusal.chain[1].contains("daxhund is ending"));
+}
+
+#[test]
+fn metrics_are_of_now_and_an_owner_that_is_busy_is_not_waited_for() {
+    let mut api = Api::start(Limits::default());
+    let get = "GET /api/v1/vmm.metrics HTTP/1.1\r\n\r\n";
+    let state = |http: &Http, state: &str| {
+        assert_eq!(http.status, 200);
+        let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+        assert!(
+            http.head.contains(&format!("Content-Type: {kind}\r\n")),
+            "{}",
+            http.head
+        );
+        let line = format!("daxhund_vm_state{{state=\"{state}\"}} 1\n");
+        assert!(http.body.contains(&line), "{}", http.body);
+        assert!(http.body.ends_with("# EOF\n"), "{}", http.body);
+    };
+    // Nobody answers: what is known is told, before there is anything.
+    state(&api.exchange(get), "NoVm");
+    // The first question is still in the queue.
+    let _ = api.call();
+    let mut raw = api.raw();
+    raw.send(get);
+    let Call { request, reply } = api.call();
+    assert!(matches!(request, Request::Metrics), "{request:?}");
+    api.metrics.publish(View {
+        state: VmPhase::Running,
+        ..View::default()
+    });
+    reply.send(Ok(Reply::Empty)).unwrap();
+    state(&raw.answer(), "Running");
+    // The owner has gone.
+    api.calls = None;
+    state(&api.exchange(get), "Running");
+    let body = "GET /api/v1/vmm.metrics HTTP/1.1\r\nContent-Length: 2\r\n\r\n{}";
+    assert_eq!(api.exchange(body).status, 400);
 }
 
 #[test]

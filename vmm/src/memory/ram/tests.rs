@@ -53,6 +53,13 @@ impl Consumer for Fake {
             .push((self.name, true, region.gpa().0));
         Ok(Lease(Box::new(region.gpa().0)))
     }
+    fn holding(&self, lease: &Lease) -> Option<Holder> {
+        let gpa: u64 = *lease.0.downcast_ref()?;
+        (self.name != "vhost").then_some(Holder::Kvm {
+            slots: self.name.len(),
+            bytes: gpa,
+        })
+    }
     fn renew(&mut self, _region: &Region, lease: Lease) -> Result<Lease, (Lease, Reason)> {
         if *self.refuse_detach.lock().unwrap() {
             return Err((lease, "busy".into()));
@@ -116,6 +123,23 @@ fn consumers_come_in_order_and_go_in_reverse() {
         ("slots", false, 0),
     ];
     assert_eq!(*b.log.lock().unwrap(), expected);
+}
+
+#[test]
+fn who_has_a_region_says_what_it_has_until_it_lets_go() {
+    let mut b = bench(&["slots", "vhost", "dma"], None);
+    b.ram.attach(region(SIZE)).unwrap();
+    let has = |name: &str| Holder::Kvm {
+        slots: name.len(),
+        bytes: SIZE,
+    };
+    let holders = |ram: &Ram| ram.holders_of(Gpa(SIZE));
+    assert_eq!(holders(&b.ram), [has("slots"), has("dma")]);
+    assert_eq!(b.ram.holders_of(Gpa(0)), []);
+    b.ram.cut_dma(Gpa(SIZE)).unwrap();
+    assert_eq!(holders(&b.ram), [has("slots")]);
+    b.ram.detach(Gpa(SIZE)).unwrap();
+    assert_eq!(holders(&b.ram), []);
 }
 
 #[test]
