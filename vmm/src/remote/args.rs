@@ -1,8 +1,9 @@
 //! The command line as clap sees it. Words stay text here; `config` reads them.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
-use clap::{Arg, Command, Parser, Subcommand};
+use clap::{Arg, Args as Flags, Command, Parser, Subcommand};
 
 use crate::config::{
     DeviceConfig, DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, PmemConfig, VsockConfig,
@@ -96,7 +97,7 @@ pub(super) enum Sub {
     /// Start the guest that was created
     Boot,
     /// Print what the guest's devices have counted
-    Counters,
+    Counters(Form),
     /// Define a guest
     Create {
         /// The configuration as JSON; - is standard input
@@ -112,17 +113,21 @@ pub(super) enum Sub {
         id: String,
     },
     /// Print the guest's configuration and state
-    Info,
+    Info(Form),
+    /// Print numbers for a monitoring system
+    Metrics,
     /// Send the guest a non-maskable interrupt, as for a dump of its memory
     Nmi,
     /// Hold the guest
     Pause,
     /// Print who answers
-    Ping,
+    Ping(Form),
     /// Press the guest's power button
     PowerButton,
     /// Take the guest down and start it again
     Reboot,
+    /// Print where the guest's memory is, and who has it
+    Regions(Form),
     /// Ask the guest to give up a device
     RemoveDevice {
         /// The device's name
@@ -156,6 +161,36 @@ pub(super) enum Sub {
     Shutdown,
     /// End the daxhund
     ShutdownVmm,
+    /// Show what the guest does, again and again, until it goes
+    Watch {
+        /// From one time to the next
+        #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = interval)]
+        interval: Duration,
+        /// End when it was shown so often
+        #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+        count: Option<u64>,
+        #[command(flatten)]
+        form: Form,
+    },
+}
+
+/// How what there is to say is printed.
+#[derive(Clone, Copy, Debug, Flags)]
+pub(super) struct Form {
+    /// Print JSON, one object on one line
+    #[arg(long)]
+    pub(super) json: bool,
+}
+
+/// A tenth of a second to an hour.
+fn interval(text: &str) -> Result<Duration, String> {
+    let seconds = text.parse().ok();
+    let interval = seconds.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+    let fits =
+        |time: &Duration| (Duration::from_millis(100)..=Duration::from_hours(1)).contains(time);
+    interval
+        .filter(fits)
+        .ok_or_else(|| "give seconds, from 0.1 to 3600".to_owned())
 }
 
 /// Makes `command` recognise what is not built, hidden from its help.

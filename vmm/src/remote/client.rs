@@ -17,9 +17,11 @@ use tokio::net::UnixStream;
 use tokio::runtime;
 use tokio::time::timeout;
 
+use super::watch::METRICS;
 use crate::api::PREFIX;
 use crate::api::stream::FdStream;
 use crate::config::LONGEST_REMOVAL_TIMEOUT;
+use crate::metrics;
 
 /// Longer than the server makes anybody wait.
 const PATIENCE: Duration = Duration::from_secs(90);
@@ -200,7 +202,13 @@ impl Client {
                 Method::Put => "PUT",
             })
             .header(HOST, "localhost")
-            .header(ACCEPT, "application/json");
+            .header(
+                ACCEPT,
+                match name {
+                    METRICS => metrics::CONTENT_TYPE,
+                    _ => "application/json",
+                },
+            );
         if body.is_some() {
             request = request.header(CONTENT_TYPE, "application/json");
         }

@@ -4,14 +4,20 @@
 //! `file=/dev/dax1.0` is read by the same types as on `daxhund`'s command line, so what is wrong with it is said before
 //! anybody is asked.
 //!
+//! What only looks prints JSON, as `ch-remote` does, or what daxhund has of its own: a table (`regions`), `OpenMetrics` text
+//! (`metrics`), a screen (`watch`). With `--json` each answer is one object on one line.
+//!
 //! Exit statuses: 0 it was done; 1 it was not; 2 the command line can't be used.
 
 #![forbid(unsafe_code)]
 
 mod args;
 mod client;
+mod samples;
+mod table;
 #[cfg(test)]
 mod tests;
+mod watch;
 
 use std::error::Error;
 use std::ffi::OsString;
@@ -22,6 +28,7 @@ use std::path::{Path, PathBuf};
 
 use clap::error::ErrorKind;
 use clap::{CommandFactory, FromArgMatches};
+use console::Term;
 use serde::Serialize;
 use serde_json::{Value, json};
 use thiserror::Error;
@@ -34,7 +41,9 @@ use crate::config::{
     VsockConfig, WordError,
 };
 use crate::inherited::{self, InheritedError};
-use args::{Args, Sub, UNSUPPORTED};
+use crate::memory::report::RegionsReport;
+use args::{Args, Form, Sub, UNSUPPORTED};
+use watch::Watch;
 
 const DONE: u8 = 0;
 const FAILED: u8 = 1;
@@ -82,6 +91,7 @@ struct Ask {
     name: &'static str,
     body: Option<Vec<u8>>,
     descriptors: Vec<OwnedFd>,
+    shape: Shape,
 }
 
 /// The command with all that it tells of itself.
@@ -90,12 +100,40 @@ pub(crate) fn command() -> clap::Command {
     Args::command()
 }
 
-/// Does what a command line says, whose first item is the program's name, and returns the exit status.
+/// What becomes of the answer.
+#[derive(Clone, Copy, Debug)]
+enum Shape {
+    /// It is printed as it came.
+    AsItCame,
+    /// JSON over several lines.
+    Pretty,
+    /// JSON on one line.
+    Line,
+    /// A table of regions.
+    Regions,
+    /// It is asked for again and again.
+    Watch(Watch),
+}
+
+impl Form {
+    /// JSON in the one form or in the other.
+    fn json(self) -> Shape {
+        self.or(Shape::Pretty)
+    }
+
+    fn or(self, shape: Shape) -> Shape {
+        if self.json { Shape::Line } else { shape }
+    }
+}
+
+/// Does what a command line says, whose first item is the program's name, and returns the exit status. `output` is that terminal,
+/// if it is one.
 pub fn run(
     words: impl IntoIterator<Item = OsString>,
     input: &mut dyn Read,
     output: &mut dyn Write,
     errors: &mut dyn Write,
+    terminal: Option<&Term>,
 ) -> u8 {
     let words: Vec<OsString> = words.into_iter().collect();
     let matches = match args::recognise(Args::command()).try_get_matches_from(&words) {
@@ -129,21 +167,45 @@ pub fn run(
         Ok(ask) => ask,
         Err(error) => return complain(&error, errors),
     };
-    let pretty = ask.method == Method::Get;
+    if let Shape::Watch(watch) = ask.shape {
+        return match watch.run(&client, output, terminal) {
+            Ok(()) => DONE,
+            Err(error) => complain(&error, errors),
+        };
+    }
     match client.call(ask.method, ask.name, ask.body, ask.descriptors) {
         Ok(response) if response.body.is_empty() => DONE,
-        Ok(response) => print(&text(&response, pretty), output, errors),
+        Ok(response) => print(&text(&response, ask.shape), output, errors),
         Err(error) => complain(&error, errors),
     }
 }
 
 fn ask(sub: Sub, input: &mut dyn Read) -> Result<Ask, RemoteError> {
-    let get = |name| Ok(Ask::new(Method::Get, name));
+    let get = |name, shape| {
+        Ok(Ask {
+            shape,
+            ..Ask::new(Method::Get, name)
+        })
+    };
     let put = |name| Ok(Ask::new(Method::Put, name));
     match sub {
-        Sub::Ping => get("vmm.ping"),
-        Sub::Info => get("vm.info"),
-        Sub::Counters => get("vm.counters"),
+        Sub::Ping(form) => get("vmm.ping", form.json()),
+        Sub::Info(form) => get("vm.info", form.json()),
+        Sub::Counters(form) => get("vm.counters", form.json()),
+        Sub::Regions(form) => get("vm.regions", form.or(Shape::Regions)),
+        Sub::Metrics => get(watch::METRICS, Shape::AsItCame),
+        Sub::Watch {
+            interval,
+            count,
+            form,
+        } => {
+            let watch = Watch {
+                interval,
+                count,
+                json: form.json,
+            };
+            get(watch::METRICS, Shape::Watch(watch))
+        }
         Sub::Boot => put("vm.boot"),
         Sub::Delete => put("vm.delete"),
         Sub::Shutdown => put("vm.shutdown"),
@@ -217,6 +279,7 @@ impl Ask {
             name,
             body: None,
             descriptors: Vec::new(),
+            shape: Shape::AsItCame,
         }
     }
 
@@ -255,14 +318,21 @@ fn config(path: &Path, input: &mut dyn Read) -> Result<Vec<u8>, RemoteError> {
     Ok(text)
 }
 
-fn text(response: &Response, pretty: bool) -> String {
-    let as_it_is = || String::from_utf8_lossy(&response.body).into_owned();
-    if !pretty {
-        return as_it_is();
-    }
-    serde_json::from_slice::<Value>(&response.body)
-        .and_then(|value| serde_json::to_string_pretty(&value))
-        .unwrap_or_else(|_| as_it_is())
+/// What can't be read is printed as it came.
+fn text(response: &Response, shape: Shape) -> String {
+    let body = &response.body;
+    let value = || serde_json::from_slice::<Value>(body);
+    let text = match shape {
+        Shape::AsItCame | Shape::Watch(_) => None,
+        Shape::Pretty => value()
+            .and_then(|value| serde_json::to_string_pretty(&value))
+            .ok(),
+        Shape::Line => value().map(|value| value.to_string()).ok(),
+        Shape::Regions => serde_json::from_slice::<RegionsReport>(body)
+            .map(|report| table::of(&report))
+            .ok(),
+    };
+    text.unwrap_or_else(|| String::from_utf8_lossy(body).into_owned())
 }
 
 fn version(program: Option<&OsString>) -> String {

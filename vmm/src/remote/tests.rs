@@ -4,7 +4,7 @@ use std::thread;
 
 use super::*;
 use crate::api::{ApiError, Call, ErrorKind, Gone, Listener, Reply, Request, Server};
-use crate::metrics::Metrics;
+use crate::metrics::{Metrics, View, VmPhase};
 
 struct Ran {
     status: u8,
@@ -21,6 +21,7 @@ fn run_as(program: &str, words: &[&str], input: &str) -> Ran {
         &mut input,
         &mut output,
         &mut errors,
+        None,
     );
     Ran {
         status,
@@ -37,6 +38,7 @@ fn run_words(words: &[&str]) -> Ran {
 struct Daxhund {
     folder: tempfile::TempDir,
     asked: Arc<Mutex<Vec<String>>>,
+    metrics: Metrics,
     _server: Server,
 }
 
@@ -46,7 +48,8 @@ impl Daxhund {
         let listener = Listener::at(&folder.path().join("api.sock")).unwrap();
         let (sender, calls) = channel();
         let sink = move |call| sender.send(call).map_err(|_| Gone);
-        let server = Server::start(listener, sink, Metrics::default()).unwrap();
+        let metrics = Metrics::default();
+        let server = Server::start(listener, sink, metrics.clone()).unwrap();
         let asked = Arc::new(Mutex::new(Vec::new()));
         let notes = Arc::clone(&asked);
         thread::spawn(move || {
@@ -54,6 +57,7 @@ impl Daxhund {
                 notes.lock().unwrap().push(format!("{request:?}"));
                 let _ = reply.send(match request {
                     Request::Info => Ok(Reply::Json(json!({"state": "Running"}))),
+                    Request::Regions => Reply::json(&table::tests::two_regions()),
                     Request::AddDisk(_) => Ok(Reply::Json(json!({"id": "d", "bdf": "x"}))),
                     Request::Pause => {
                         let error = ApiError::new(ErrorKind::WrongState, "it does not run");
@@ -66,6 +70,7 @@ impl Daxhund {
         Self {
             folder,
             asked,
+            metrics,
             _server: server,
         }
     }
@@ -271,4 +276,100 @@ fn help_and_version() {
     );
     let ran = run_as("/usr/bin/ch-remote", &["-V"], "");
     assert_eq!(ran.output, format!("ch-remote v53.0.0 (daxhund {own})\n"));
+}
+
+#[test]
+fn what_only_looks_prints_one_line_of_json_when_asked_to() {
+    let daxhund = Daxhund::new();
+    let ran = daxhund.run(&["info", "--json"]);
+    assert_eq!(ran.output, "{\"state\":\"Running\"}\n");
+    let ran = daxhund.run(&["ping", "--json"]);
+    assert_eq!((ran.status, ran.output.lines().count()), (0, 1));
+    let ran = daxhund.run(&["regions", "--json"]);
+    let regions: Value = serde_json::from_str(&ran.output).unwrap();
+    assert_eq!(regions["regions"][0]["id"], "z0");
+    assert_eq!(ran.output.lines().count(), 1);
+    let ran = daxhund.run(&["regions"]);
+    assert!(ran.output.starts_with(" ID"), "{}", ran.output);
+    assert!(
+        ran.output.contains("/dev/dax0.0+0x80000000"),
+        "{}",
+        ran.output
+    );
+    // What has JSON only when it says something at all takes no such flag.
+    assert_eq!(daxhund.run(&["boot", "--json"]).status, 2);
+}
+
+#[test]
+fn metrics_are_printed_whole() {
+    let ran = Daxhund::new().run(&["metrics"]);
+    assert_eq!(ran.status, 0, "{}", ran.errors);
+    assert!(ran.output.contains("daxhund_vm_state{state=\"NoVm\"} 1\n"));
+    assert!(ran.output.ends_with("# EOF\n"), "{}", ran.output);
+}
+
+#[test]
+fn a_watch_ends_by_its_count_or_with_the_vm() {
+    let daxhund = Daxhund::new();
+    let every = ["watch", "--interval", "0.1"];
+    let of_state = |state| View {
+        state,
+        ..View::default()
+    };
+    daxhund.metrics.publish(of_state(VmPhase::Running));
+    let ran = daxhund.run(&[&every[..], &["--count", "2", "--json"]].concat());
+    assert_eq!((ran.status, &*ran.errors), (0, ""));
+    let frames: Vec<Value> = ran
+        .output
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    assert_eq!(frames.len(), 2);
+    assert!(frames.iter().all(|frame| frame["state"] == "Running"));
+
+    // The VM goes when it has been seen.
+    let metrics = daxhund.metrics.clone();
+    let asked = Arc::clone(&daxhund.asked);
+    let goes = thread::spawn(move || {
+        let seen = || asked.lock().unwrap().len() >= 4;
+        while !seen() {
+            thread::yield_now();
+        }
+        metrics.publish(of_state(VmPhase::NoVm));
+    });
+    let ran = daxhund.run(&every);
+    goes.join().unwrap();
+    assert_eq!((ran.status, &*ran.errors), (0, ""));
+    assert!(ran.output.starts_with("Running; "), "{}", ran.output);
+    let last = ran.output.lines().last().unwrap();
+    assert!(last.starts_with("NoVm; no memory"), "{last}");
+
+    for words in [
+        &["--interval", "0"][..],
+        &["--interval", "x"],
+        &["--count", "0"],
+    ] {
+        let ran = daxhund.run(&[&["watch"], words].concat());
+        assert_eq!(ran.status, 2, "{words:?}: {}", ran.errors);
+    }
+    let ran = run_words(&["--api-socket", "/no/such/socket", "watch"]);
+    assert_eq!(ran.status, 1);
+    assert!(ran.errors.contains("can't connect"), "{}", ran.errors);
+}
+
+#[test]
+fn a_watch_ends_with_the_process_that_is_watched() {
+    let daxhund = Daxhund::new();
+    let socket = daxhund.folder.path().join("api.sock");
+    let asked = Arc::clone(&daxhund.asked);
+    let watching = thread::spawn(move || {
+        let socket = socket.to_str().unwrap();
+        run_words(&["--api-socket", socket, "watch", "--interval", "0.1"])
+    });
+    while asked.lock().unwrap().is_empty() {
+        thread::yield_now();
+    }
+    drop(daxhund);
+    let ran = watching.join().unwrap();
+    assert_eq!((ran.status, &*ran.errors), (0, ""));
 }
