@@ -57,6 +57,10 @@ fn a_vm_lives_and_ends_over_rest(lab: &mut Lab) -> Result<(), TestError> {
     let ping = remote.ok(lab, &["ping"])?;
     claim(ping.contains("version"), || format!("ping says {ping}"))?;
     nothing_is_there_yet(lab, &remote)?;
+    let numbers = remote.metrics(lab)?;
+    claim(numbers["daxhund_vm_state{state=\"NoVm\"}"] > 0.0, || {
+        format!("there is no VM, and its metrics say {numbers:?}")
+    })?;
 
     remote.ok(lab, &["create", &path])?;
     remote.expect_state(lab, "Created")?;
@@ -67,6 +71,7 @@ fn a_vm_lives_and_ends_over_rest(lab: &mut Lab) -> Result<(), TestError> {
     guest.wait_ready()?;
     has_memory(&mut guest, 512 * MIB)?;
     no_complaints(&mut guest)?;
+    memory_is_where_it_is_said_to_be(lab, &remote)?;
 
     remote.answers(lab, ("PUT", "/api/v1/vm.pause", "{}"), "400", &[])?;
     // What the kernel does about one that it does not know the reason of is to say so and go on.
@@ -78,6 +83,10 @@ fn a_vm_lives_and_ends_over_rest(lab: &mut Lab) -> Result<(), TestError> {
     remote.ok(lab, &["pause"])?;
     remote.ok(lab, &["nmi"])?;
     remote.expect_state(lab, "Paused")?;
+    let frame = remote.frame(lab)?;
+    claim(frame["state"] == "Paused", || {
+        format!("the VM is paused, `watch` says {frame}")
+    })?;
     remote.answers(lab, ("PUT", "/api/v1/vm.pause", ""), "409", &[])?;
     remote.ok(lab, &["resume"])?;
     remote.expect_state(lab, "Running")?;
@@ -109,6 +118,38 @@ fn a_vm_lives_and_ends_over_rest(lab: &mut Lab) -> Result<(), TestError> {
     })?;
     claim(!lab.host.exists(remote.socket())?, || {
         "the socket is left behind".to_owned()
+    })
+}
+
+/// All RAM is on the one device, nobody but the guest has it, and the metrics say the same.
+fn memory_is_where_it_is_said_to_be(lab: &Lab, remote: &Remote) -> Result<(), TestError> {
+    let dax = &lab.host.dax()[0].path;
+    let regions = remote.regions(lab)?;
+    let told = || format!("512 MiB are on {dax}, `regions` says {regions:?}");
+    let sizes = regions.iter().map(|region| region["size"].as_u64());
+    claim(sizes.sum::<Option<u64>>() == Some(512 * MIB), told)?;
+    for region in &regions {
+        let backing = &region["backing"];
+        let is_there = region["id"] == "z0"
+            && region["state"] == "present"
+            && backing["kind"] == "device-dax"
+            && backing["path"] == **dax;
+        let holders = region["holders"].as_array().cloned().unwrap_or_default();
+        let has = |by: &str| holders.iter().find(|holder| holder["by"] == by);
+        let guest = has("kvm").is_some_and(|kvm| kvm["bytes"] == region["size"]);
+        let pinned = has("type1").or_else(|| has("iommufd"));
+        claim(is_there && guest && pinned.is_none(), told)?;
+    }
+    let numbers = remote.metrics(lab)?;
+    let sum = |family: &str| -> f64 {
+        let of_it = numbers.iter().filter(|(name, _)| name.starts_with(family));
+        of_it.map(|(_, value)| value).sum()
+    };
+    let bytes = regions.iter().filter_map(|region| region["size"].as_f64());
+    let is_same = sum("daxhund_region_bytes{").to_bits() == bytes.sum::<f64>().to_bits();
+    let exits = sum("daxhund_vcpu_exits_total{");
+    claim(is_same && exits > 0.0, || {
+        format!("a guest has booted, its metrics say {numbers:?}")
     })
 }
 

@@ -1,5 +1,7 @@
 //! daxhund's REST interface, by `daxhund-remote` and by hand.
 
+use std::collections::BTreeMap;
+
 use lab_agent::host_protocol::SpawnSpec;
 use serde_json::Value;
 
@@ -80,17 +82,53 @@ impl Remote {
 
     /// `vm.info`.
     pub(super) fn info(&self, lab: &Lab) -> Result<Value, TestError> {
-        let text = self.ok(lab, &["info"])?;
-        serde_json::from_str(&text)
-            .map_err(|error| TestError::Claim(format!("info is no JSON: {error}: {text}")))
+        self.json(lab, &["info"])
+    }
+
+    /// What a subcommand prints as JSON.
+    fn json(&self, lab: &Lab, words: &[&str]) -> Result<Value, TestError> {
+        let text = self.ok(lab, words)?;
+        serde_json::from_str(&text).map_err(|error| {
+            TestError::Claim(format!(
+                "`{}` prints no JSON: {error}: {text}",
+                words.join(" ")
+            ))
+        })
     }
 
     /// How often a backend of a device has connected.
     pub(super) fn connections(&self, lab: &Lab, id: &str) -> Result<u64, TestError> {
-        let text = self.ok(lab, &["counters"])?;
-        let counters: Value = serde_json::from_str(&text)
-            .map_err(|error| TestError::Claim(format!("counters are no JSON: {error}: {text}")))?;
+        let counters = self.json(lab, &["counters"])?;
         Ok(counters[id]["backend_connections"].as_u64().unwrap_or(0))
+    }
+
+    /// `vm.regions`: each by its place.
+    pub(super) fn regions(&self, lab: &Lab) -> Result<Vec<Value>, TestError> {
+        let report = self.json(lab, &["regions", "--json"])?;
+        let regions = report["regions"].as_array().cloned();
+        regions.ok_or_else(|| TestError::Claim(format!("no regions: {report}")))
+    }
+
+    /// What `daxhund-remote watch` shows once.
+    pub(super) fn frame(&self, lab: &Lab) -> Result<Value, TestError> {
+        self.json(lab, &["watch", "--count", "1", "--json"])
+    }
+
+    /// The metrics, each by its name and labels as they are written.
+    pub(super) fn metrics(&self, lab: &Lab) -> Result<BTreeMap<String, f64>, TestError> {
+        let text = self.ok(lab, &["metrics"])?;
+        let broken = |line: &str| TestError::Claim(format!("no metric: {line:?} in {text}"));
+        if !text.ends_with("# EOF\n") {
+            return Err(broken("the end"));
+        }
+        let samples = text.lines().filter(|line| !line.starts_with('#'));
+        samples
+            .map(|line| {
+                let (name, value) = line.rsplit_once(' ').ok_or_else(|| broken(line))?;
+                let value = value.parse().map_err(|_| broken(line))?;
+                Ok((name.to_owned(), value))
+            })
+            .collect()
     }
 
     /// The VM's state as `vm.info` has it.

@@ -151,6 +151,25 @@ fn rounds(lab: &Lab) -> u32 {
     if lab.full { 50 } else { 5 }
 }
 
+/// Bytes that are pinned, by `daxhund-remote regions`, by its metrics, and in all of RAM.
+fn pinned(story: &Story<'_>) -> Result<(u64, f64, u64), TestError> {
+    let (lab, remote) = (story.lab, &story.remote);
+    let (mut pinned, mut size) = (0, 0);
+    for region in remote.regions(lab)? {
+        size += region["size"].as_u64().unwrap_or_default();
+        let holders = region["holders"].as_array().cloned().unwrap_or_default();
+        let pins = holders
+            .iter()
+            .filter(|holder| holder["by"] == "type1" || holder["by"] == "iommufd");
+        pinned += pins.filter_map(|pin| pin["bytes"].as_u64()).sum::<u64>();
+    }
+    let numbers = remote.metrics(lab)?;
+    let spaces = numbers
+        .iter()
+        .filter(|(name, _)| name.starts_with("daxhund_pinned_bytes{"));
+    Ok((pinned, spaces.map(|(_, bytes)| bytes).sum(), size))
+}
+
 /// A drive and a network card by turns and together; RAM on device-dax counts against nobody's limit.
 fn on_dax(lab: &mut Lab, by: By) -> Result<(), TestError> {
     let disk = lab.host.bind_vfio(Card::Disk)?;
@@ -166,6 +185,12 @@ fn on_dax(lab: &mut Lab, by: By) -> Result<(), TestError> {
         claim(with_one.mapped_bytes >= 512 * MIB, || {
             format!("round {round}: not all RAM is mapped for DMA: {with_one:?}")
         })?;
+        let (by_region, in_all, ram) = pinned(&story)?;
+        claim(by_region == ram && in_all > 511.0 * 1_048_576.0, || {
+            format!(
+                "round {round}: of {ram} bytes {by_region} are told to be pinned, {in_all} in all"
+            )
+        })?;
         keeps_blocks(&mut story.guest, "/dev/nvme0n1", MIB, u64::from(round))?;
         let network_at = story.add(&network)?;
         super::carries_data(&mut story.guest, MIB)?;
@@ -174,6 +199,12 @@ fn on_dax(lab: &mut Lab, by: By) -> Result<(), TestError> {
         super::carries_data(&mut story.guest, MIB)?;
         story.remove(&network, &network_at)?;
         story.is_as_before(before, round)?;
+        let (by_region, in_all, _) = pinned(&story)?;
+        claim(by_region == 0 && in_all < 1.0, || {
+            format!(
+                "round {round}: no device is left, {by_region} bytes are told to be pinned, {in_all} in all"
+            )
+        })?;
     }
     let refused = format!("path={},id={}", disk.path(), Card::Disk.id());
     story.add(&disk)?;
