@@ -55,6 +55,9 @@ _daxhund__remote() {
             daxhund__remote,info)
                 cmd="daxhund__remote__subcmd__info"
                 ;;
+            daxhund__remote,metrics)
+                cmd="daxhund__remote__subcmd__metrics"
+                ;;
             daxhund__remote,nmi)
                 cmd="daxhund__remote__subcmd__nmi"
                 ;;
@@ -69,6 +72,9 @@ _daxhund__remote() {
                 ;;
             daxhund__remote,reboot)
                 cmd="daxhund__remote__subcmd__reboot"
+                ;;
+            daxhund__remote,regions)
+                cmd="daxhund__remote__subcmd__regions"
                 ;;
             daxhund__remote,remove-device)
                 cmd="daxhund__remote__subcmd__remove__subcmd__device"
@@ -88,6 +94,9 @@ _daxhund__remote() {
             daxhund__remote,shutdown-vmm)
                 cmd="daxhund__remote__subcmd__shutdown__subcmd__vmm"
                 ;;
+            daxhund__remote,watch)
+                cmd="daxhund__remote__subcmd__watch"
+                ;;
             *)
                 ;;
         esac
@@ -95,7 +104,7 @@ _daxhund__remote() {
 
     case "${cmd}" in
         daxhund__remote)
-            opts="-V -h --api-socket --version --help add-device add-disk add-fs add-generic-vhost-user add-net add-pmem add-vsock boot counters create delete drain info nmi pause ping power-button reboot remove-device resize resize-disk resume shutdown shutdown-vmm"
+            opts="-V -h --api-socket --version --help add-device add-disk add-fs add-generic-vhost-user add-net add-pmem add-vsock boot counters create delete drain info metrics nmi pause ping power-button reboot regions remove-device resize resize-disk resume shutdown shutdown-vmm watch"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -225,7 +234,7 @@ _daxhund__remote() {
             return 0
             ;;
         daxhund__subcmd__remote__subcmd__counters)
-            opts="-h --help"
+            opts="-h --json --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -281,6 +290,20 @@ _daxhund__remote() {
             return 0
             ;;
         daxhund__subcmd__remote__subcmd__info)
+            opts="-h --json --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        daxhund__subcmd__remote__subcmd__metrics)
             opts="-h --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -323,7 +346,7 @@ _daxhund__remote() {
             return 0
             ;;
         daxhund__subcmd__remote__subcmd__ping)
-            opts="-h --help"
+            opts="-h --json --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -352,6 +375,20 @@ _daxhund__remote() {
             ;;
         daxhund__subcmd__remote__subcmd__reboot)
             opts="-h --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        daxhund__subcmd__remote__subcmd__regions)
+            opts="-h --json --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -461,6 +498,28 @@ _daxhund__remote() {
                 return 0
             fi
             case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        daxhund__subcmd__remote__subcmd__watch)
+            opts="-h --interval --count --json --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --interval)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --count)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
                 *)
                     COMPREPLY=()
                     ;;

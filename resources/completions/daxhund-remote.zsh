@@ -86,6 +86,7 @@ _arguments "${_arguments_options[@]}" : \
 ;;
 (counters)
 _arguments "${_arguments_options[@]}" : \
+'--json[Print JSON, one object on one line]' \
 '-h[Print help]' \
 '--help[Print help]' \
 && ret=0
@@ -112,6 +113,13 @@ _arguments "${_arguments_options[@]}" : \
 ;;
 (info)
 _arguments "${_arguments_options[@]}" : \
+'--json[Print JSON, one object on one line]' \
+'-h[Print help]' \
+'--help[Print help]' \
+&& ret=0
+;;
+(metrics)
+_arguments "${_arguments_options[@]}" : \
 '-h[Print help]' \
 '--help[Print help]' \
 && ret=0
@@ -130,6 +138,7 @@ _arguments "${_arguments_options[@]}" : \
 ;;
 (ping)
 _arguments "${_arguments_options[@]}" : \
+'--json[Print JSON, one object on one line]' \
 '-h[Print help]' \
 '--help[Print help]' \
 && ret=0
@@ -142,6 +151,13 @@ _arguments "${_arguments_options[@]}" : \
 ;;
 (reboot)
 _arguments "${_arguments_options[@]}" : \
+'-h[Print help]' \
+'--help[Print help]' \
+&& ret=0
+;;
+(regions)
+_arguments "${_arguments_options[@]}" : \
+'--json[Print JSON, one object on one line]' \
 '-h[Print help]' \
 '--help[Print help]' \
 && ret=0
@@ -188,6 +204,15 @@ _arguments "${_arguments_options[@]}" : \
 '--help[Print help]' \
 && ret=0
 ;;
+(watch)
+_arguments "${_arguments_options[@]}" : \
+'--interval=[From one time to the next]:SECONDS:_default' \
+'--count=[End when it was shown so often]:N:_default' \
+'--json[Print JSON, one object on one line]' \
+'-h[Print help]' \
+'--help[Print help]' \
+&& ret=0
+;;
         esac
     ;;
 esac
@@ -209,17 +234,20 @@ _daxhund-remote_commands() {
 'delete:Forget the guest' \
 'drain:Take a device or a memory zone from the guest, and wait until the host may have it' \
 'info:Print the guest'\''s configuration and state' \
+'metrics:Print numbers for a monitoring system' \
 'nmi:Send the guest a non-maskable interrupt, as for a dump of its memory' \
 'pause:Hold the guest' \
 'ping:Print who answers' \
 'power-button:Press the guest'\''s power button' \
 'reboot:Take the guest down and start it again' \
+'regions:Print where the guest'\''s memory is, and who has it' \
 'remove-device:Ask the guest to give up a device' \
 'resize:Change how much the guest has' \
 'resize-disk:Make a disk of the guest larger' \
 'resume:Let the guest go on' \
 'shutdown:Take the guest down' \
 'shutdown-vmm:End the daxhund' \
+'watch:Show what the guest does, again and again, until it goes' \
     )
     _describe -t commands 'daxhund-remote commands' commands "$@"
 }
@@ -288,6 +316,11 @@ _daxhund-remote__subcmd__info_commands() {
     local commands; commands=()
     _describe -t commands 'daxhund-remote info commands' commands "$@"
 }
+(( $+functions[_daxhund-remote__subcmd__metrics_commands] )) ||
+_daxhund-remote__subcmd__metrics_commands() {
+    local commands; commands=()
+    _describe -t commands 'daxhund-remote metrics commands' commands "$@"
+}
 (( $+functions[_daxhund-remote__subcmd__nmi_commands] )) ||
 _daxhund-remote__subcmd__nmi_commands() {
     local commands; commands=()
@@ -312,6 +345,11 @@ _daxhund-remote__subcmd__power-button_commands() {
 _daxhund-remote__subcmd__reboot_commands() {
     local commands; commands=()
     _describe -t commands 'daxhund-remote reboot commands' commands "$@"
+}
+(( $+functions[_daxhund-remote__subcmd__regions_commands] )) ||
+_daxhund-remote__subcmd__regions_commands() {
+    local commands; commands=()
+    _describe -t commands 'daxhund-remote regions commands' commands "$@"
 }
 (( $+functions[_daxhund-remote__subcmd__remove-device_commands] )) ||
 _daxhund-remote__subcmd__remove-device_commands() {
@@ -342,6 +380,11 @@ _daxhund-remote__subcmd__shutdown_commands() {
 _daxhund-remote__subcmd__shutdown-vmm_commands() {
     local commands; commands=()
     _describe -t commands 'daxhund-remote shutdown-vmm commands' commands "$@"
+}
+(( $+functions[_daxhund-remote__subcmd__watch_commands] )) ||
+_daxhund-remote__subcmd__watch_commands() {
+    local commands; commands=()
+    _describe -t commands 'daxhund-remote watch commands' commands "$@"
 }
 
 if [ "$funcstack[1]" = "_daxhund-remote" ]; then

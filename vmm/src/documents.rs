@@ -8,7 +8,8 @@ use clap::Command;
 use clap_complete::Shell;
 use clap_mangen::Man;
 
-use crate::{cli, remote};
+use crate::cli;
+use crate::remote;
 
 const BLESS: &str = "DAXHUND_BLESS=1 cargo test -p daxhund documents";
 const SHELLS: [(Shell, &str); 3] = [
