@@ -1,5 +1,6 @@
 use std::fs;
 use std::os::unix::fs::{FileExt, symlink};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use tempfile::{NamedTempFile, TempDir};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
@@ -42,9 +43,30 @@ fn guest(region: &Region) -> Snapshot {
     Snapshot::of(vec![region.guest_region()]).unwrap()
 }
 
+/// Where a host's files are. Its device's memory is `/dev/zero`, of which there is one: tests that lock ranges of it come one
+/// after the other.
+struct Root {
+    dir: TempDir,
+    _alone: MutexGuard<'static, ()>,
+}
+
+impl Root {
+    fn new() -> Self {
+        static ALONE: Mutex<()> = Mutex::new(());
+        Self {
+            _alone: ALONE.lock().unwrap_or_else(PoisonError::into_inner),
+            dir: tempfile::tempdir().unwrap(),
+        }
+    }
+
+    fn path(&self) -> &Path {
+        self.dir.path()
+    }
+}
+
 /// A host with one dax device, whose memory is `/dev/zero`.
-fn dax_host(align: u64, size: u64, nd: bool) -> (TempDir, Host, PathBuf) {
-    let root = tempfile::tempdir().unwrap();
+fn dax_host(align: u64, size: u64, nd: bool) -> (Root, Host, PathBuf) {
+    let root = Root::new();
     let (sys, dev) = (root.path().join("sys"), root.path().join("dev"));
     let parent = if nd {
         "devices/ndbus0/region0/dax0.0"
