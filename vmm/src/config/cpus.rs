@@ -1,16 +1,23 @@
 //! `--cpus`: how many virtual processors the guest starts with and may have.
 
+use std::ops::RangeInclusive;
+
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use super::json::{JsonObject, NotBuilt, Shape};
 use super::schema::as_sent;
-use super::{Key, Word, WordError};
+use super::{CpuTopology, Key, TopologyError, Word, WordError};
 
 /// Most vCPUs a guest can have: xAPIC identifiers are 8 bits wide, 255 is the broadcast address
 /// and one is kept for the I/O APIC.
 pub const MAX_VCPUS: u32 = 254;
+
+/// As in the contract: 64 TiB.
+const DEFAULT_PHYS_BITS: u8 = 46;
+/// What the architecture has, and what is still of use.
+const PHYS_BITS: RangeInclusive<u8> = 36..=52;
 
 /// Virtual processors.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -21,6 +28,16 @@ pub struct CpusConfig {
     pub boot_vcpus: u32,
     /// vCPUs the guest's tables describe (`max=`).
     pub max_vcpus: u32,
+    /// How they are arranged (`topology=`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub topology: Option<CpuTopology>,
+    /// Width of a guest-physical address, if the host's is not less (`max_phys_bits=`).
+    #[serde(default = "default_phys_bits")]
+    pub max_phys_bits: u8,
+}
+
+fn default_phys_bits() -> u8 {
+    DEFAULT_PHYS_BITS
 }
 
 impl Default for CpusConfig {
@@ -28,6 +45,8 @@ impl Default for CpusConfig {
         Self {
             boot_vcpus: 1,
             max_vcpus: 1,
+            topology: None,
+            max_phys_bits: DEFAULT_PHYS_BITS,
         }
     }
 }
@@ -35,9 +54,7 @@ impl Default for CpusConfig {
 impl JsonObject for CpusConfig {
     const SHAPE: Shape = Shape {
         not_built: &[
-            NotBuilt::empty("topology"),
             NotBuilt::switch("kvm_hyperv", false),
-            NotBuilt::number("max_phys_bits", 46),
             NotBuilt::empty("affinity"),
             NotBuilt::object("features", &[NotBuilt::switch("amx", false)]),
             NotBuilt::switch("nested", true),
@@ -72,6 +89,18 @@ pub enum CpusError {
         /// vCPUs asked for.
         asked: u32,
     },
+    /// No width of an address.
+    #[error(
+        "--cpus max_phys_bits={asked}: guest-physical addresses have {} to {} bits; leave it out or give one of those",
+        PHYS_BITS.start(), PHYS_BITS.end()
+    )]
+    PhysBits {
+        /// Bits asked for.
+        asked: u8,
+    },
+    /// Arranged as they are not.
+    #[error(transparent)]
+    Topology(#[from] TopologyError),
 }
 
 /// A number of vCPUs that a guest which runs can't have.
@@ -91,6 +120,8 @@ pub struct VcpusOutOfLimits {
 pub(crate) struct CpusDraft {
     boot: Option<u32>,
     max: Option<u32>,
+    topology: Option<CpuTopology>,
+    phys_bits: Option<u8>,
 }
 
 impl CpusConfig {
@@ -116,9 +147,26 @@ impl CpusConfig {
                     Ok(())
                 },
             ),
-            Key::not_built("topology"),
+            Key::new(
+                "topology",
+                "THREADS:CORES:DIES:PACKAGES",
+                "arrangement of the vCPUs, if it is to be checked: 1:max:1:1 without NUMA nodes",
+                |draft, value| {
+                    draft.topology =
+                        Some(value.parsed("four numbers, as in 1:4:1:1 for four cores")?);
+                    Ok(())
+                },
+            ),
             Key::not_built("kvm_hyperv"),
-            Key::not_built("max_phys_bits"),
+            Key::new(
+                "max_phys_bits",
+                "N",
+                "bits of a guest-physical address, the host's if those are fewer [default: 46]",
+                |draft, value| {
+                    draft.phys_bits = Some(value.integer()?);
+                    Ok(())
+                },
+            ),
             Key::not_built("affinity"),
             Key::not_built("features"),
             Key::not_built("nested"),
@@ -135,6 +183,8 @@ impl CpusConfig {
         Ok(Self {
             boot_vcpus,
             max_vcpus: draft.max.unwrap_or(boot_vcpus),
+            topology: draft.topology,
+            max_phys_bits: draft.phys_bits.unwrap_or(DEFAULT_PHYS_BITS),
         })
     }
 
@@ -162,6 +212,10 @@ impl CpusConfig {
         if max > MAX_VCPUS {
             return Err(CpusError::TooMany { asked: max });
         }
+        let asked = self.max_phys_bits;
+        if !PHYS_BITS.contains(&asked) {
+            return Err(CpusError::PhysBits { asked });
+        }
         Ok(())
     }
 }
@@ -174,6 +228,7 @@ mod tests {
         CpusConfig {
             boot_vcpus,
             max_vcpus,
+            ..CpusConfig::default()
         }
     }
 
@@ -208,14 +263,7 @@ mod tests {
 
     #[test]
     fn keys_of_the_contract_that_are_not_built_are_named() {
-        for key in [
-            "topology",
-            "kvm_hyperv",
-            "max_phys_bits",
-            "affinity",
-            "features",
-            "nested",
-        ] {
+        for key in ["kvm_hyperv", "affinity", "features", "nested"] {
             let error = CpusConfig::parse(&format!("boot=1,{key}=1")).unwrap_err();
             assert_eq!(
                 error.to_string(),
@@ -243,8 +291,27 @@ mod tests {
     }
 
     #[test]
+    fn addresses_have_a_width_and_vcpus_an_arrangement() {
+        let config = CpusConfig::parse("boot=2,topology=1:2:1:1,max_phys_bits=40").unwrap();
+        assert_eq!(config.max_phys_bits, 40);
+        assert_eq!(config.topology, Some("1:2:1:1".parse().unwrap()));
+        assert_eq!(config.check(), Ok(()));
+        for asked in [0, 35, 53, 255] {
+            let config = CpusConfig {
+                max_phys_bits: asked,
+                ..CpusConfig::default()
+            };
+            let error = config.check().unwrap_err();
+            assert_eq!(error, CpusError::PhysBits { asked });
+            assert!(error.to_string().contains("36 to 52"), "{error}");
+        }
+        let error = CpusConfig::parse("topology=4").unwrap_err();
+        assert!(error.to_string().contains("1:4:1:1"), "{error}");
+    }
+
+    #[test]
     fn json_uses_the_contract_names_and_refuses_others() {
-        let json = r#"{"boot_vcpus":2,"max_vcpus":4}"#;
+        let json = r#"{"boot_vcpus":2,"max_vcpus":4,"max_phys_bits":46}"#;
         assert_eq!(
             serde_json::from_str::<CpusConfig>(json).unwrap(),
             cpus(2, 4)

@@ -46,6 +46,7 @@ mod schema;
 mod size;
 #[cfg(test)]
 mod tests;
+mod topology;
 mod valid;
 mod vsock;
 mod zone;
@@ -87,6 +88,7 @@ pub use removal::{
 pub use rng::{DEFAULT_RNG_SOURCE, RngConfig, RngError, ValidRng};
 pub(crate) use schema::{NOT_BUILT, as_sent};
 pub use size::ByteSize;
+pub use topology::{CpuTopology, TopologyError};
 pub use valid::{Backing, ConfigError, DEFAULT_ZONE_ID, HugePageSize, ValidConfig, ZoneSpec};
 pub use vsock::{MAX_SOCKET_PATH, MIN_GUEST_CID, ValidVsock, VsockConfig, VsockError};
 pub use zone::{MemoryZoneConfig, ZoneError};

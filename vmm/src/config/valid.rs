@@ -18,7 +18,7 @@ use super::{
     MemoryError, MemoryZoneConfig, NetError, NumaConfig, NumaError, PayloadError, PlaceError,
     PlatformError, PmemError, RngError, ValidBalloon, ValidConsole, ValidDevice, ValidDisk,
     ValidFs, ValidGenericVhostUser, ValidNet, ValidPmem, ValidRng, ValidVsock, VcpusOutOfLimits,
-    VirtioConsoleConfig, VmConfig, VsockError, ZoneError, numa,
+    VirtioConsoleConfig, VmConfig, VsockError, ZoneError, numa, topology,
 };
 
 /// Name of the zone that `--memory size=` stands for.
@@ -224,6 +224,7 @@ impl VmConfig {
         self.memory.check()?;
         let zones = zones(&self.memory)?;
         numa::check(&self.numa, &self.cpus, &self.memory)?;
+        topology::check(&self.cpus, &self.numa).map_err(CpusError::from)?;
         self.platform.check()?;
         self.console
             .get_or_insert_with(|| VirtioConsoleConfig::beside(&self.serial));

@@ -113,8 +113,21 @@ impl CpuidTemplate {
         }
     }
 
+    /// The same with guest-physical addresses of `bits` bits at most.
+    #[must_use]
+    pub fn limited_to(mut self, bits: u8) -> Self {
+        for leaf in &mut self.leaves {
+            if leaf.function == AMD_SIZES {
+                let [host, rest @ ..] = leaf.eax.to_le_bytes();
+                let [linear, guest, reserved] = rest;
+                leaf.eax = u32::from_le_bytes([host.min(bits), linear, guest, reserved]);
+            }
+        }
+        self
+    }
+
     /// Width of a guest-physical address: what KVM reports of the host (leaf 0x80000008), or the architecture's
-    /// minimum where it reports nothing.
+    /// minimum where it reports nothing; no more than what was asked for.
     pub fn address_bits(&self) -> u8 {
         const MINIMUM: u8 = 36;
         let sizes = self.leaves.iter().find(|leaf| leaf.function == AMD_SIZES);
@@ -234,6 +247,24 @@ mod tests {
             .iter()
             .find(|l| l.function == function && l.index == index)
             .unwrap()
+    }
+
+    #[test]
+    fn addresses_are_no_wider_than_asked_for_nor_than_the_hosts() {
+        for (asked, expected) in [(46, 0x322e_u32), (48, 0x3230), (52, 0x3230), (36, 0x3224)] {
+            let sizes = kvm_cpuid_entry2 {
+                eax: 0x3230,
+                ..leaf(AMD_SIZES, 0)
+            };
+            let template = CpuidTemplate::from_supported(
+                &[sizes],
+                Topology::new(1, &[]).unwrap(),
+                MachineChecks::of(0, Vendor::Amd),
+            );
+            let template = template.limited_to(asked);
+            assert_eq!(find(&template.for_vcpu(0), AMD_SIZES, 0).eax, expected);
+            assert_eq!(template.address_bits(), expected.to_le_bytes()[0]);
+        }
     }
 
     #[test]

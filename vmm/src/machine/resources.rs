@@ -158,7 +158,8 @@ impl HostResources {
                     .collect()
             })
             .collect();
-        let cpuid = CpuidTemplate::new(&hypervisor, Topology::new(cpus, &nodes)?)?;
+        let cpuid = CpuidTemplate::new(&hypervisor, Topology::new(cpus, &nodes)?)?
+            .limited_to(config.cpus().max_phys_bits);
         let payload = Payload {
             kernel: Kernel::open(config.kernel())?,
             initramfs: config.initramfs().map(Initramfs::open).transpose()?,
