@@ -19,6 +19,7 @@
 #![forbid(unsafe_code)]
 
 mod body;
+mod heads;
 mod info;
 mod listener;
 mod openapi;

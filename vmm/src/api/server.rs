@@ -6,7 +6,8 @@
 //! Invariants:
 //! - At most [`Limits::connections`] are open. A newcomer beyond that takes the place of the one that has been without
 //!   a request for longest; only calls that wait for the owner make it wait, and those end.
-//! - A connection that is in a call is closed by nothing but the end of the server.
+//! - A connection that is in a call is closed by nothing but the end of the server, and one that is silent by nothing but
+//!   that or a newcomer.
 //! - [`Server::stop`] is bounded: it lets answers that are under way go out, then closes everything.
 
 use std::collections::HashMap;
@@ -22,7 +23,8 @@ use std::time::{Duration, Instant};
 use axum::Router;
 use daxhund_listen::Place;
 use hyper::server::conn::http1;
-use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper::service::{Service as _, service_fn};
+use hyper_util::rt::TokioIo;
 use hyper_util::service::TowerToHyperService;
 use thiserror::Error;
 use tokio::net::{UnixListener, UnixStream};
@@ -35,6 +37,7 @@ use tracing::{debug, error, warn};
 use crate::config::LONGEST_REMOVAL_TIMEOUT;
 use crate::metrics::Metrics;
 
+use super::heads::{Head, Watched};
 use super::listener::Listener;
 use super::request::CallSink;
 use super::routes;
@@ -54,7 +57,7 @@ pub struct Limits {
     pub head_bytes: usize,
     /// Bytes of a body.
     pub body_bytes: usize,
-    /// How long a connection may be without the next whole head.
+    /// How long a head may take from its first byte on.
     pub head_timeout: Duration,
     /// How long a body may take.
     pub body_timeout: Duration,
@@ -352,10 +355,18 @@ impl Connections {
             activity: Arc::clone(&activity),
             changed: Arc::clone(&self.changed),
         };
-        let service = TowerToHyperService::new(router.layer(axum::Extension(client)));
+        let router = TowerToHyperService::new(router.layer(axum::Extension(client)));
+        let head = Arc::new(Head::default());
+        let received = Arc::clone(&head);
+        let service = service_fn(move |request| {
+            received.whole();
+            router.call(request)
+        });
+        let in_call = Arc::clone(&activity);
+        let stream = Watched::new(stream, Arc::clone(&head), move || in_call.in_call());
         let connection = http1::Builder::new()
-            .timer(TokioTimer::new())
-            .header_read_timeout(self.limits.head_timeout)
+            // Its own would close connections that are only silent.
+            .header_read_timeout(None)
             .max_buf_size(self.limits.head_bytes)
             // A client that has nothing more to send still wants its answer.
             .half_close(true)
@@ -373,6 +384,10 @@ impl Connections {
             let mut connection = pin!(connection);
             let ended = tokio::select! {
                 ended = &mut connection => ended,
+                () = head.late(this.limits.head_timeout) => {
+                    debug!("a connection of the API is closed: the head of a request did not end");
+                    Ok(())
+                }
                 () = stopped(&mut stopping) => {
                     connection.as_mut().graceful_shutdown();
                     let patience = if ours.in_call() { this.limits.stop_timeout } else { SILENT };

@@ -99,13 +99,35 @@ fn a_client_that_waits_to_be_told_to_go_on() {
 fn a_head_that_comes_slowly_is_not_waited_for() {
     let api = Api::start(short());
     let start = Instant::now();
-    let mut silent = api.raw();
     let mut slow = api.raw();
     slow.send("GET /api/v1/vm");
-    assert_eq!(silent.rest(), "");
+    assert_eq!(slow.rest(), "");
+    // Nor is a second one.
+    let mut slow = api.raw();
+    slow.send(PING);
+    assert_eq!(slow.answer().status, 200);
+    slow.send("GET /api/v1/vm");
     assert_eq!(slow.rest(), "");
     assert!(start.elapsed() < DEADLINE / 2);
     api.is_well();
+}
+
+/// Some clients connect once and come back after hours.
+#[test]
+fn a_connection_may_be_silent() {
+    let api = Api::start(short());
+    let silent = api.raw();
+    let mut between = api.raw();
+    between.send("GET /nowhere HTTP/1.1\r\n\r\n");
+    assert_eq!(between.answer().status, 404);
+    // Longer than a head may take: by then the server has closed one that was begun after both.
+    let mut slow = api.raw();
+    slow.send("GET /api/v1/vm");
+    assert_eq!(slow.rest(), "");
+    for mut client in [silent, between] {
+        client.send(PING);
+        assert_eq!(client.answer().status, 200);
+    }
 }
 
 #[test]
