@@ -108,6 +108,7 @@ impl Owner {
             (&self.monitor, &self.metrics),
             &mut self.removals,
             self.signals.told(),
+            &self.taps,
         )
         .map_err(|error| ApiError::from_error(ErrorKind::Internal, &error))?;
         self.state = State::Up(Box::new(vm));
@@ -191,14 +192,22 @@ impl Owner {
             State::NoVm => Err(no_vm()),
             State::Created(config) => {
                 let mut changed = config.as_ref().clone();
-                new.put_into(&mut changed)?;
+                let tap = new.put_into(&mut changed)?;
                 let valid = changed
                     .validate()
                     .map_err(|error| ApiError::from_error(why_not_added(&error), &error))?;
                 **config = valid.config().clone();
+                if let Some(id) = config.net.last().and_then(|net| net.id.as_deref()) {
+                    // None unless it is what was added.
+                    self.taps.keep(id, tap);
+                }
                 DONE
             }
             State::Up(vm) => {
+                let tap = new.tap().map_err(|error| {
+                    let what = "the descriptors of the tap can't be duplicated; `ulimit -n` raises how many there may be";
+                    ApiError::caused_by(ErrorKind::Internal, what, &error)
+                })?;
                 let (id, bdf) = vm.add(new, &mut self.removals).map_err(|error| {
                     let kind = match &error {
                         AddError::Config(error) => why_not_added(error),
@@ -207,6 +216,7 @@ impl Owner {
                     };
                     ApiError::from_error(kind, &error)
                 })?;
+                self.taps.keep(&id, tap);
                 Reply::json(&DeviceAdded {
                     id,
                     bdf: bdf.to_string(),

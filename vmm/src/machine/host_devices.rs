@@ -2,6 +2,7 @@
 //!
 //! What is opened here outlives resets of the guest: files, taps, sockets, terminals, and mapped memory.
 
+use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
@@ -90,6 +91,17 @@ pub enum OpenDeviceError {
         /// Why.
         #[source]
         source: InheritedError,
+    },
+    /// Descriptors that a client has handed over.
+    #[error(
+        "network device {id}: the descriptors of its tap can't be duplicated; `ulimit -n` raises how many there may be"
+    )]
+    Tap {
+        /// Which device.
+        id: String,
+        /// Why.
+        #[source]
+        source: io::Error,
     },
     /// Sockets.
     #[error(transparent)]

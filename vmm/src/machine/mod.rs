@@ -37,6 +37,7 @@ mod requests;
 mod resources;
 mod seat;
 mod serial_feed;
+mod taps;
 mod timer;
 mod vcpus;
 mod vm;
@@ -68,6 +69,7 @@ use calls::Calls;
 use guard::Removals;
 use lookout::Lookout;
 use owner::Owner;
+use taps::HandedTaps;
 use vm::RunningVm;
 
 /// How a guest ended.
@@ -171,6 +173,7 @@ pub fn run(options: Options) -> Result<Ending, RunError> {
                 (&monitor, &metrics),
                 &mut removals,
                 signals.told(),
+                &HandedTaps::default(),
             )?;
             monitor.send(&Happened::Booted);
             Some(vm)

@@ -33,6 +33,7 @@ use super::regions::StuckMemory;
 use super::removal::LostRam;
 use super::requests::Stopping;
 use super::serial_feed::{SerialFeed, add, remove};
+use super::taps::HandedTaps;
 use super::timer::Timer;
 use super::vm::RunningVm;
 use super::{Ending, RunError};
@@ -220,6 +221,8 @@ pub(super) struct Owner {
     pub(super) pools: Arc<HostConfig>,
     pub(super) metrics: Metrics,
     pub(super) state: State,
+    /// What clients have handed over of networks that the VM has.
+    pub(super) taps: HandedTaps,
     feed: SerialFeed,
     /// The descriptor of the machine's events that is waited on.
     machine_fd: Option<RawFd>,
@@ -263,6 +266,7 @@ impl Owner {
             pools,
             metrics,
             state: running.map_or(State::NoVm, |vm| State::Up(Box::new(vm))),
+            taps: HandedTaps::default(),
             feed: SerialFeed::default(),
             machine_fd: None,
             notices_fd: None,
@@ -746,6 +750,7 @@ impl MutEventSubscriber for Owner {
         }
         self.follow(ops);
         self.publish();
+        self.taps.follow(&self.state);
         self.answer_drains();
     }
 }

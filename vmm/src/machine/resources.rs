@@ -16,6 +16,7 @@ use super::dma::{DaxInReach, DmaDomain};
 use super::guard::Removals;
 use super::host_devices::{self, OpenDeviceError, OpenedDevice};
 use super::notices::Notices;
+use super::taps::HandedTaps;
 use crate::boot::{Initramfs, InitramfsError, Kernel, KernelError, Payload};
 use crate::config::{ConsoleConfig, HostConfig, ValidConfig};
 use crate::devices::console::{Console, ConsoleInput, ConsoleOutput, OpenConsoleError};
@@ -140,6 +141,7 @@ impl HostResources {
         (monitor, metrics): (&Monitor, &Metrics),
         removals: &mut Removals,
         told: Arc<UnixStream>,
+        taps: &HandedTaps,
     ) -> Result<(Self, Vec<Region>), PrepareError> {
         let hypervisor = Hypervisor::open()?;
         let asked = config.cpus().max_vcpus;
@@ -215,7 +217,7 @@ impl HostResources {
             p2p: config.vfio_p2p_dma(),
             dma: None,
         };
-        resources.open_devices(config, &mut regions, removals)?;
+        resources.open_devices(config, &mut regions, removals, taps)?;
         // Last, so that no other error is printed on a terminal in raw mode.
         let console = Console::open(config.serial()).map_err(PrepareError::Serial)?;
         if let Some(name) = console.input.pty_name() {
@@ -232,6 +234,7 @@ impl HostResources {
         config: &ValidConfig,
         regions: &mut Vec<Region>,
         removals: &mut Removals,
+        taps: &HandedTaps,
     ) -> Result<(), OpenDeviceError> {
         let mut take = |this: &mut Self, opened: OpenedDevice| {
             this.devices.push(opened.device);
@@ -242,7 +245,11 @@ impl HostResources {
             take(self, opened);
         }
         for net in config.net() {
-            let opened = self.open_net(net, Vec::new(), vhost_user::AT_START)?;
+            let tap = taps.of(&net.id).map_err(|source| OpenDeviceError::Tap {
+                id: net.id.clone(),
+                source,
+            })?;
+            let opened = self.open_net(net, tap, vhost_user::AT_START)?;
             take(self, opened);
         }
         for generic in config.generic_vhost_user() {

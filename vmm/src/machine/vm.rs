@@ -1,7 +1,8 @@
 //! A machine that runs, with what it was taken from: what the owner does to it, each step beside its undo.
 
 use std::collections::BTreeMap;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -18,6 +19,7 @@ use super::processors::Resized;
 use super::regions::Regions;
 use super::removal::{LostRam, User};
 use super::resources::{HostResources, PrepareError};
+use super::taps::{self, HandedTaps};
 use crate::api::{ApiError, DaxMemory, DeviceNode, ErrorKind, VmCounters};
 use crate::config::{
     ByteSize, ConfigError, DeviceConfig, DiskConfig, FsConfig, GenericVhostUserConfig, HostConfig,
@@ -174,19 +176,18 @@ pub(super) enum NewDevice {
 
 impl NewDevice {
     /// For a machine that is not up: it gets the device when it boots.
-    pub(super) fn put_into(self, config: &mut VmConfig) -> Result<(), ApiError> {
+    /// Gives what it has of a tap, for until then.
+    pub(super) fn put_into(self, config: &mut VmConfig) -> Result<Vec<OwnedFd>, ApiError> {
         match self {
             Self::Pmem(word) => config.pmem.push(word),
             Self::Disk(word) => config.disks.push(word),
             Self::Fs(word) => config.fs.push(word),
             Self::GenericVhostUser(word) => config.generic_vhost_user.push(word),
             Self::Passthrough(word) => config.devices.push(word),
-            Self::Net(word, fds) if fds.is_empty() => config.net.push(word),
-            Self::Net(..) => {
-                return Err(ApiError::new(
-                    ErrorKind::BadRequest,
-                    "descriptors of a tap can be taken by a running VM only: boot it first",
-                ));
+            Self::Net(mut word, tap) => {
+                word.fds = taps::numbers(&tap);
+                config.net.push(word);
+                return Ok(tap);
             }
             Self::Vsock(word) => {
                 if let Some(vsock) = &config.vsock {
@@ -198,7 +199,15 @@ impl NewDevice {
                 config.vsock = Some(word);
             }
         }
-        Ok(())
+        Ok(Vec::new())
+    }
+
+    /// Duplicates of what it has of a tap.
+    pub(super) fn tap(&self) -> io::Result<Vec<OwnedFd>> {
+        match self {
+            Self::Net(_, tap) => taps::duplicates(tap),
+            _ => Ok(Vec::new()),
+        }
     }
 }
 
@@ -237,8 +246,9 @@ impl RunningVm {
         telling: (&Monitor, &Metrics),
         removals: &mut Removals,
         told: Arc<UnixStream>,
+        taps: &HandedTaps,
     ) -> Result<Self, BootError> {
-        let (mut host, regions) = HostResources::open(&valid, pools, telling, removals, told)
+        let (mut host, regions) = HostResources::open(&valid, pools, telling, removals, told, taps)
             .map_err(|e| BootError::Prepare(Box::new(e)))?;
         // From here on it is taken from everybody before the host's resources go.
         let mut ram = Ram::new(vec![host.discard.consumer()]);
@@ -511,14 +521,12 @@ impl RunningVm {
                 self.host.open_disk(&valid)?
             }
             NewDevice::Net(mut word, fds) => {
-                word.fds = fds.iter().map(AsRawFd::as_raw_fd).collect();
+                word.fds = taps::numbers(&fds);
                 let valid = word
                     .validate(segments, &mut ids)
                     .map_err(ConfigError::from)?;
-                // The numbers mean nothing to a client.
                 config.net.push(NetConfig {
                     id: Some(valid.id.clone()),
-                    fds: Vec::new(),
                     ..word
                 });
                 self.host.open_net(&valid, fds, vhost_user::WHILE_RUNNING)?

@@ -246,10 +246,12 @@ impl Tap {
                     first: first.name.clone(),
                 });
             }
+            // Detached by the machine that had it before.
+            let attached = flags & libc::IFF_DETACH_QUEUE == 0;
             let queue = Self {
                 file: File::from(fd),
                 name,
-                attached: Mutex::new(true),
+                attached: Mutex::new(attached),
             };
             rustix::io::ioctl_fionbio(&queue.file, true)
                 .map_err(|source| queue.error("stop blocking on", source.into()))?;
