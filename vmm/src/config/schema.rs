@@ -4,9 +4,9 @@
 //! before the type is read is added here: `null` is the same as absent, and fields that are not built are taken while they
 //! ask for nothing. Such fields are marked `x-not-built`.
 //!
-//! Whoever keeps to the schema is understood. The reverse has two gaps, both there for clients of old: a field that is not
-//! built is also taken when it is empty in a way that is not its own (`"iommu": ""`), and `virtio_id`, the older name of
-//! `device_type`, is not mentioned.
+//! Whoever keeps to the schema is understood. The reverse has three gaps, all there for clients of old: a field that is not
+//! built is also taken when it is empty in a way that is not its own (`"iommu": ""`), one that no schema has any more when it is
+//! `null`, and `virtio_id`, the older name of `device_type`, is not mentioned.
 
 use schemars::{Schema, SchemaGenerator, json_schema};
 use serde_json::{Value, json};

@@ -170,6 +170,31 @@ fn refusal(answer: Result<Response, ClientError>) -> Refusal {
     }
 }
 
+/// The commands themselves are run by the guest tests.
+#[test]
+fn the_readme_has_a_request_for_every_path() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../README.md");
+    let readme = std::fs::read_to_string(path).unwrap();
+    let (_, section) = readme.split_once("## REST by hand").unwrap();
+    let shown: BTreeSet<String> = section
+        .lines()
+        .filter_map(|line| line.strip_prefix("call "))
+        .map(|words| {
+            let name = words.split_whitespace().next().unwrap();
+            let method = if words.contains(" -X PUT") {
+                "PUT"
+            } else {
+                "GET"
+            };
+            format!("{method} {name}")
+        })
+        .collect();
+    let paths = ENDPOINTS
+        .iter()
+        .map(|endpoint| format!("{} {}", endpoint.method, endpoint.name));
+    assert_eq!(shown, paths.collect());
+}
+
 #[test]
 fn the_paths_are_those_of_the_contract() {
     let contract = [
