@@ -378,7 +378,7 @@ enum ConsoleMode {
 struct ConsoleFields {
     /// Where it goes.
     mode: ConsoleMode,
-    /// What receives the output, for the mode `File`.
+    /// What receives the output, for the mode `File`; in an answer also the pseudo terminal, for the mode `Pty`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     file: Option<PathBuf>,
     /// Where one client at a time can connect to, for the mode `Socket`.
@@ -398,8 +398,12 @@ fn paths_of_modes(schema: &mut Schema) {
             "else": otherwise,
         })
     };
-    let neither =
-        json_schema!({"properties": {"file": {"maxLength": 0}, "socket": {"maxLength": 0}}});
+    // The name of a pseudo terminal, which `vm.info` tells.
+    let neither = json_schema!({
+        "if": {"properties": {"mode": {"const": "Pty"}}},
+        "then": {"properties": {"socket": {"maxLength": 0}}},
+        "else": {"properties": {"file": {"maxLength": 0}, "socket": {"maxLength": 0}}},
+    });
     let socket = only("Socket", "socket", "file", neither);
     let mut file = only("File", "file", "socket", socket);
     schema.ensure_object().append(file.ensure_object());
@@ -425,7 +429,8 @@ impl TryFrom<ConsoleFields> for ConsoleConfig {
             mode: console.mode_name(),
             field,
         };
-        if file.is_some() && !matches!(console, Self::File(_)) {
+        // A client that makes a VM of what it was told of another one sends the name of that one's pseudo terminal.
+        if file.is_some() && !matches!(console, Self::File(_) | Self::Pty) {
             return Err(unused("file"));
         }
         if socket.is_some() && !matches!(console, Self::Socket(_)) {
@@ -454,7 +459,7 @@ impl From<ConsoleConfig> for ConsoleFields {
 struct VirtioConsoleFields {
     /// Where it goes; `Off` means that there is none.
     mode: ConsoleMode,
-    /// What receives the output, for the mode `File`.
+    /// What receives the output, for the mode `File`; in an answer also the pseudo terminal, for the mode `Pty`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     file: Option<PathBuf>,
     /// Where one client at a time can connect to, for the mode `Socket`.
@@ -599,6 +604,16 @@ mod tests {
         }
         let error = ConsoleConfig::parse("tty,id=c").unwrap_err();
         assert!(error.to_string().contains("--serial: unknown key \"id\""));
+    }
+
+    /// As `vm.info` of a guest that runs tells it.
+    #[test]
+    fn a_pseudo_terminal_may_have_a_name() {
+        let told = r#"{"mode":"Pty","file":"/dev/pts/7"}"#;
+        let read = serde_json::from_str::<ConsoleConfig>(told).unwrap();
+        assert_eq!(read, ConsoleConfig::Pty);
+        let socket = r#"{"mode":"Pty","socket":"/a"}"#;
+        assert!(serde_json::from_str::<ConsoleConfig>(socket).is_err());
     }
 
     #[test]

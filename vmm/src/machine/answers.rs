@@ -304,7 +304,7 @@ impl Owner {
             State::Created(config) => (config.as_ref(), None),
             State::Up(vm) => (vm.config(), Some(vm)),
         };
-        Reply::json(&VmInfo {
+        let mut told = serde_json::to_value(VmInfo {
             config,
             state: match vm {
                 None => VmState::Created,
@@ -319,6 +319,15 @@ impl Owner {
             devices_kept: vm.map_or_else(Vec::new, |vm| vm.host.kept().collect()),
             paused_because: vm.and_then(|vm| vm.lost.first()).map(ToString::to_string),
         })
+        .map_err(|error| {
+            let what = "the VM can't be written as JSON";
+            ApiError::caused_by(ErrorKind::Internal, what, &error)
+        })?;
+        // What a mode has become on this host is no part of the configuration.
+        for (console, name) in vm.map(|vm| vm.terminals()).into_iter().flatten() {
+            told["config"][console]["file"] = name.into();
+        }
+        Ok(Reply::Json(told))
     }
 
     fn counters(&mut self) -> Answer {

@@ -420,17 +420,21 @@ pub(super) fn open_rng(valid: &ValidRng) -> Result<OpenedDevice, OpenDeviceError
     Ok(OpenedDevice::new(&valid.id, valid.place, Arc::new(device)))
 }
 
-/// Opens the other end of the virtio console.
-pub(super) fn open_console(valid: &ValidConsole) -> Result<OpenedDevice, OpenDeviceError> {
+/// Opens the other end of the virtio console, and tells the name of a pseudo terminal.
+pub(super) fn open_console(
+    valid: &ValidConsole,
+) -> Result<(OpenedDevice, Option<String>), OpenDeviceError> {
     let console = Console::open(&valid.output).map_err(|source| OpenDeviceError::Console {
         id: valid.id.clone(),
         source,
     })?;
-    if let Some(name) = console.input.pty_name() {
+    let pty = console.input.pty_name().map(str::to_owned);
+    if let Some(name) = &pty {
         eprintln!("console: {name}");
     }
     let device = ConsoleDevice::new(&valid.id, console);
-    Ok(OpenedDevice::new(&valid.id, valid.place, Arc::new(device)))
+    let opened = OpenedDevice::new(&valid.id, valid.place, Arc::new(device));
+    Ok((opened, pty))
 }
 
 /// An Ethernet address as the device has it.

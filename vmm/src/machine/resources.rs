@@ -103,6 +103,8 @@ pub struct HostResources {
     /// `None`: the guest has no serial port.
     pub(super) serial: Option<ConsoleOutput>,
     pub(super) serial_input: ConsoleInput,
+    /// Name of the pseudo terminal that the virtio console is, if it is one.
+    pub(super) console_pty: Option<String>,
     /// Addresses of PCI segments and device memory.
     pub(super) pci: PciLayout,
     /// Guest addresses for memory that devices bring.
@@ -202,6 +204,7 @@ impl HostResources {
             zone_ids: requests.into_iter().map(|request| request.id).collect(),
             serial: None,
             serial_input: ConsoleInput::None,
+            console_pty: None,
             device_memory: MemoryArea::new(pci.device_memory),
             pci,
             tombstones: Arc::default(),
@@ -275,7 +278,8 @@ impl HostResources {
             take(self, opened);
         }
         if let Some(console) = config.console() {
-            let opened = host_devices::open_console(console)?;
+            let (opened, pty) = host_devices::open_console(console)?;
+            self.console_pty = pty;
             take(self, opened);
         }
         for device in config.passthrough() {

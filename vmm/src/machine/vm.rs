@@ -362,6 +362,17 @@ impl RunningVm {
         Ok(())
     }
 
+    /// Consoles, as the configuration calls them, that are pseudo terminals, and the names of these.
+    pub(super) fn terminals(&self) -> impl Iterator<Item = (&'static str, &str)> {
+        let serial = self.host.serial_input.pty_name();
+        let both = [
+            ("serial", serial),
+            ("console", self.host.console_pty.as_deref()),
+        ];
+        let named = |(console, name): (_, Option<_>)| Some((console, name?));
+        both.into_iter().filter_map(named)
+    }
+
     /// RAM as configured, without other memory.
     pub(super) fn ram_bytes(&self) -> u64 {
         self.host.layout.size()
