@@ -116,6 +116,8 @@ impl Setup {
         share::add_peer(&self.share(), "virtiofsd", &daemon, roots)?;
         let daemon = self.provisioned.net_daemon()?;
         share::add_peer_with_drivers(&self.share(), "testpmd", &daemon)?;
+        let (client, roots) = self.provisioned.http_client()?;
+        share::add_peer(&self.share(), "curl", &client, roots)?;
         Ok(())
     }
 

@@ -6,6 +6,9 @@ use std::time::{Duration, Instant};
 /// For what takes a second or less on a real machine. It says that something stands still, not how fast it is: emulated twice
 /// over, on a machine that has other work, a second has been a minute.
 pub const PATIENCE: Duration = Duration::from_mins(3);
+/// How many seconds here one second of a real machine's has been. What somebody waits for so long there is waited for as many
+/// times longer here.
+pub const SLACK: u32 = 60;
 /// What is waited for is announced by nobody: the lab asks again, as a person would.
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
 

@@ -6,6 +6,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod caller_protocol;
 pub mod guest_protocol;
 pub mod host_protocol;
 pub mod pin_protocol;

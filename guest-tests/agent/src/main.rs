@@ -8,6 +8,7 @@
 #![deny(unsafe_code)]
 
 mod bare;
+mod caller;
 mod disk;
 mod guard;
 mod guest;
@@ -16,6 +17,7 @@ mod memory;
 mod removal;
 mod rest;
 mod sockets;
+mod taps;
 mod tools;
 mod wait;
 

@@ -2,7 +2,8 @@
 //!
 //! `connect SOCKET`, `disk SOCKET`, `dax-vanish DEVICE`, `dax-watch DEVICE ROUNDS`, `dax-watch-cost DEVICE`, `await PATH SECONDS`, `await-gone PATH SECONDS`, `await-socket PATH SECONDS`, `unix-echo PATH`, `vsock-ask SOCKET PORT TEXT`,
 //! `tcp-ask ADDRESS TEXT`, `tcp-serve ADDRESS`, `loads FILE WORD [OFFSET]`, `vector-loads FILE WORD`, `vector-stores FILE`,
-//! `dma-loop DISK HEART GO MARK TARGET...`, `soak-write FILE SEED DURABLE STOP`, `http SOCKET METHOD TARGET [BODY]`, and what [`crate::guard`] says.
+//! `dma-loop DISK HEART GO MARK TARGET...`, `soak-write FILE SEED DURABLE STOP`, `http SOCKET METHOD TARGET [BODY]`,
+//! `caller SOCKET`, `listening SOCKET PROGRAM ARGUMENT...`, and what [`crate::guard`] says.
 //!
 //! For benches: `boot-bare KERNEL INITRAMFS DEVICE BYTES`; and, each telling in JSON what it took: `pin-bare PATH MEMORY BYTES INTERFACE`, `pin-parts PATH MEMORY BYTES INTERFACE REGIONS THREADS`,
 //! `attach SOCKET PATH ID`, `attach-disk SOCKET BACKEND ID`, `detach SOCKET ID SECONDS`, `take DEVICE PID MARKS`, `loss-bare PATH DEVICE BYTES INTERFACE`.
@@ -24,9 +25,9 @@ use crate::bare::{self, Cut, Plan, boot, loss};
 use crate::guest::page_map::physical_address;
 use crate::guest::{exposure, persist};
 use crate::removal::take;
-use crate::{disk, guard, memory, removal, rest, sockets, wait};
+use crate::{caller, disk, guard, memory, removal, rest, sockets, wait};
 
-pub(crate) const NAMES: [&str; 29] = [
+pub(crate) const NAMES: [&str; 31] = [
     "connect",
     "disk",
     "dax-vanish",
@@ -45,6 +46,8 @@ pub(crate) const NAMES: [&str; 29] = [
     "dma-loop",
     "soak-write",
     "http",
+    "caller",
+    "listening",
     "boot-bare",
     "pin-bare",
     "pin-parts",
@@ -110,6 +113,8 @@ pub(crate) fn run(arguments: &[String]) -> ExitCode {
         ["guard-list", socket] => guard::list(socket),
         ["http", path, method, target] => print_http(path, method, target, ""),
         ["http", path, method, target, body] => print_http(path, method, target, body),
+        ["caller", socket] => caller::serve(socket),
+        ["listening", socket, ref program @ ..] => caller::become_listening(socket, program),
         ["boot-bare", kernel, initramfs, dax, bytes] => {
             number(bytes).and_then(|bytes| boot::run(kernel, initramfs, dax, bytes))
         }

@@ -49,11 +49,14 @@ const NET_DRIVERS: [(&str, &str); 2] = [
     ("librte-net-vhost", "librte_net_vhost.so"),
     ("librte-mempool-ring", "librte_mempool_ring.so"),
 ];
+/// The package with the HTTP client by which people speak to a VMM.
+const HTTP_CLIENT: &str = "curl";
 /// Written last, so that their presence says that all is there.
 const TOOLS_LIST: &str = "tools.json";
 const LOADS_LIST: &str = "loads.json";
 const PEERS_LIST: &str = "peers.json";
 const NET_DAEMON_LIST: &str = "net-daemon.json";
+const HTTP_CLIENT_LIST: &str = "http-client.json";
 /// Series that fresh lists of the package sources did not offer.
 const ABSENT_LIST: &str = "series-not-offered.json";
 
@@ -84,6 +87,9 @@ pub enum ProvisionError {
         /// What is missing.
         file: &'static str,
     },
+    /// Not in its package.
+    #[error("the package {HTTP_CLIENT} has no program of that name")]
+    NoHttpClient,
     /// Asked for a series that is in neither the cache nor the sources.
     #[error(
         "no kernel {series} in {sources}: this distribution's package sources offer {offered:?}; choose one of those or give a path"
@@ -120,6 +126,8 @@ pub struct Provisioned {
     pub peers: Tools,
     /// Another one of them, with very many libraries.
     net_daemon: Tools,
+    /// The HTTP client.
+    http_client: Tools,
     /// Kernels, oldest series first; at least one.
     pub kernels: Vec<Kernel>,
 }
@@ -211,6 +219,7 @@ pub fn provide(wanted: &[String], freshness: Freshness) -> Result<Provisioned, P
     let loads = provide_tools(&cache, &LOADS, LOADS_LIST, freshness)?;
     let peers = provide_peers(&cache, freshness)?;
     let net_daemon = provide_net_daemon(&cache, freshness)?;
+    let http_client = provide_tools(&cache, &[HTTP_CLIENT], HTTP_CLIENT_LIST, freshness)?;
     let kernels = provide_kernels(&cache, wanted, freshness)?;
     Ok(Provisioned {
         cache,
@@ -218,6 +227,7 @@ pub fn provide(wanted: &[String], freshness: Freshness) -> Result<Provisioned, P
         loads,
         peers,
         net_daemon,
+        http_client,
         kernels,
     })
 }
@@ -233,6 +243,13 @@ impl Provisioned {
     pub fn fs_daemon(&self) -> Result<PathBuf, ProvisionError> {
         let found = self.peers.program(FS_DAEMON);
         found.ok_or(ProvisionError::NoFsDaemon)
+    }
+
+    /// The HTTP client, and where its libraries are.
+    pub fn http_client(&self) -> Result<(PathBuf, &[PathBuf]), ProvisionError> {
+        let program = self.http_client.program(HTTP_CLIENT);
+        let program = program.ok_or(ProvisionError::NoHttpClient)?;
+        Ok((program, &self.http_client.roots))
     }
 
     /// The daemon of networks.

@@ -7,6 +7,7 @@ mod add_back;
 mod api;
 mod blk;
 mod boot;
+mod callers;
 mod consoles;
 mod drain;
 mod exposure;
@@ -144,6 +145,7 @@ pub fn all(kernel: &str) -> Vec<GuestTest> {
         hotplug::TESTS.to_vec(),
         api::TESTS.to_vec(),
         processors::TESTS.to_vec(),
+        callers::TESTS.to_vec(),
         hostile::TESTS.to_vec(),
         guard::tests(),
         passthrough::tests(kernel),

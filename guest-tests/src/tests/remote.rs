@@ -18,8 +18,13 @@ pub(super) struct Remote {
 impl Remote {
     /// A socket among the test's files; nobody need listen yet.
     pub(super) fn new() -> Self {
+        Self::at("api.sock")
+    }
+
+    /// As [`Remote::new`], by a name.
+    pub(super) fn at(name: &str) -> Self {
         Self {
-            socket: format!("{SCRATCH}/api.sock"),
+            socket: format!("{SCRATCH}/{name}"),
         }
     }
 

@@ -44,15 +44,21 @@ const DEADLINE: Duration = PATIENCE;
 const BIG: u64 = 192 * MIB;
 const ABOVE_THE_HOLE: u64 = 128 * MIB;
 
-/// A daemon that serves `SCRATCH/share` to one guest, and ends with it.
-struct FsDaemon {
+/// A daemon that serves a directory to one guest, and ends with it.
+pub(super) struct FsDaemon {
     process: Process,
-    socket: String,
+    pub(super) socket: String,
 }
 
 impl FsDaemon {
     fn start(lab: &Lab) -> Result<Self, TestError> {
-        let (socket, share) = (format!("{SCRATCH}/fs.sock"), format!("{SCRATCH}/share"));
+        Self::serve(lab, "fs", "share")
+    }
+
+    /// Serves `SCRATCH/DIRECTORY`, which is made, at `SCRATCH/NAME.sock`.
+    pub(super) fn serve(lab: &Lab, name: &str, directory: &str) -> Result<Self, TestError> {
+        let socket = format!("{SCRATCH}/{name}.sock");
+        let share = format!("{SCRATCH}/{directory}");
         lab.host.sh(&format!("mkdir -p {share}; rm -f {socket}"))?;
         let argv = [
             format!("{PLACE}/virtiofsd"),
@@ -82,7 +88,7 @@ impl FsDaemon {
     }
 
     /// Its frontend has gone: it ends by itself.
-    fn has_served(self) -> Result<(), TestError> {
+    pub(super) fn has_served(self) -> Result<(), TestError> {
         self.process.wait(DEADLINE)?;
         Ok(())
     }

@@ -35,6 +35,8 @@ mod mac;
 mod memory;
 mod net;
 mod numa;
+#[cfg(test)]
+mod orchestrators;
 mod passthrough;
 mod payload;
 mod platform;
