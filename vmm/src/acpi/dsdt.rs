@@ -6,8 +6,8 @@ use acpi_tables::{Aml, AmlSink};
 
 use super::aml::{Encoded, crs, device, hid, name, refs};
 use super::{Description, OEM_ID, OEM_REVISION, OEM_TABLE, hotplug, pci, processors, serialise};
-use crate::devices::{cmos, power, processors as registers, serial};
-use crate::pci::{HOTPLUG_SIZE, Window};
+use crate::devices::{cmos, places, power, serial};
+use crate::pci::Window;
 
 /// Header only; ACPI 6.5, 5.2.6.
 const HEADER: u32 = 36;
@@ -67,8 +67,8 @@ fn system_bus(description: &Description) -> Vec<Encoded> {
 fn motherboard(description: &Description) -> Encoded {
     let hotplug = description.hotplug;
     let windows = [
-        Window::new(hotplug.slots, HOTPLUG_SIZE),
-        Window::new(hotplug.processors, registers::SIZE),
+        Window::new(hotplug.slots, places::WINDOW),
+        Window::new(hotplug.processors, places::WINDOW),
     ];
     let reserved: Vec<Memory32Fixed> = description
         .segments

@@ -18,8 +18,8 @@ use super::HotplugDescription;
 use super::aml::{
     Encoded, crs, device, encoded, hid, if_any, name, notify, refs, registers, serialized_method,
 };
-use crate::devices::processors;
-use crate::pci::hotplug::{self as slots, BUTTON, POWER_BUTTON};
+use crate::devices::places::{BLOCK, CHECK, EJECT, EJECT_REQUEST, PENDING, PRESENT};
+use crate::pci::hotplug::{BUTTON, POWER_BUTTON};
 
 /// Notification values, ACPI 6.5, 5.6.6.
 const DEVICE_CHECK: u32 = 1;
@@ -28,36 +28,21 @@ const BUTTON_PRESSED: u32 = 0x80;
 /// Present, enabled, shown, functioning.
 const STATUS_PRESENT: u32 = 0xf;
 
-/// Where the registers of a block are.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Block {
-    /// Guest-physical address.
-    pub(super) base: u64,
-    /// Bytes.
-    pub(super) size: u64,
-    /// Offsets.
-    pub(super) check: u64,
-    pub(super) eject_request: u64,
-    pub(super) present: u64,
-    pub(super) eject: u64,
-}
-
-impl Block {
-    /// What the device has that holds the places: registers, `STAT`, `NOTI` and `SCAN`. `places` have names and bits.
-    pub(super) fn terms(&self, places: impl Iterator<Item = (String, u32)>) -> Vec<Encoded> {
-        let fields = [
-            (*b"CHCK", self.check),
-            (*b"EJRQ", self.eject_request),
-            (*b"PRES", self.present),
-            (*b"EJCT", self.eject),
-        ];
-        vec![
-            registers("REGS", self.base, self.size, &fields),
-            status_method(),
-            notify_method(places),
-            scan_method(),
-        ]
-    }
+/// What the device has that holds the places of the block of registers at `base`: registers, `STAT`, `NOTI` and `SCAN`.
+/// `places` have names and bits.
+pub(super) fn block_terms(base: u64, places: impl Iterator<Item = (String, u32)>) -> Vec<Encoded> {
+    let fields = [
+        (*b"CHCK", CHECK),
+        (*b"EJRQ", EJECT_REQUEST),
+        (*b"PRES", PRESENT),
+        (*b"EJCT", EJECT),
+    ];
+    vec![
+        registers("REGS", base, BLOCK, &fields),
+        status_method(),
+        notify_method(places),
+        scan_method(),
+    ]
 }
 
 /// `_STA` and `_EJ0` of a place.
@@ -123,8 +108,8 @@ pub(super) fn event_device(
 ) -> Encoded {
     // Consumer, edge-triggered, active high, not shared.
     let interrupt = Interrupt::new(true, true, false, false, hotplug.gsi);
-    let of_slots = [(*b"PEND", slots::PENDING), (*b"BUTN", BUTTON)];
-    let of_processors = [(*b"PROC", processors::PENDING)];
+    let of_slots = [(*b"PEND", PENDING), (*b"BUTN", BUTTON)];
+    let of_processors = [(*b"PROC", PENDING)];
     let mut body = look("PEND", bridges);
     body.extend(look("PROC", boards));
     let button = Path::new("BUTN");
@@ -138,13 +123,8 @@ pub(super) fn event_device(
             encoded(&Name::new("_HID".into(), &"ACPI0013")),
             name("_UID", &ZERO),
             crs(vec![&interrupt]),
-            registers("REGS", hotplug.slots, slots::BLOCK, &of_slots),
-            registers(
-                "PRGS",
-                hotplug.processors,
-                processors::BLOCK,
-                &of_processors,
-            ),
+            registers("REGS", hotplug.slots, BLOCK, &of_slots),
+            registers("PRGS", hotplug.processors, BLOCK, &of_processors),
             serialized_method("_EVT", 1, refs(&body)),
         ],
     )

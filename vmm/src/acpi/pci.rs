@@ -10,8 +10,8 @@ use acpi_tables::aml::{AddressSpace, AddressSpaceCacheable, EISAName, IO, ONE, P
 
 use super::HotplugDescription;
 use super::aml::{Encoded, crs, device, encoded, hid, name, refs};
-use super::hotplug::{Block, place_methods};
-use crate::pci::hotplug::{self, BLOCK, CHECK, EJECT, EJECT_REQUEST, PRESENT};
+use super::hotplug::{block_terms, place_methods};
+use crate::devices::places;
 use crate::pci::{
     CONFIG_PORT_COUNT, CONFIG_PORTS, HOST_BRIDGE_SLOT, SLOTS, SegmentLayout, Window, pin_gsi,
 };
@@ -36,14 +36,8 @@ pub(super) fn host_bridge(
     hotplug: HotplugDescription,
     node: Option<u32>,
 ) -> Encoded {
-    let block = Block {
-        base: hotplug.slots + hotplug::block(segment.number),
-        size: BLOCK,
-        check: CHECK,
-        eject_request: EJECT_REQUEST,
-        present: PRESENT,
-        eject: EJECT,
-    };
+    let base = hotplug.slots + places::block(segment.number);
+    let slots = hotplug_slots().map(|slot| (slot_name(slot), 1 << slot));
     let mut children = vec![
         hid("PNP0A08"),
         name("_CID", &EISAName::new("PNP0A03")),
@@ -54,7 +48,7 @@ pub(super) fn host_bridge(
         windows(segment),
         pins(),
     ];
-    children.extend(block.terms(hotplug_slots().map(|slot| (slot_name(slot), 1 << slot))));
+    children.extend(block_terms(base, slots));
     children.extend(node.map(|node| name("_PXM", &node)));
     children.extend(hotplug_slots().map(|number| slot(segment.number, number)));
     device(&bridge_name(segment), &children)

@@ -9,11 +9,10 @@ use acpi_tables::aml::{BufferData, Name};
 use acpi_tables::madt::{EnabledStatus, ProcessorLocalApic};
 
 use super::aml::{Encoded, device, encoded, name};
-use super::hotplug::{Block, place_methods};
+use super::hotplug::{block_terms, place_methods};
 use super::{Description, serialise};
-use crate::devices::processors::{
-    self, BLOCK, BLOCK_PROCESSORS, CHECK, EJECT, EJECT_REQUEST, PRESENT,
-};
+use crate::devices::places;
+use crate::devices::processors::BLOCK_PROCESSORS;
 
 /// Names of the boards in `\_SB`, in order.
 pub(super) fn board_names(description: &Description) -> impl Iterator<Item = String> {
@@ -43,22 +42,14 @@ fn board(
     board_name: &str,
     processors: &[(u8, u8)],
 ) -> Encoded {
-    let block = Block {
-        base: description.hotplug.processors + processors::block(number),
-        size: BLOCK,
-        check: CHECK,
-        eject_request: EJECT_REQUEST,
-        present: PRESENT,
-        eject: EJECT,
-    };
+    let base = description.hotplug.processors + places::block(number.into());
     let mut children = vec![
         encoded(&Name::new("_HID".into(), &"ACPI0010")),
         name("_UID", &number),
     ];
-    let places = processors.iter();
-    children.extend(
-        block.terms(places.map(|(processor, _)| (processor_name(*processor), bit(*processor)))),
-    );
+    let named = processors.iter();
+    let named = named.map(|(processor, _)| (processor_name(*processor), bit(*processor)));
+    children.extend(block_terms(base, named));
     children.extend(
         processors
             .iter()

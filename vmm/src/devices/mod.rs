@@ -5,6 +5,7 @@
 
 pub mod cmos;
 pub mod console;
+pub mod places;
 pub mod power;
 pub mod processors;
 pub mod serial;

@@ -22,52 +22,26 @@
 //!   pending, an eject can only mean the one that was there before, and is ignored.
 //! - The callbacks are called without the lock.
 //!
-//! Registers are 32 bits wide, little-endian, and taken by aligned accesses of 4 bytes; anything else reads as all ones
-//! and writes nothing. Every 32 processors have a block of their own, so there is nothing to select. In the bitmaps of
-//! block n, bit m is processor 32 n + m.
-//! ```text
-//!   0x00  PENDING        r    bit n: block n has a pending check or request
-//!   0x20 * (n + 1), block n:
-//!   +0x0  CHECK          r w1c  processors that came: Device Check
-//!   +0x4  EJECT_REQUEST  r w1c  processors that are to go: Eject Request
-//!   +0x8  PRESENT        r    for _STA
-//!   +0xc  EJECT          w    for _EJ0
-//! ```
-//! Source: ACPI 6.5, 5.6.6 (notification values), 6.3, 8.4.
+//! Registers are those of [`super::places`]: every 32 processors have a block, and bit m of block n is processor 32 n + m.
+//! Source: ACPI 6.5, 8.4.
 
 use std::collections::BTreeSet;
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use super::places::{
+    self, BLOCK, CHECK, EJECT, EJECT_REQUEST, Interrupt, MOST_BLOCKS, PENDING, PRESENT,
+};
 use crate::bus::BusDevice;
 
-/// Bytes of the registers' window.
-pub const SIZE: u64 = 0x1000;
-
-/// Bytes of a block.
-pub(crate) const BLOCK: u64 = 0x20;
 /// Processors of a block.
 pub(crate) const BLOCK_PROCESSORS: u8 = 32;
 const BLOCKS: usize = 256 / BLOCK_PROCESSORS as usize;
-/// Registers of a block, in their order; the AML names them as fields.
-pub(crate) const CHECK: u64 = 0x0;
-pub(crate) const EJECT_REQUEST: u64 = 0x4;
-pub(crate) const PRESENT: u64 = 0x8;
-pub(crate) const EJECT: u64 = 0xc;
-/// The register before the blocks.
-pub(crate) const PENDING: u64 = 0x0;
 
-const _: () = assert!(BLOCK * (BLOCKS as u64 + 1) <= SIZE);
-
-/// Offset of a block.
-pub(crate) fn block(number: u8) -> u64 {
-    BLOCK * (u64::from(number) + 1)
-}
+const _: () = assert!(BLOCKS as u64 <= MOST_BLOCKS);
 
 /// Hears that a processor was ejected, on the vCPU thread: posts an event and returns.
 pub type OnEjected = Arc<dyn Fn(u8) + Send + Sync>;
-/// Raises the edge-triggered interrupt of the registers.
-pub type Interrupt = Arc<dyn Fn() + Send + Sync>;
 
 /// 32 processors, a bit each.
 #[derive(Clone, Copy, Default)]
@@ -122,7 +96,7 @@ fn of_block(number: usize, bits: u32) -> impl Iterator<Item = u8> {
     })
 }
 
-/// The registers; for the MMIO bus, [`SIZE`] bytes.
+/// The registers; for the MMIO bus, [`places::WINDOW`] bytes.
 pub struct Processors {
     blocks: Mutex<[Block; BLOCKS]>,
     on_ejected: OnEjected,
@@ -202,39 +176,24 @@ impl Processors {
     }
 }
 
-/// The block that an offset is in.
-fn block_at(offset: u64) -> Option<usize> {
-    usize::try_from((offset / BLOCK).checked_sub(1)?).ok()
-}
-
 /// For the guest.
 impl BusDevice for Processors {
     fn read(&self, offset: u64, data: &mut [u8]) {
-        if !offset.is_multiple_of(4) {
-            return;
-        }
-        let Ok(data) = <&mut [u8; 4]>::try_from(data) else {
-            return;
-        };
-        let blocks = self.lock();
-        let value = if offset == PENDING {
-            (0u32..)
-                .zip(blocks.iter())
-                .filter(|(_, block)| block.is_pending())
-                .fold(0, |bits, (number, _)| bits | 1 << number)
-        } else {
-            let block = block_at(offset).and_then(|number| blocks.get(number));
+        places::read(offset, data, || {
+            let blocks = self.lock();
+            if offset == PENDING {
+                return places::pending(blocks.iter().map(Block::is_pending));
+            }
+            let block = places::block_at(offset).and_then(|number| blocks.get(number));
             block.map_or(0, |block| block.read(offset % BLOCK))
-        };
-        *data = value.to_le_bytes();
+        });
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
-        let Ok(bytes) = <[u8; 4]>::try_from(data) else {
+        let Some(bits) = places::written(data) else {
             return;
         };
-        let bits = u32::from_le_bytes(bytes);
-        let Some(number) = block_at(offset) else {
+        let Some(number) = places::block_at(offset) else {
             return;
         };
         let mut blocks = self.lock();
@@ -262,6 +221,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::devices::places::{WINDOW, block};
 
     struct Board {
         processors: Processors,
@@ -391,7 +351,7 @@ mod tests {
             (block(7) + EJECT + 1, &[0xff; 4]),
             (block(8) + EJECT, &[0xff; 4]),
             (PENDING, &[0xff; 4]),
-            (SIZE - 4, &[0xff; 4]),
+            (WINDOW - 4, &[0xff; 4]),
         ] {
             board.processors.write(offset, data);
             assert!(board.ejected().is_empty());
@@ -416,7 +376,7 @@ mod tests {
         // On both sides of a border between blocks.
         let processor = || 30u8..35;
         let aligned = (0u64..20).prop_map(|register| register * 4);
-        let any_write = (0..SIZE, prop::collection::vec(any::<u8>(), 0..9));
+        let any_write = (0..WINDOW, prop::collection::vec(any::<u8>(), 0..9));
         let word =
             prop_oneof![Just(u32::MAX), any::<u32>()].prop_map(|bits| bits.to_le_bytes().to_vec());
         prop_oneof![

@@ -20,12 +20,13 @@ use crate::boot::{self, LoadError, MemoryMap, place};
 use crate::bus::{Bus, Overlap};
 use crate::config::{ConsoleConfig, ValidConfig};
 use crate::devices::cmos::{self, Cmos};
+use crate::devices::places::{self, Interrupt};
 use crate::devices::power::{self, AcpiPower, KeyboardReset, OnPowerRequest};
 use crate::devices::processors;
 use crate::devices::serial::{self, SerialParts, SerialPort};
 use crate::kvm::{CpuidTemplate, CreateVmError, SetupError, Vcpu, Vm};
 use crate::memory::ram::{ConsumerId, DetachError, JoinError, Ram};
-use crate::pci::{self, ConfigPorts, Hotplug, Interrupt, Segment};
+use crate::pci::{self, ConfigPorts, Hotplug, Segment};
 
 /// Global interrupt of the hotplug registers: the first pin of the I/O APIC that no PC device has.
 const HOTPLUG_GSI: u32 = 16;
@@ -342,12 +343,12 @@ fn mmio(
     }
     mmio.insert(
         place::HOTPLUG,
-        pci::HOTPLUG_SIZE,
+        places::WINDOW,
         Arc::clone(hotplug) as Arc<_>,
     )?;
     mmio.insert(
         place::PROCESSORS,
-        processors::SIZE,
+        places::WINDOW,
         Arc::clone(processors) as Arc<_>,
     )?;
     Ok(mmio)

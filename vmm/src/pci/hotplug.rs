@@ -27,19 +27,11 @@
 //!   owner hears of late can't hit a newcomer.
 //! - The callbacks are called without the lock.
 //!
-//! Registers are 32 bits wide, little-endian, and taken by aligned accesses of 4 bytes; anything else reads as all ones
-//! and writes nothing. Each segment has a block of its own, so there is nothing to select and two vCPUs can't mix up
-//! segments. In the bitmaps, bit n is slot n.
+//! Registers are those of [`crate::devices::places`]: segment n has block n, and bit m there is slot m. One more is beside
+//! PENDING:
 //! ```text
-//!   0x00  PENDING        r    bit n: segment n has a pending check or request
 //!   0x04  BUTTON         r w1c  bit 0: the power button was pressed
-//!   0x20 * (n + 1), segment n:
-//!   +0x0  CHECK          r w1c  devices that came: Device Check
-//!   +0x4  EJECT_REQUEST  r w1c  devices that are to go: Eject Request
-//!   +0x8  PRESENT        r    for _STA
-//!   +0xc  EJECT          w    for _EJ0
 //! ```
-//! Source: ACPI 6.5, 5.6.6 (notification values), 6.3.
 
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -47,29 +39,16 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use super::layout::MAX_SEGMENTS;
 use super::slots::{SLOTS, Slot};
 use crate::bus::BusDevice;
+use crate::devices::places::{
+    self, BLOCK, CHECK, EJECT, EJECT_REQUEST, Interrupt, MOST_BLOCKS, PENDING, PRESENT,
+};
 
-/// Bytes of the registers' window.
-pub const HOTPLUG_SIZE: u64 = 0x1000;
-
-/// Bytes of a block.
-pub(crate) const BLOCK: u64 = 0x20;
-/// Registers of a segment's block, in their order; the AML names them as fields.
-pub(crate) const CHECK: u64 = 0x0;
-pub(crate) const EJECT_REQUEST: u64 = 0x4;
-pub(crate) const PRESENT: u64 = 0x8;
-pub(crate) const EJECT: u64 = 0xc;
-/// Registers of the first block.
-pub(crate) const PENDING: u64 = 0x0;
+/// The register beside PENDING.
 pub(crate) const BUTTON: u64 = 0x4;
 /// The only button.
 pub(crate) const POWER_BUTTON: u32 = 1;
 
-const _: () = assert!(BLOCK * (MAX_SEGMENTS as u64 + 1) <= HOTPLUG_SIZE);
-
-/// Offset of a segment's block.
-pub(crate) fn block(segment: u16) -> u64 {
-    BLOCK * (u64::from(segment) + 1)
-}
+const _: () = assert!(MAX_SEGMENTS as u64 <= MOST_BLOCKS);
 
 /// The guest has let go of a device and ejected it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -82,8 +61,6 @@ pub struct Ejected {
 
 /// Hears of ejects, on the vCPU thread: posts an event and returns.
 pub type OnEjected = Arc<dyn Fn(Ejected) + Send + Sync>;
-/// Raises the edge-triggered interrupt of the registers.
-pub type Interrupt = Arc<dyn Fn() + Send + Sync>;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
@@ -198,7 +175,7 @@ struct Registers {
     button: u32,
 }
 
-/// The registers; for the MMIO bus, [`HOTPLUG_SIZE`] bytes.
+/// The registers; for the MMIO bus, [`places::WINDOW`] bytes.
 pub struct Hotplug {
     registers: Mutex<Registers>,
     on_ejected: OnEjected,
@@ -325,48 +302,37 @@ impl Hotplug {
 
 impl Registers {
     fn pending(&self) -> u32 {
-        (0u32..)
-            .zip(&self.blocks)
-            .filter(|(_, block)| block.checks() != 0 || block.eject_requests != 0)
-            .fold(0, |bits, (segment, _)| bits | 1 << segment)
+        let blocks = self.blocks.iter();
+        places::pending(blocks.map(|block| block.checks() != 0 || block.eject_requests != 0))
     }
 
     fn read(&self, offset: u64) -> u32 {
         match offset {
             PENDING => self.pending(),
             BUTTON => self.button,
-            _ => segment_at(offset)
-                .and_then(|segment| self.blocks.get(usize::from(segment)))
+            _ => places::block_at(offset)
+                .and_then(|segment| self.blocks.get(segment))
                 .map_or(0, |block| block.read(offset % BLOCK)),
         }
     }
 }
 
-/// The segment whose block an offset is in.
-fn segment_at(offset: u64) -> Option<u16> {
-    u16::try_from((offset / BLOCK).checked_sub(1)?).ok()
-}
-
 /// For the guest.
 impl BusDevice for Hotplug {
     fn read(&self, offset: u64, data: &mut [u8]) {
-        if offset.is_multiple_of(4)
-            && let Ok(data) = <&mut [u8; 4]>::try_from(data)
-        {
-            *data = self.lock().read(offset).to_le_bytes();
-        }
+        places::read(offset, data, || self.lock().read(offset));
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
-        let Ok(bytes) = <[u8; 4]>::try_from(data) else {
+        let Some(bits) = places::written(data) else {
             return;
         };
-        let bits = u32::from_le_bytes(bytes);
         let mut registers = self.lock();
         if offset == BUTTON {
             registers.button &= !bits;
         }
-        let Some(segment) = segment_at(offset) else {
+        let segment = places::block_at(offset).and_then(|number| u16::try_from(number).ok());
+        let Some(segment) = segment else {
             return;
         };
         let Some(block) = registers.blocks.get_mut(usize::from(segment)) else {
@@ -399,6 +365,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::devices::places::block;
     use crate::pci::Slots;
 
     struct Machine {

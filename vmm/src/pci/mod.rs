@@ -38,7 +38,7 @@ pub use config_space::{
     ROM_BAR,
 };
 pub use function::{BarChange, Function, MsiMessage, MsiRoutes};
-pub use hotplug::{Ejected, HOTPLUG_SIZE, Hotplug, Interrupt, OnEjected};
+pub use hotplug::{Ejected, Hotplug, OnEjected};
 pub use layout::{
     LayoutError, LayoutRequest, MAX_SEGMENTS, MemoryArea, NoPlace, PciLayout, SECTION,
     SegmentLayout,
