@@ -182,7 +182,7 @@ pub fn run(options: Options) -> Result<Ending, RunError> {
     let ended = Owner::new(
         calls,
         signals,
-        (monitor.clone(), metrics),
+        (monitor.clone(), metrics, server.is_some()),
         pools,
         (removals, lookout),
         running,

@@ -220,6 +220,8 @@ pub(super) struct Owner {
     /// What the host has pools of.
     pub(super) pools: Arc<HostConfig>,
     pub(super) metrics: Metrics,
+    /// Whether anybody can ask for them.
+    has_api: bool,
     pub(super) state: State,
     /// What clients have handed over of networks that the VM has.
     pub(super) taps: HandedTaps,
@@ -246,7 +248,7 @@ impl Owner {
     pub(super) fn new(
         calls: Calls,
         signals: Signals,
-        (monitor, metrics): (Monitor, Metrics),
+        (monitor, metrics, has_api): (Monitor, Metrics, bool),
         pools: Arc<HostConfig>,
         (removals, lookout): (Removals, Lookout),
         running: Option<RunningVm>,
@@ -265,6 +267,7 @@ impl Owner {
             monitor,
             pools,
             metrics,
+            has_api,
             state: running.map_or(State::NoVm, |vm| State::Up(Box::new(vm))),
             taps: HandedTaps::default(),
             feed: SerialFeed::default(),
@@ -321,6 +324,13 @@ impl Owner {
         }
         self.wait_on_guard(ops);
         self.guard_timer.set_once(self.removals.looks_again_at());
+    }
+
+    /// Nobody reads the metrics of a VMM without an API.
+    fn publish_if_read(&self) {
+        if self.has_api {
+            self.publish();
+        }
     }
 
     /// Waits on the guard that there is, and on no other.
@@ -715,7 +725,7 @@ impl MutEventSubscriber for Owner {
         }
         self.watch(ops);
         self.follow(ops);
-        self.publish();
+        self.publish_if_read();
     }
 
     fn process(&mut self, events: event_manager::Events, ops: &mut EventOps<'_>) {
@@ -749,7 +759,7 @@ impl MutEventSubscriber for Owner {
             self.shut_down(ops);
         }
         self.follow(ops);
-        self.publish();
+        self.publish_if_read();
         self.taps.follow(&self.state);
         self.answer_drains();
     }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::text::encode;
 use prometheus_client::encoding::{
-    DescriptorEncoder, EncodeCounterValue, EncodeGaugeValue, NoLabelSet,
+    DescriptorEncoder, EncodeCounterValue, EncodeGaugeValue, MetricEncoder, NoLabelSet,
 };
 use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::Registry;
@@ -263,18 +263,8 @@ impl Page<'_> {
         help: &str,
         samples: impl IntoIterator<Item = (Labels, V)>,
     ) -> fmt::Result {
-        let mut samples = samples.into_iter().peekable();
-        if samples.peek().is_none() {
-            return Ok(());
-        }
-        let mut family = self
-            .0
-            .encode_descriptor(name, help, None, MetricType::Gauge)?;
-        samples.try_for_each(|(labels, value)| {
-            if labels.is_empty() {
-                return family.encode_gauge(&value);
-            }
-            family.encode_family(&labels)?.encode_gauge(&value)
+        self.family(MetricType::Gauge, (name, help), samples, |sample, value| {
+            sample.encode_gauge(&value)
         })
     }
 
@@ -285,19 +275,31 @@ impl Page<'_> {
         help: &str,
         samples: impl IntoIterator<Item = (Labels, V)>,
     ) -> fmt::Result {
+        self.family(
+            MetricType::Counter,
+            (name, help),
+            samples,
+            |sample, value| sample.encode_counter::<NoLabelSet, _, u64>(&value, None),
+        )
+    }
+
+    fn family<V>(
+        &mut self,
+        kind: MetricType,
+        (name, help): (&str, &str),
+        samples: impl IntoIterator<Item = (Labels, V)>,
+        encode: impl Fn(&mut MetricEncoder<'_>, V) -> fmt::Result,
+    ) -> fmt::Result {
         let mut samples = samples.into_iter().peekable();
         if samples.peek().is_none() {
             return Ok(());
         }
-        let mut family = self
-            .0
-            .encode_descriptor(name, help, None, MetricType::Counter)?;
+        let mut family = self.0.encode_descriptor(name, help, None, kind)?;
         samples.try_for_each(|(labels, value)| {
             if labels.is_empty() {
-                return family.encode_counter::<NoLabelSet, _, u64>(&value, None);
+                return encode(&mut family, value);
             }
-            let mut sample = family.encode_family(&labels)?;
-            sample.encode_counter::<NoLabelSet, _, u64>(&value, None)
+            encode(&mut family.encode_family(&labels)?, value)
         })
     }
 }
