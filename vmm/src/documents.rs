@@ -1,8 +1,8 @@
 //! Manual pages and shell completions in `resources/` are those of this version: made from the same tables as `--help`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use clap::Command;
 use clap_complete::Shell;
@@ -11,7 +11,7 @@ use clap_mangen::Man;
 use crate::cli;
 use crate::remote;
 
-const BLESS: &str = "DAXHUND_BLESS=1 cargo test -p daxhund documents";
+const BLESS: &str = "DAXHUND_BLESS=1 cargo test -p daxhund of_this_version";
 const SHELLS: [(Shell, &str); 3] = [
     (Shell::Bash, "bash"),
     (Shell::Zsh, "zsh"),
@@ -57,50 +57,57 @@ fn pages(command: &Command, documents: &mut Documents) {
     documents.insert(format!("man/{name}.1"), String::from_utf8(text).unwrap());
 }
 
-/// What is there now.
-fn found(root: &Path) -> Documents {
-    let mut found = Documents::new();
+/// Which are there now.
+fn found() -> BTreeSet<String> {
+    let mut found = BTreeSet::new();
     for folder in ["completions", "man"] {
-        let Ok(files) = fs::read_dir(root.join(folder)) else {
+        let Ok(files) = fs::read_dir(root().join(folder)) else {
             continue;
         };
         for file in files {
-            let file = file.unwrap();
-            let name = file.file_name().into_string().unwrap();
-            let text = fs::read_to_string(file.path()).unwrap();
-            found.insert(format!("{folder}/{name}"), text);
+            let name = file.unwrap().file_name().into_string().unwrap();
+            found.insert(format!("{folder}/{name}"));
         }
     }
     found
 }
 
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../resources")
+}
+
+/// Whether files are made anew before they are compared.
+fn is_blessing() -> bool {
+    std::env::var_os("DAXHUND_BLESS").is_some()
+}
+
+/// The file at `path` below `resources/` is `text`.
+pub(crate) fn assert_is(path: &str, text: &str) {
+    let file = root().join(path);
+    if is_blessing() {
+        fs::create_dir_all(file.parent().unwrap()).unwrap();
+        fs::write(&file, text).unwrap();
+    }
+    let found = fs::read_to_string(&file).unwrap_or_default();
+    assert!(
+        found == text,
+        "resources/{path} is not of this version; `{BLESS}` makes it anew"
+    );
+}
+
 #[test]
 fn they_are_of_this_version() {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../resources");
     let generated = generated();
-    if std::env::var_os("DAXHUND_BLESS").is_some() {
-        for path in found(&root).keys() {
-            fs::remove_file(root.join(path)).unwrap();
-        }
-        for (path, text) in &generated {
-            let path = root.join(path);
-            fs::create_dir_all(path.parent().unwrap()).unwrap();
-            fs::write(path, text).unwrap();
+    if is_blessing() {
+        for stale in found().difference(&generated.keys().cloned().collect()) {
+            fs::remove_file(root().join(stale)).unwrap();
         }
     }
-    let found = found(&root);
-    let names = |documents: &Documents| documents.keys().cloned().collect::<Vec<_>>();
-    assert_eq!(
-        names(&found),
-        names(&generated),
-        "`{BLESS}` makes them anew"
-    );
     for (path, text) in &generated {
-        assert!(
-            found[path] == *text,
-            "resources/{path} is not of this version; `{BLESS}` makes it anew"
-        );
+        assert_is(path, text);
     }
+    let names = generated.into_keys().collect();
+    assert_eq!(found(), names, "`{BLESS}` makes them anew");
 }
 
 /// A few things that somebody would look for, so that an empty document is noticed.
